@@ -1,0 +1,44 @@
+# make demo   the whole pipeline on text that every installation has
+# make test   the tests
+# make lint   ruff and mypy
+# make bench  measurements of this machine
+# make lock   new pins, within the ranges of pyproject.toml
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test lint format lock clean
+
+demo: .venv/core
+	$(BIN)/resmem run --gin_file=configs/demo.gin --workdir=$(DEMO)
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A stamp is newer than what it was installed from.
+.venv/core: requirements/core.txt pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/core.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/test: .venv/core requirements/test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	touch $@
+
+lock:
+	uv pip compile pyproject.toml --universal --no-annotate --no-header --no-emit-index-url -o requirements/core.txt
+	uv pip compile pyproject.toml --extra test --universal --no-annotate --no-header --no-emit-index-url -o requirements/test.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,5 @@
+import sys
+
+from resmem_lm.main import main
+
+sys.exit(main())

@@ -1,0 +1,8 @@
+"""The one exception that a command shows to its user as a single line."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the culprit and the mend, on one line.
+
+    Commands print the message without a traceback and exit with code 2.
+    """

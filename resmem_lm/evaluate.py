@@ -1,0 +1,388 @@
+"""Neighbours -> the table: hyperparameters chosen on validation, results told on test.
+
+Every method is one of two formulas at some (k, sigma, T, lambda): ResMem, p_T + lambda r_kNN, of which lambda = 0 is DeepNet;
+and kNN-LM, (1 - lambda) p_T + lambda p_kNN, of which lambda = 1 is kNN alone.
+"""
+
+import functools
+import importlib.metadata
+import itertools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from resmem_lm.candidates import Candidates, Neighbors, Scores, best, certified, residuals_at, score
+from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.errors import UserError
+from resmem_lm.progress import progress
+from resmem_lm.resmem import neighbor_weights
+from resmem_lm.search import QUERY_SPLITS, Queries, open_queries, query_documents
+from resmem_lm.vocabulary import Vocabulary, load_vocabulary
+from resmem_lm.workdir import Record, read_json, stage, write_json
+
+BLOCK = 256
+BOOTSTRAP_SAMPLES = 2000
+CONTEXT_TOKENS = 32
+EXAMPLES = 10
+Formula = Literal["resmem", "knnlm"]
+
+
+class Setting(NamedTuple):
+    """A formula and its hyperparameters."""
+
+    formula: Formula
+    k: int
+    sigma: float
+    temperature: float
+    lambda_: float
+
+    def hyperparameters(self) -> Record:
+        return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
+
+
+def merged(formula: Formula, scores: Scores, lambda_: float | Float[Array, ""]) -> tuple[Array, Array]:
+    """A formula's scores of the candidates, and a bound on the score of every other token."""
+    if formula == "resmem":
+        return scores.base + lambda_ * scores.residual, scores.bound
+    return (1 - lambda_) * scores.base + lambda_ * scores.knn, (1 - lambda_) * scores.bound
+
+
+@functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
+def _correct_counts(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    sigmas: Float[Array, " sigmas"],
+    lambdas: Float[Array, " lambdas"],
+    temperature: Float[Array, ""],
+    temperature_number: Int[Array, ""],
+    *,
+    formula: Formula,
+    k: int,
+    unit_number: int,
+) -> Int[Array, "lambdas sigmas"]:
+    scores = score(candidates, neighbors, sigmas, k, temperature, temperature_number, unit_number)
+    return jax.lax.map(
+        lambda lambda_: jnp.sum(best(merged(formula, scores, lambda_)[0], candidates.ids)[0] == targets, axis=-1), lambdas
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
+def _predictions(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    sigma: Float[Array, ""],
+    lambda_: Float[Array, ""],
+    temperature: Float[Array, ""],
+    temperature_number: Int[Array, ""],
+    *,
+    formula: Formula,
+    k: int,
+    unit_number: int,
+) -> tuple[Int[Array, " queries"], Bool[Array, " queries"]]:
+    scores = score(candidates, neighbors, sigma[None], k, temperature, temperature_number, unit_number)
+    values, bound = merged(formula, scores, lambda_)
+    winners, top = best(values, candidates.ids)
+    return winners[0], certified(top[0], bound)
+
+
+class SplitScorer:
+    """A split's cached neighbours, read block by block with their residuals."""
+
+    def __init__(self, name: str, queries: Queries, datastore: Datastore) -> None:
+        self.name, self.queries, self.datastore = name, queries, datastore
+        self.temperatures = list(datastore.binding.temperatures)
+        self.unit_number = self.temperatures.index(1.0)
+        self._residuals_at = jax.jit(residuals_at)
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Candidates, Neighbors]]:
+        """Blocks of BLOCK queries; the last repeats its first query."""
+        q, count = self.queries, len(self.queries.tokens)
+        with progress(f"{name} {self.name}", total=count, unit="tokens") as bar:
+            for start in range(0, count, BLOCK):
+                some = slice(start, min(start + BLOCK, count))
+                padded = np.concatenate([np.arange(some.start, some.stop), np.full(BLOCK - (some.stop - some.start), start)])
+                rows = np.maximum(q.rows[padded], 0)
+                candidates = Candidates(q.candidate_ids[padded], q.candidate_logits[padded], q.bound[padded], q.log_partition[padded])
+                ids = self.datastore.take("residual_ids", rows).astype(np.int32)
+                neighbors = Neighbors(
+                    q.distances[padded],
+                    q.neighbor_tokens[padded].astype(np.int32),
+                    self._residuals_at(candidates.ids, ids, self.datastore.take("residual_values", rows)),
+                    self.datastore.take("target_log_probability", rows),
+                    self.datastore.take("log_partition", rows),
+                )
+                yield some, *jax.device_put((candidates, neighbors))
+                bar.update(some.stop)
+
+    def count_correct(
+        self, ks: list[int], sigmas: list[float], temperatures: list[float], lambdas: dict[Formula, list[float]]
+    ) -> dict[Setting, int]:
+        """Right predictions for every combination of hyperparameters."""
+        counts: dict[tuple[Formula, int, float], np.ndarray] = {}
+        for some, candidates, neighbors in self.blocks("tune"):
+            targets = np.full(BLOCK, -1, np.int32)
+            targets[: some.stop - some.start] = self.queries.tokens[some]
+            for formula, k, temperature in itertools.product(lambdas, ks, temperatures):
+                block_counts = _correct_counts(
+                    candidates,
+                    neighbors,
+                    targets,
+                    np.array(sigmas, np.float32),
+                    np.array(lambdas[formula], np.float32),
+                    np.float32(temperature),
+                    np.int32(self.temperatures.index(temperature)),
+                    formula=formula,
+                    k=k,
+                    unit_number=self.unit_number,
+                )
+                key = formula, k, temperature
+                counts[key] = counts.get(key, 0) + np.asarray(block_counts)
+        return {
+            Setting(formula, k, sigma, temperature, lambda_): int(table[i, j])
+            for (formula, k, temperature), table in counts.items()
+            for i, lambda_ in enumerate(lambdas[formula])
+            for j, sigma in enumerate(sigmas)
+        }
+
+    def predict(self, settings: list[Setting]) -> dict[Setting, tuple[Int[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]]:
+        """Each setting's prediction for every token, and whether it is certified."""
+        count = len(self.queries.tokens)
+        found = {setting: (np.empty(count, np.int32), np.empty(count, bool)) for setting in settings}
+        for some, candidates, neighbors in self.blocks("score"):
+            for setting, (predictions, sure) in found.items():
+                winners, block_sure = _predictions(
+                    candidates,
+                    neighbors,
+                    np.float32(setting.sigma),
+                    np.float32(setting.lambda_),
+                    np.float32(setting.temperature),
+                    np.int32(self.temperatures.index(setting.temperature)),
+                    formula=setting.formula,
+                    k=setting.k,
+                    unit_number=self.unit_number,
+                )
+                predictions[some] = np.asarray(winners)[: some.stop - some.start]
+                sure[some] = np.asarray(block_sure)[: some.stop - some.start]
+        return found
+
+    def target_probability(self, setting: Setting) -> Float[np.ndarray, " queries"]:
+        """What DeepNet (lambda = 0) or kNN-LM gives the true token."""
+        q, number = self.queries, self.temperatures.index(setting.temperature)
+        base = np.exp(q.target_logits / setting.temperature - q.log_partition[:, number])
+        weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[:, : setting.k]), setting.sigma))
+        knn = np.sum(weights * (q.neighbor_tokens[:, : setting.k] == q.tokens[:, None]), axis=1)
+        return (1 - setting.lambda_) * base + setting.lambda_ * knn
+
+
+def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
+    """The settings with most right predictions: of kNN alone, kNN-LM, and ResMem with lambda 1 and with any lambda."""
+
+    def winner(formula: Formula, lambda_: float | None = None) -> Setting:
+        allowed = [s for s in counts if s.formula == formula and lambda_ in (None, s.lambda_)]
+        return max(allowed, key=lambda s: (counts[s], -allowed.index(s)))
+
+    return {
+        "knn": winner("knnlm", 1.0),
+        "knnlm": winner("knnlm"),
+        "resmem_lambda1": winner("resmem", 1.0),
+        "resmem": winner("resmem"),
+    }
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " tokens"], document_lengths: Int[np.ndarray, " documents"]
+) -> tuple[float, float]:
+    """95% interval of the mean of `values` over tokens, documents drawn with replacement (tokens of one are not independent)."""
+    starts = np.concatenate([[0], np.cumsum(document_lengths)[:-1]])
+    sums = np.add.reduceat(values.astype(np.float64), starts)
+    documents = len(document_lengths)
+    draws = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), size=BOOTSTRAP_SAMPLES)
+    means = (draws @ sums) / (draws @ document_lengths)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def describe(
+    setting: Setting,
+    predictions: Int[np.ndarray, " tokens"],
+    sure: Bool[np.ndarray, " tokens"],
+    deepnet: Int[np.ndarray, " tokens"],
+    targets: Int[np.ndarray, " tokens"],
+    document_lengths: Int[np.ndarray, " documents"],
+) -> Record:
+    """Accuracy, TPR (DeepNet wrong, this right), FPR (the reverse) and gain = TPR - FPR, as shares of all tokens (paper, Table 2)."""
+    right, deepnet_right = predictions == targets, deepnet == targets
+    tpr, fpr = float(np.mean(right & ~deepnet_right)), float(np.mean(~right & deepnet_right))
+    return {
+        "accuracy": float(np.mean(right)),
+        "accuracy_ci95": bootstrap_interval(right.astype(np.float64), document_lengths),
+        "tpr": tpr,
+        "fpr": fpr,
+        "gain": tpr - fpr,
+        "gain_ci95": bootstrap_interval(right.astype(np.float64) - deepnet_right, document_lengths),
+        "certified": float(np.mean(sure)),
+        "hyperparameters": setting.hyperparameters(),
+    }
+
+
+@stage(name="evaluate", after=("search", "build", "train"), output="results.json", redo=True)
+def evaluate(
+    workdir: Path,
+    *,
+    ks: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 50),
+    sigmas: tuple[float, ...] | list[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    temperatures: tuple[float, ...] | list[float] = (0.7, 1.0, 1.4),
+    lambdas: tuple[float, ...] | list[float] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5),
+) -> Record:
+    """Chooses hyperparameters on validation, evaluates on test, and writes WORKDIR/results.json.
+
+    Args:
+        ks: numbers of neighbours to try; those above the searched number are passed over.
+        sigmas: bandwidths to try.
+        temperatures: temperatures to try, out of those the datastore was built for.
+        lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them.
+
+    Raises:
+        UserError: a temperature that the datastore has no log-partition values for, or no usable k.
+    """
+    datastore = open_datastore(workdir / "datastore", checksums=True)
+    missing = [t for t in temperatures if t not in datastore.binding.temperatures]
+    if missing:
+        raise UserError(f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those")
+    scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    searched = scorers["test"].queries.rows.shape[1]
+    usable = [k for k in ks if 1 <= k <= searched]
+    if not usable or 1.0 not in lambdas or 1.0 not in temperatures:
+        raise UserError(f"evaluate needs a k from 1 to {searched} in ks, and 1.0 in lambdas and in temperatures; has {ks}, {lambdas}, {temperatures}")
+
+    grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+    tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), list(temperatures), grid))
+    paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
+    methods = {
+        "deepnet": Setting("resmem", 1, 1.0, 1.0, 0.0),
+        "knn": tuned["knn"],
+        "knnlm": tuned["knnlm"],
+        "resmem_paper": paper,
+        "resmem_lambda1": tuned["resmem_lambda1"],
+        "resmem": tuned["resmem"],
+    }
+    lines = ("knnlm", "resmem_lambda1", "resmem")
+    curves = {
+        "k": {name: [methods[name]._replace(k=k) for k in usable] for name in lines},
+        "sigma": {name: [methods[name]._replace(sigma=sigma) for sigma in sigmas] for name in lines},
+    }
+    results: Record = {"splits": {}}
+    for split, scorer in scorers.items():
+        wanted = set(methods.values())
+        if split == "test":
+            wanted |= {setting for by_name in curves.values() for settings in by_name.values() for setting in settings}
+        found = scorer.predict(sorted(wanted))
+        results["splits"][split] = _describe_split(workdir, split, scorer, methods, found)
+        if split == "test":
+            targets = np.asarray(scorer.queries.tokens)
+            results["curves"] = {
+                axis: {
+                    "values": usable if axis == "k" else list(sigmas),
+                    "accuracy": {name: [float(np.mean(found[s][0] == targets)) for s in settings] for name, settings in by_name.items()},
+                }
+                for axis, by_name in curves.items()
+            }
+            deepnet, mended = found[methods["deepnet"]][0], found[methods["resmem"]][0]
+            results["examples"] = _examples(workdir, scorer, methods["resmem"], deepnet, mended)
+    results["datastore"] = {"rows": datastore.rows, "bytes_per_row": datastore.bytes / datastore.rows}
+    results["index"] = read_json(workdir / "index" / "index.json")
+    results["model"] = read_json(workdir / "checkpoints" / "model.json")
+    records = {name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary", "train", "build", "index", "search")}
+    results["documents"] = records["documents"]["result"]["documents"]
+    results["seconds"] = {name: record["seconds"] for name, record in records.items()}
+    results["versions"] = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name)
+        for name in ("resmem_lm", "jax", "flax", "optax", "apache-beam", "scann", "sentencepiece", "numpy")
+        if _installed(name)
+    }
+    write_json(workdir / "results.json", results)
+    return {"resmem": results["splits"]["test"]["methods"]["resmem"]["accuracy"]}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _describe_split(workdir: Path, split: str, scorer: SplitScorer, methods: dict[str, Setting], found: dict[Setting, Any]) -> Record:
+    lengths, targets = np.asarray(scorer.queries.document_lengths), np.asarray(scorer.queries.tokens)
+    deepnet = found[methods["deepnet"]][0]
+    described = {name: describe(setting, *found[setting], deepnet, targets, lengths) for name, setting in methods.items()}
+    described["deepnet"]["hyperparameters"] = {}
+    for name in ("deepnet", "knnlm"):
+        # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0: no perplexity.
+        described[name]["perplexity"] = float(np.exp(-np.mean(np.log(scorer.target_probability(methods[name])))))
+    return {**read_json(workdir / "neighbors" / "neighbors.json")[split], "methods": described}
+
+
+class _Texts:
+    """Contexts of tokens, from the documents themselves."""
+
+    def __init__(self, workdir: Path, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._train = shard_paths(workdir, "train")
+        self._shard = functools.lru_cache(maxsize=4)(lambda shard: read_shard(self._train[shard]))
+
+    def context(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
+        return self.vocabulary.decode(tokens[max(0, position - CONTEXT_TOKENS) : position])
+
+    def neighbor(self, datastore: Datastore, row: int) -> Record:
+        shard, number, position = datastore.locate(row)
+        document = self._shard(shard)[number]
+        tokens = self.vocabulary.encode(document.text)
+        return {"document": document.id, "context": self.context(tokens, position), "token": self.vocabulary.pieces(tokens[position : position + 1])[0]}
+
+
+def _examples(
+    workdir: Path, scorer: SplitScorer, setting: Setting, deepnet: Int[np.ndarray, " tokens"], mended: Int[np.ndarray, " tokens"]
+) -> list[Record]:
+    """Tokens that DeepNet gets wrong and ResMem right, drawn at random, with the neighbours that add most to the right one."""
+    q, vocabulary = scorer.queries, load_vocabulary(workdir)
+    texts = _Texts(workdir, vocabulary)
+    pool = np.flatnonzero((deepnet != q.tokens) & (mended == q.tokens))
+    chosen = np.sort(np.random.default_rng(0).choice(pool, size=min(EXAMPLES, len(pool)), replace=False))
+    documents = query_documents(workdir, scorer.name)
+    first = np.concatenate([[0], np.cumsum(q.document_lengths)])
+    examples = []
+    for query in chosen:
+        number = int(np.searchsorted(first, query, side="right") - 1)
+        tokens = vocabulary.encode(documents[number].text)
+        target = int(q.tokens[query])
+        weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[query : query + 1, : setting.k]), setting.sigma))[0]
+        order = np.argsort(-weights * (q.neighbor_tokens[query, : setting.k] == target), kind="stable")[:3]
+        neighbors = [
+            {
+                **texts.neighbor(scorer.datastore, int(q.rows[query, i])),
+                "distance": float(q.distances[query, i]),
+                "weight": float(weights[i]),
+            }
+            for i in order
+        ]
+        target_piece, deepnet_piece, mended_piece = vocabulary.pieces([target, deepnet[query], mended[query]])
+        examples.append(
+            {
+                "document": documents[number].id,
+                "context": texts.context(tokens, int(query - first[number])),
+                "target": target_piece,
+                "deepnet": deepnet_piece,
+                "resmem": mended_piece,
+                "neighbors": neighbors,
+            }
+        )
+    return examples

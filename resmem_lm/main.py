@@ -1,0 +1,112 @@
+"""The command `resmem`: a thin layer over the stage functions.
+
+    resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...]
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from resmem_lm.errors import UserError
+
+STAGES = {
+    "train": "text, vocabulary and pretraining, up to checkpoints",
+    "build": "the datastore, through Beam",
+    "index": "the index of the datastore's keys",
+    "evaluate": "neighbours, hyperparameters and results.json",
+    "report": "report.html",
+    "run": "all of these, one after another",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resmem", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in STAGES.items():
+        command = commands.add_parser(name, help=text, description=text, epilog="Any setting: --gin.NAME=VALUE, strings in quotes.")
+        command.add_argument("--gin_file", action="append", default=[], help="a gin file; may be given again")
+        command.add_argument("--workdir", required=True, type=Path, help="where everything is written")
+        if name in ("build", "run"):
+            command.add_argument("--pipeline_options", default="", help='Beam\'s own options, such as "--runner=..."')
+    return parser
+
+
+def _stages(command: str) -> list[Any]:
+    """The stages of a command, with those before them that it also runs."""
+    from beam_pipelines.build_datastore import build_datastore
+    from resmem_lm.documents import prepare_documents
+    from resmem_lm.evaluate import evaluate
+    from resmem_lm.index import build_index
+    from resmem_lm.report import write_report
+    from resmem_lm.search import search
+    from resmem_lm.train import train
+    from resmem_lm.vocabulary import make_vocabulary
+
+    by_command = {
+        "train": [prepare_documents, make_vocabulary, train],
+        "build": [build_datastore],
+        "index": [build_index],
+        "evaluate": [search, evaluate],
+        "report": [write_report],
+    }
+    return [stage for stages in by_command.values() for stage in stages] if command == "run" else by_command[command]
+
+
+def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
+    from resmem_lm import config
+    from resmem_lm.results import table
+    from resmem_lm.workdir import read_json, write_bytes
+
+    workdir: Path = arguments.workdir
+    everything = _stages("run")  # imported before parsing: gin must know every name
+    if not arguments.gin_file:
+        raise UserError("no --gin_file: give one, such as --gin_file=configs/demo.gin")
+    config.parse(arguments.gin_file, bindings)
+    settings = {stage.__name__: config.parameters(stage) for stage in everything}
+    if getattr(arguments, "pipeline_options", ""):
+        settings["build_datastore"]["pipeline_options"] = arguments.pipeline_options
+    chosen = _stages(arguments.command)
+    for stage in everything:
+        stage.check(workdir, **settings[stage.__name__])
+    write_bytes(workdir / "config.gin", config.operative(settings).encode())
+    for stage in chosen:
+        stage(workdir, **settings[stage.__name__])
+    if arguments.command in ("evaluate", "report", "run"):
+        print(table(read_json(workdir / "results.json")))
+    if arguments.command in ("report", "run"):
+        print(f"Report: {workdir / 'report.html'}")
+
+
+def _use_huge_pages(argv: list[str]) -> None:
+    """Starts this process again with 2 MiB pages for the heap, where glibc can: training is 1.3 times as fast on a CPU.
+
+    glibc reads the setting at its start only. One that the user has set stays.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, "-m", "resmem_lm", *argv], environment)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 2 after one line about what the user can mend."""
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
+        if unknown:
+            raise UserError(f"unknown argument {unknown[0]}: settings are given as --gin.NAME=VALUE (see resmem {arguments.command} --help)")
+        _execute(arguments, [argument.removeprefix("--gin.") for argument in rest])
+    except UserError as error:
+        print(f"resmem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("resmem: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def script() -> int:
+    """The entry point of the installed command."""
+    _use_huge_pages(sys.argv[1:])
+    return main()

@@ -1,0 +1,64 @@
+"""Tokens -> training rows: documents one after another, cut into rows of one length, shuffled.
+
+No token is lost to a cut and none is padding, except at the very end; a segment id keeps the pieces of different
+documents apart.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.model import shift_right
+from resmem_lm.vocabulary import Vocabulary
+
+
+class Batch(TypedDict):
+    """A batch under T5X's feature names; a segment id of 0 marks padding, which has no loss."""
+
+    decoder_input_tokens: Int[np.ndarray, "batch length"]
+    decoder_target_tokens: Int[np.ndarray, "batch length"]
+    decoder_segment_ids: Int[np.ndarray, "batch length"]
+
+
+def split_tokens(workdir: Path, split: str, vocabulary: Vocabulary) -> Iterator[Int[np.ndarray, " tokens"]]:
+    """The tokens of every document of a split."""
+    for shard in shard_paths(workdir, split):
+        yield from vocabulary.encode_documents(read_shard(shard))
+
+
+def pack(documents: list[Int[np.ndarray, " tokens"]], length: int) -> Int[np.ndarray, "2 rows length"]:
+    """Tokens and segment ids of the documents packed into rows; segments count from 1 in every row."""
+    lengths = np.array([len(document) for document in documents])
+    total = int(lengths.sum())
+    rows = -(-total // length)
+    tokens = np.zeros(rows * length, np.int32)
+    tokens[:total] = np.concatenate(documents)
+    document_ids = np.zeros(rows * length, np.int32)
+    document_ids[:total] = np.repeat(np.arange(1, len(documents) + 1), lengths)
+    tokens, document_ids = tokens.reshape(rows, length), document_ids.reshape(rows, length)
+    segment_ids = np.where(document_ids > 0, document_ids - document_ids[:, :1] + 1, 0)
+    return np.stack([tokens, segment_ids])
+
+
+def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: int) -> grain.MapDataset:
+    """An endless sequence of batches; number i is the same however one gets there, so that training can resume.
+
+    Rows are shuffled anew for each pass over them.
+    """
+    rows = grain.MapDataset.range(packed.shape[1])
+    order = rows.seed(seed).shuffle().repeat().batch(batch_size)
+
+    def batch(row_ids: Int[np.ndarray, " batch"]) -> Batch:
+        tokens, segment_ids = packed[:, row_ids]
+        return Batch(
+            decoder_input_tokens=shift_right(tokens, segment_ids),
+            decoder_target_tokens=tokens,
+            decoder_segment_ids=segment_ids,
+        )
+
+    return order.map(batch)

@@ -1,0 +1,52 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15
+
+
+class Reporter:
+    """Tells how far a stage is."""
+
+    def __init__(self, name: str, total: int, done: int, unit: str, bar: Progress | None) -> None:
+        self.name, self.total, self.unit, self.bar = name, total, unit, bar
+        self.begun, self.began_at, self.last = done, time.monotonic(), -float("inf")
+        self.task = bar.add_task(name, total=total, completed=done, detail="") if bar else None
+
+    def update(self, done: int, detail: str = "") -> None:
+        """`done` of the total is finished now; `detail` is shown beside it."""
+        now = time.monotonic()
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, detail=detail)
+        elif now - self.last > SECONDS_BETWEEN_LINES or done >= self.total:
+            elapsed = now - self.began_at
+            left = elapsed / max(done - self.begun, 1) * (self.total - done)
+            line = f"{self.name}: {done:,} of {self.total:,} {self.unit}, {elapsed:.0f} s, {left:.0f} s left"
+            print(f"{line}; {detail}" if detail else line, file=sys.stderr, flush=True)
+            self.last = now
+
+
+@contextlib.contextmanager
+def progress(name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Reporter]:
+    """Shows the progress of a stage on standard error until the block ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Reporter(name, total, done, unit, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Reporter(name, total, done, unit, bar)

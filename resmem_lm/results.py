@@ -1,0 +1,54 @@
+"""results.json -> the table, as text."""
+
+from typing import Any
+
+METHODS = {
+    "deepnet": "DeepNet",
+    "knn": "kNN",
+    "knnlm": "kNN-LM",
+    "resmem_paper": "ResMem (paper's k, sigma, T, lambda)",
+    "resmem_lambda1": "ResMem (lambda 1)",
+    "resmem": "ResMem",
+}
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def interval(values: list[float]) -> str:
+    return f"[{percent(values[0])}, {percent(values[1])}]"
+
+
+def hyperparameters(values: dict[str, float]) -> str:
+    """k 50, sigma 1, T 1, lambda 1."""
+    names = {"k": "k", "sigma": "sigma", "temperature": "T", "lambda": "lambda"}
+    return ", ".join(f"{names[key]} {value:g}" for key, value in values.items())
+
+
+def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
+    """One row a method: name, accuracy, its interval, TPR, FPR, gain, its interval, perplexity, hyperparameters."""
+    found = []
+    for name, title in METHODS.items():
+        m = results["splits"][split]["methods"][name]
+        perplexity = f"{m['perplexity']:.1f}" if "perplexity" in m else "-"
+        shares = [percent(m["tpr"]), percent(m["fpr"]), percent(m["gain"]), interval(m["gain_ci95"])]
+        shares = ["-"] * 4 if name == "deepnet" else shares
+        found.append([title, percent(m["accuracy"]), interval(m["accuracy_ci95"]), *shares, perplexity, hyperparameters(m["hyperparameters"])])
+    return found
+
+
+HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "hyperparameters"]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table of all methods on the test split, aligned for a terminal."""
+    lines = [HEADER, *rows(results)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    test = results["splits"]["test"]
+    facts = (
+        f"{test['tokens']:,} tokens of {test['documents']} documents; {results['datastore']['rows']:,} datastore rows; "
+        f"{results['index']['kind']} index, recall@k {test['recall_at_k']:.3f}; hyperparameters chosen on validation"
+    )
+    return "\n".join(["", text[0], "-" * len(text[0]), *text[1:], facts])

@@ -1,0 +1,200 @@
+"""Pretraining of DeepNet with T5X's numerics: next-token cross-entropy with z-loss, Adafactor, packed documents."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from resmem_lm.checkpoint import checkpoint_manager, load_model, save_config
+from resmem_lm.errors import UserError
+from resmem_lm.model import Decoder, ModelConfig, init_parameters
+from resmem_lm.packing import Batch, batches, pack, split_tokens
+from resmem_lm.progress import progress
+from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.workdir import Record, stage
+
+Z_LOSS = 1e-4
+
+
+def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> optax.Schedule:
+    """Constant for `constant_steps`, then inverse square root decay (paper, appendix C), and to 0 in the last `cooldown_steps`."""
+
+    def schedule(step: Any) -> Any:
+        decayed = learning_rate * jnp.sqrt(constant_steps / jnp.maximum(step, constant_steps))
+        return decayed * jnp.clip((steps - step) / max(cooldown_steps, 1), 0.0, 1.0) if cooldown_steps else decayed
+
+    return schedule
+
+
+def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adafactor (Shazeer and Stern 2018) with T5X's constants."""
+    return optax.adafactor(
+        schedule,
+        min_dim_size_to_factor=128,
+        decay_rate=0.8,
+        multiply_by_parameter_scale=True,
+        clipping_threshold=1.0,
+        momentum=None,
+        eps=1e-30,
+    )
+
+
+def loss_and_metrics(
+    config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """T5X's loss, a sum over tokens of cross-entropy + 1e-4 log(Z)^2, and sums for the metrics."""
+    logits = Decoder(config).apply(
+        {"params": parameters},
+        batch["decoder_input_tokens"],
+        batch["decoder_target_tokens"],
+        decoder_segment_ids=batch["decoder_segment_ids"],
+        enable_dropout=dropout_key is not None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    targets, weights = batch["decoder_target_tokens"], batch["decoder_segment_ids"] > 0
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    cross_entropy = jnp.sum((log_z - target_logits) * weights)
+    loss = cross_entropy + Z_LOSS * jnp.sum(jnp.square(log_z) * weights)
+    # The target is right if no logit is above its own: no second pass for an argmax.
+    correct = jnp.sum((target_logits >= jnp.max(logits, axis=-1)) * weights)
+    return loss, {"cross_entropy": cross_entropy, "correct": correct, "tokens": jnp.sum(weights)}
+
+
+@stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",))
+def train(
+    workdir: Path,
+    *,
+    model: ModelConfig,
+    steps: int,
+    batch_size: int,
+    sequence_length: int,
+    learning_rate: float = 0.01,
+    constant_steps: int = 10_000,
+    cooldown_steps: int = 0,
+    checkpoint_steps: int = 1000,
+    seed: int = 0,
+) -> Record:
+    """Trains `model` on the train split, data parallel over the local devices; writes WORKDIR/checkpoints and metrics.
+
+    Killed and run again, it ends with the same parameters as if never killed: batch and dropout depend on the step
+    alone.
+
+    Args:
+        model: the shape of the model.
+        steps: optimiser steps.
+        batch_size: rows a step, over all devices.
+        sequence_length: tokens a row.
+        learning_rate: of Adafactor, relative to each parameter's root mean square.
+        constant_steps: steps at `learning_rate` before the inverse square root decay.
+        cooldown_steps: the last steps, in which the rate falls linearly to 0.
+        checkpoint_steps: steps between checkpoints.
+        seed: of initialisation, order and dropout.
+
+    Returns:
+        The fingerprint of the trained model.
+
+    Raises:
+        UserError: a vocabulary larger than the model's, or a batch that the devices cannot share evenly.
+    """
+    vocabulary = load_vocabulary(workdir)
+    if vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
+            f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
+        )
+    devices = jax.local_devices()
+    if batch_size % len(devices):
+        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {len(devices)} devices: take a multiple of {len(devices)}")
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    schedule = learning_rate_schedule(
+        learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
+    )
+    adafactor = optimizer(schedule)
+    dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
+
+    def update(parameters: Any, state: Any, batch: Batch, step: Array) -> Any:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
+        gradients, metrics = jax.grad(lambda p: loss_and_metrics(model, p, batch, key), has_aux=True)(parameters)
+        updates, state = adafactor.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, metrics
+
+    update = jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated))
+    directory = workdir / "checkpoints"
+    save_config(directory, model)
+    rows = batches(pack(list(split_tokens(workdir, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
+    with checkpoint_manager(directory) as manager:
+        begin, parameters, state = _restore_or_init(manager, model, adafactor, seed, replicated)
+        _loop(workdir, manager, update, parameters, state, rows, schedule, begin, steps, checkpoint_steps)
+    return {"fingerprint": load_model(directory).fingerprint}
+
+
+def _restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int, sharding: Any) -> tuple[int, Any, Any]:
+    import orbax.checkpoint as ocp
+
+    def init() -> tuple[Any, Any]:
+        parameters = init_parameters(model, seed)
+        return parameters, adafactor.init(parameters)
+
+    begin = manager.latest_step()
+    if begin is None:
+        return 0, *jax.jit(init, out_shardings=sharding)()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init))
+    restore = ocp.args.StandardRestore
+    restored = manager.restore(begin, args=ocp.args.Composite(parameters=restore(shapes[0]), optimizer=restore(shapes[1])))
+    return begin, restored["parameters"], restored["optimizer"]
+
+
+def _loop(
+    workdir: Path,
+    manager: Any,
+    update: Any,
+    parameters: Any,
+    state: Any,
+    rows: Any,
+    schedule: optax.Schedule,
+    begin: int,
+    steps: int,
+    checkpoint_steps: int,
+) -> None:
+    import orbax.checkpoint as ocp
+    from tensorboardX import SummaryWriter
+
+    log_steps = max(1, min(50, steps // 10))
+    with (
+        SummaryWriter(str(workdir / "metrics"), purge_step=begin) as writer,
+        progress("train", total=steps, done=begin, unit="steps") as bar,
+    ):
+        recent: list[Any] = []
+        start = time.monotonic()
+        for step in range(begin, steps):
+            parameters, state, metrics = update(parameters, state, rows[step], np.int32(step))
+            recent.append(metrics)
+            finished = step + 1
+            if finished % log_steps == 0 or finished == steps:
+                sums = {name: float(np.sum([m[name] for m in jax.device_get(recent)])) for name in metrics}
+                seconds, start = time.monotonic() - start, time.monotonic()
+                scalars = {
+                    "loss": sums["cross_entropy"] / sums["tokens"],
+                    "accuracy": sums["correct"] / sums["tokens"],
+                    "tokens_per_second": sums["tokens"] / seconds,
+                    "learning_rate": float(schedule(step)),
+                }
+                for name, value in scalars.items():
+                    writer.add_scalar(f"train/{name}", value, finished)
+                bar.update(
+                    finished,
+                    f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s",
+                )
+                recent = []
+            if finished % checkpoint_steps == 0 or finished == steps:
+                save = ocp.args.StandardSave
+                manager.save(finished, args=ocp.args.Composite(parameters=save(parameters), optimizer=save(state)))
