@@ -18,7 +18,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -84,11 +83,15 @@ class EncodeShard(beam.DoFn):
             for positions, encoded in self._worker.encoder(tokens):
                 for name, value in zip(ARRAYS, encoded, strict=True):
                     if name not in arrays:
-                        arrays[name] = _create(temporary(array_path(folder, name, shard, self.shards)), (rows, *value.shape[1:]), value.dtype)
+                        arrays[name] = _create(
+                            temporary(array_path(folder, name, shard, self.shards)), (rows, *value.shape[1:]), value.dtype
+                        )
                     arrays[name][positions] = value
             for name, array in arrays.items():
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    raise UserError(f"{name} of train shard {shard} has numbers that {array.dtype} cannot hold: the checkpoint may have diverged")
+                    raise UserError(
+                        f"{name} of train shard {shard} has numbers that {array.dtype} cannot hold: the checkpoint may have diverged"
+                    )
                 array.flush()  # type: ignore[attr-defined]
             del arrays
         self._counters["documents"].inc(len(documents))

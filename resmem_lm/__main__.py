@@ -1,3 +1,5 @@
+"""`python -m resmem_lm` is the command `resmem`."""
+
 import sys
 
 from resmem_lm.main import main

@@ -100,8 +100,6 @@ def best(
     return jnp.min(winners, axis=-1), top
 
 
-def certified(
-    best_score: Float[Array, "*some queries"], bound: Float[Array, " queries"]
-) -> Bool[Array, "*some queries"]:
+def certified(best_score: Float[Array, "*some queries"], bound: Float[Array, " queries"]) -> Bool[Array, "*some queries"]:
     """Whether no token outside the candidates can score more."""
     return best_score >= bound

@@ -36,13 +36,13 @@ class Model:
         self, parameters: dict[str, Any], inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
         """`Decoder.hidden`; the parameters are an argument so that jit does not copy them into its programs."""
-        keys, hidden = Decoder(self.config).apply({"params": parameters}, inputs, segment_ids, method="hidden")
-        return keys, hidden
+        outputs: Any = Decoder(self.config).apply({"params": parameters}, inputs, segment_ids, method="hidden")
+        return outputs[0], outputs[1]
 
     def logits(self, parameters: dict[str, Any], hidden: Float[Array, "tokens emb"]) -> Float[Array, "tokens vocab"]:
         """`Decoder.logits`."""
-        logits: Array = Decoder(self.config).apply({"params": parameters}, hidden, method="logits")
-        return logits
+        logits: Any = Decoder(self.config).apply({"params": parameters}, hidden, method="logits")
+        return jax.numpy.asarray(logits)
 
 
 def checkpoint_manager(directory: Path, *, keep: int = 2) -> Any:

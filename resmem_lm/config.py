@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gin
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
+import gin
 from resmem_lm.errors import UserError
 
 PACKAGE = Path(__file__).parent
@@ -28,7 +28,7 @@ def parse(gin_files: list[str], bindings: list[str]) -> None:
     """
     gin.clear_config()
     # gin's other reader looks for Python packages called gin/ and configs/, and fails where they are plain folders.
-    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]  # noqa: SLF001
     # In a checkout, gin/ and configs/ stand beside the package; in a wheel, in it.
     for folder in (PACKAGE, PACKAGE.parent):
         gin.add_config_file_search_path(str(folder))

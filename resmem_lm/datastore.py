@@ -36,7 +36,9 @@ class Binding:
     entries: int
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps({"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self)}))
+        """As it stands in the manifest."""
+        value: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self)}))
+        return value
 
 
 def array_path(folder: Path, name: str, shard: int, shards: int) -> Path:
@@ -45,6 +47,7 @@ def array_path(folder: Path, name: str, shard: int, shards: int) -> Path:
 
 
 def documents_path(folder: Path, shard: int, shards: int) -> Path:
+    """The table of a shard's documents."""
     return folder / f"documents-{shard:05d}-of-{shards:05d}.jsonl"
 
 
@@ -65,16 +68,16 @@ class Datastore:
         self.shards: list[dict[str, Any]] = manifest["shards"]
         self.offsets = np.concatenate([[0], np.cumsum([shard["rows"] for shard in self.shards])])
         window = WindowSpec(**manifest["window"])
-        self.binding = Binding(
-            manifest["model"], manifest["vocabulary"], window, tuple(manifest["temperatures"]), manifest["entries"]
-        )
+        self.binding = Binding(manifest["model"], manifest["vocabulary"], window, tuple(manifest["temperatures"]), manifest["entries"])
 
     @property
     def rows(self) -> int:
+        """Tokens in all shards."""
         return int(self.offsets[-1])
 
     @property
     def bytes(self) -> int:
+        """Size of all shards' files."""
         return sum(file["bytes"] for shard in self.shards for file in shard["files"].values())
 
     @functools.cached_property
@@ -103,7 +106,7 @@ class Datastore:
             found[mine] = arrays[shard][flat[mine] - self.offsets[shard]]
         return found.reshape(*rows.shape, *found.shape[1:])
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - a datastore lives as long as its command
+    @functools.cache  # noqa: B019 - a datastore lives as long as its command
     def documents(self, shard: int) -> list[dict[str, Any]]:
         """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
         with documents_path(self.folder, shard, len(self.shards)).open(encoding="utf-8") as file:

@@ -106,9 +106,7 @@ def position(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) / 2**64
 
 
-def assign_splits(
-    documents: Iterable[Document], *, validation_fraction: float, test_fraction: float
-) -> Iterator[tuple[str, Document]]:
+def assign_splits(documents: Iterable[Document], *, validation_fraction: float, test_fraction: float) -> Iterator[tuple[str, Document]]:
     """(split, document): test below `test_fraction`, validation above it, then train, by `position`.
 
     A document's split does not change when others are added. Only where so few documents are given that a split would
@@ -125,9 +123,14 @@ def assign_splits(
         filled |= in_validation
         yield "test" if place < test_fraction else "validation" if in_validation else "train", document
     for rank, (place, _, document) in enumerate(sorted(lowest, key=lambda entry: entry[:2])):
-        yield "test" if rank == 0 or (place < test_fraction and filled) else "validation" if (
-            not filled or place < test_fraction + validation_fraction
-        ) else "train", document
+        yield (
+            "test"
+            if rank == 0 or (place < test_fraction and filled)
+            else "validation"
+            if (not filled or place < test_fraction + validation_fraction)
+            else "train",
+            document,
+        )
 
 
 def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:

@@ -68,6 +68,10 @@ def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: 
     return keys.astype(jnp.float32), hidden.astype(jnp.float32)
 
 
+def _first(output: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x)[:count], output)
+
+
 class Encoder:
     """Runs the model over the windows of documents and a head over the tokens that they emit."""
 
@@ -91,4 +95,4 @@ class Encoder:
                 some = places[start : start + TOKENS]
                 padded = np.pad(some, (0, TOKENS - len(some)))
                 output = self._head(self.parameters, keys, hidden, batch.tokens, padded)
-                yield batch.positions.reshape(-1)[some], jax.tree.map(lambda x, n=len(some): np.asarray(x)[:n], output)
+                yield batch.positions.reshape(-1)[some], _first(output, len(some))

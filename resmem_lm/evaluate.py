@@ -44,6 +44,7 @@ class Setting(NamedTuple):
     lambda_: float
 
     def hyperparameters(self) -> Record:
+        """As results.json names them."""
         return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 
 
@@ -69,9 +70,7 @@ def _correct_counts(
     unit_number: int,
 ) -> Int[Array, "lambdas sigmas"]:
     scores = score(candidates, neighbors, sigmas, k, temperature, temperature_number, unit_number)
-    return jax.lax.map(
-        lambda lambda_: jnp.sum(best(merged(formula, scores, lambda_)[0], candidates.ids)[0] == targets, axis=-1), lambdas
-    )
+    return jax.lax.map(lambda lambda_: jnp.sum(best(merged(formula, scores, lambda_)[0], candidates.ids)[0] == targets, axis=-1), lambdas)
 
 
 @functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
@@ -116,8 +115,8 @@ class SplitScorer:
                     q.distances[padded],
                     q.neighbor_tokens[padded].astype(np.int32),
                     self._residuals_at(candidates.ids, ids, self.datastore.take("residual_values", rows)),
-                    self.datastore.take("target_log_probability", rows),
-                    self.datastore.take("log_partition", rows),
+                    jnp.asarray(self.datastore.take("target_log_probability", rows)),
+                    jnp.asarray(self.datastore.take("log_partition", rows)),
                 )
                 yield some, *jax.device_put((candidates, neighbors))
                 bar.update(some.stop)
@@ -197,9 +196,7 @@ def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
     }
 
 
-def bootstrap_interval(
-    values: Float[np.ndarray, " tokens"], document_lengths: Int[np.ndarray, " documents"]
-) -> tuple[float, float]:
+def bootstrap_interval(values: Float[np.ndarray, " tokens"], document_lengths: Int[np.ndarray, " documents"]) -> tuple[float, float]:
     """95% interval of the mean of `values` over tokens, documents drawn with replacement (tokens of one are not independent)."""
     starts = np.concatenate([[0], np.cumsum(document_lengths)[:-1]])
     sums = np.add.reduceat(values.astype(np.float64), starts)
@@ -212,13 +209,13 @@ def bootstrap_interval(
 
 def describe(
     setting: Setting,
-    predictions: Int[np.ndarray, " tokens"],
-    sure: Bool[np.ndarray, " tokens"],
+    found: tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]],
     deepnet: Int[np.ndarray, " tokens"],
     targets: Int[np.ndarray, " tokens"],
     document_lengths: Int[np.ndarray, " documents"],
 ) -> Record:
     """Accuracy, TPR (DeepNet wrong, this right), FPR (the reverse) and gain = TPR - FPR, as shares of all tokens (paper, Table 2)."""
+    predictions, sure = found
     right, deepnet_right = predictions == targets, deepnet == targets
     tpr, fpr = float(np.mean(right & ~deepnet_right)), float(np.mean(~right & deepnet_right))
     return {
@@ -256,12 +253,16 @@ def evaluate(
     datastore = open_datastore(workdir / "datastore", checksums=True)
     missing = [t for t in temperatures if t not in datastore.binding.temperatures]
     if missing:
-        raise UserError(f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those")
+        raise UserError(
+            f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those"
+        )
     scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
     searched = scorers["test"].queries.rows.shape[1]
     usable = [k for k in ks if 1 <= k <= searched]
     if not usable or 1.0 not in lambdas or 1.0 not in temperatures:
-        raise UserError(f"evaluate needs a k from 1 to {searched} in ks, and 1.0 in lambdas and in temperatures; has {ks}, {lambdas}, {temperatures}")
+        raise UserError(
+            f"evaluate needs a k from 1 to {searched} in ks, and 1.0 in lambdas and in temperatures; has {ks}, {lambdas}, {temperatures}"
+        )
 
     grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
     tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), list(temperatures), grid))
@@ -300,7 +301,9 @@ def evaluate(
     results["datastore"] = {"rows": datastore.rows, "bytes_per_row": datastore.bytes / datastore.rows}
     results["index"] = read_json(workdir / "index" / "index.json")
     results["model"] = read_json(workdir / "checkpoints" / "model.json")
-    records = {name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary", "train", "build", "index", "search")}
+    records = {
+        name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary", "train", "build", "index", "search")
+    }
     results["documents"] = records["documents"]["result"]["documents"]
     results["seconds"] = {name: record["seconds"] for name, record in records.items()}
     results["versions"] = {"python": platform.python_version()} | {
@@ -323,7 +326,7 @@ def _installed(name: str) -> bool:
 def _describe_split(workdir: Path, split: str, scorer: SplitScorer, methods: dict[str, Setting], found: dict[Setting, Any]) -> Record:
     lengths, targets = np.asarray(scorer.queries.document_lengths), np.asarray(scorer.queries.tokens)
     deepnet = found[methods["deepnet"]][0]
-    described = {name: describe(setting, *found[setting], deepnet, targets, lengths) for name, setting in methods.items()}
+    described = {name: describe(setting, found[setting], deepnet, targets, lengths) for name, setting in methods.items()}
     described["deepnet"]["hyperparameters"] = {}
     for name in ("deepnet", "knnlm"):
         # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0: no perplexity.
@@ -346,7 +349,11 @@ class _Texts:
         shard, number, position = datastore.locate(row)
         document = self._shard(shard)[number]
         tokens = self.vocabulary.encode(document.text)
-        return {"document": document.id, "context": self.context(tokens, position), "token": self.vocabulary.pieces(tokens[position : position + 1])[0]}
+        return {
+            "document": document.id,
+            "context": self.context(tokens, position),
+            "token": self.vocabulary.pieces(tokens[position : position + 1])[0],
+        }
 
 
 def _examples(

@@ -26,7 +26,9 @@ SMALL = 20_000  # rows below which ScaNN compares everything: a tree would cost 
 class Index(Protocol):
     """The index seam."""
 
-    def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    def search(
+        self, queries: Float[np.ndarray, "queries emb"], k: int
+    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """Rows and L2 distances of the k nearest keys of each query, nearest first."""
 
 
@@ -51,7 +53,9 @@ class ExactIndex:
     def __init__(self, datastore: Datastore) -> None:
         self.datastore = datastore
 
-    def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    def search(
+        self, queries: Float[np.ndarray, "queries emb"], k: int
+    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
         best_rows = np.full((len(queries), 2 * k), -1, np.int64)
         best_scores = np.full((len(queries), 2 * k), -np.inf, np.float32)
@@ -95,7 +99,9 @@ class ScannIndex:
         self.datastore, self.candidates = datastore, candidates
         self._searcher = _scann().load_searcher(str(folder))
 
-    def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    def search(
+        self, queries: Float[np.ndarray, "queries emb"], k: int
+    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
 
         def some(block: Float[np.ndarray, "queries emb"]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +130,7 @@ def scann_parameters(rows: int, dimensions: int) -> dict[str, int]:
 
 
 @stage(name="index", after=("build",), output="index")
-def build_index(
-    workdir: Path, *, kind: Literal["scann", "exact"] = "scann", candidates: int = 200, training_rows: int = 100_000
-) -> Record:
+def build_index(workdir: Path, *, kind: Literal["scann", "exact"] = "scann", candidates: int = 200, training_rows: int = 100_000) -> Record:
     """Writes WORKDIR/index.
 
     Args:
@@ -175,11 +179,15 @@ def open_index(workdir: Path, datastore: Datastore) -> Index:
     folder = workdir / "index"
     facts = read_json(folder / "index.json")
     if facts["datastore"] != sha256(datastore.folder / "manifest.json"):
-        raise UserError(f"{folder} was made from another datastore: delete it and {workdir / 'stages' / 'index.json'}, and run `resmem index`")
+        raise UserError(
+            f"{folder} was made from another datastore: delete it and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
+        )
     if facts["kind"] == "exact":
         return ExactIndex(datastore)
     try:
         return ScannIndex(datastore, folder, facts["candidates"])
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} cannot be read ({reason}): delete it and {workdir / 'stages' / 'index.json'}, and run `resmem index`") from None
+        raise UserError(
+            f"{folder} cannot be read ({reason}): delete it and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
+        ) from None

@@ -1,6 +1,6 @@
 """The command `resmem`: a thin layer over the stage functions.
 
-    resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...]
+resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...]
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _stages(command: str) -> list[Any]:
     from resmem_lm.train import train
     from resmem_lm.vocabulary import make_vocabulary
 
-    by_command = {
+    by_command: dict[str, list[Any]] = {
         "train": [prepare_documents, make_vocabulary, train],
         "build": [build_datastore],
         "index": [build_index],
@@ -95,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
         if unknown:
-            raise UserError(f"unknown argument {unknown[0]}: settings are given as --gin.NAME=VALUE (see resmem {arguments.command} --help)")
+            raise UserError(
+                f"unknown argument {unknown[0]}: settings are given as --gin.NAME=VALUE (see resmem {arguments.command} --help)"
+            )
         _execute(arguments, [argument.removeprefix("--gin.") for argument in rest])
     except UserError as error:
         print(f"resmem: {error}", file=sys.stderr)

@@ -40,9 +40,9 @@ def pack(documents: list[Int[np.ndarray, " tokens"]], length: int) -> Int[np.nda
     tokens[:total] = np.concatenate(documents)
     document_ids = np.zeros(rows * length, np.int32)
     document_ids[:total] = np.repeat(np.arange(1, len(documents) + 1), lengths)
-    tokens, document_ids = tokens.reshape(rows, length), document_ids.reshape(rows, length)
-    segment_ids = np.where(document_ids > 0, document_ids - document_ids[:, :1] + 1, 0)
-    return np.stack([tokens, segment_ids])
+    by_row = document_ids.reshape(rows, length)
+    segment_ids = np.where(by_row > 0, by_row - by_row[:, :1] + 1, 0)
+    return np.stack([tokens.reshape(rows, length), segment_ids])
 
 
 def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: int) -> grain.MapDataset:

@@ -84,9 +84,7 @@ def merge_sparse(
     return base.at[queries, ids].add(lambda_ * weights[..., None] * values)
 
 
-def knn_probabilities(
-    weights: Float[Array, "queries k"], targets: Int[Array, "queries k"], vocab: int
-) -> Float[Array, "queries vocab"]:
+def knn_probabilities(weights: Float[Array, "queries k"], targets: Int[Array, "queries k"], vocab: int) -> Float[Array, "queries vocab"]:
     """p_kNN(y) = the weight of the neighbours whose token is y (Khandelwal et al. 2020)."""
     queries = jnp.arange(weights.shape[0])[:, None]
     return jnp.zeros((weights.shape[0], vocab), weights.dtype).at[queries, targets].add(weights)

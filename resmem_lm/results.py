@@ -13,10 +13,12 @@ METHODS = {
 
 
 def percent(value: float) -> str:
+    """0.1234 -> 12.34."""
     return f"{100 * value:.2f}"
 
 
 def interval(values: list[float]) -> str:
+    """[12.34, 13.45]."""
     return f"[{percent(values[0])}, {percent(values[1])}]"
 
 
@@ -34,7 +36,9 @@ def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
         perplexity = f"{m['perplexity']:.1f}" if "perplexity" in m else "-"
         shares = [percent(m["tpr"]), percent(m["fpr"]), percent(m["gain"]), interval(m["gain_ci95"])]
         shares = ["-"] * 4 if name == "deepnet" else shares
-        found.append([title, percent(m["accuracy"]), interval(m["accuracy_ci95"]), *shares, perplexity, hyperparameters(m["hyperparameters"])])
+        found.append(
+            [title, percent(m["accuracy"]), interval(m["accuracy_ci95"]), *shares, perplexity, hyperparameters(m["hyperparameters"])]
+        )
     return found
 
 

@@ -128,10 +128,9 @@ def _search_split(
 
     neighbor_tokens = datastore.take("tokens", np.maximum(rows, 0))
     parts = list(_candidates(model, datastore, hidden, targets, neighbor_tokens))
-    return Queries(
-        rows, distances, targets, neighbor_tokens, *(np.concatenate(part) for part in zip(*parts, strict=True)),
-        document_lengths=np.array([len(document) for document in tokens]),
-    ), measured  # fmt: skip
+    lengths = np.array([len(document) for document in tokens])
+    joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return Queries._make([rows, distances, targets, neighbor_tokens, *joined, lengths]), measured
 
 
 def _candidates(

@@ -48,7 +48,7 @@ def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """T5X's loss, a sum over tokens of cross-entropy + 1e-4 log(Z)^2, and sums for the metrics."""
-    logits = Decoder(config).apply(
+    logits: Any = Decoder(config).apply(
         {"params": parameters},
         batch["decoder_input_tokens"],
         batch["decoder_target_tokens"],

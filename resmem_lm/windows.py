@@ -24,10 +24,13 @@ class WindowSpec:
 
     def __post_init__(self) -> None:
         if not 0 <= self.context < self.length:
-            raise UserError(f"a window of {self.length} tokens cannot have {self.context} of context: context must be 0 or more and below the length")
+            raise UserError(
+                f"a window of {self.length} tokens cannot have {self.context} of context: context must be 0 or more and below the length"
+            )
 
     @property
     def stride(self) -> int:
+        """Tokens from the beginning of a window to that of the next."""
         return self.length - self.context
 
 
@@ -49,6 +52,7 @@ class WindowRows(NamedTuple):
 
     @property
     def emitted(self) -> Bool[np.ndarray, "rows length"]:
+        """Which tokens are emitted."""
         return self.positions >= 0
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec
 
 import gin
-
 from resmem_lm.errors import UserError
 
 P = ParamSpec("P")
@@ -74,7 +73,9 @@ def read_json(path: Path) -> Any:
 
 def _plain(value: Any) -> Any:
     """Settings as JSON has them."""
-    return json.loads(json.dumps(value, default=lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else str(x)))
+    return json.loads(
+        json.dumps(value, default=lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else str(x))
+    )
 
 
 @contextlib.contextmanager
@@ -104,6 +105,7 @@ class Stage(Generic[P]):
         self.signature = inspect.signature(function)
 
     def record_path(self, workdir: Path) -> Path:
+        """Where the stage's record lies."""
         return workdir / "stages" / f"{self.name}.json"
 
     def _settings(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Path, Record]:
@@ -138,6 +140,7 @@ class Stage(Generic[P]):
                 )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Record:
+        """Runs the stage unless it is finished; returns its result."""
         self.check(*args, **kwargs)
         workdir, settings = self._settings(*args, **kwargs)
         path, inputs = self.record_path(workdir), self._inputs(workdir)
@@ -175,4 +178,3 @@ def stage(
         return Stage(function, name=name, after=after, output=output, redo=redo, free=free)
 
     return wrap
-
