@@ -4,8 +4,9 @@
         --pipeline_options="--runner=PortableRunner --job_endpoint=..."
 
 One linear chain, in which no array crosses a stage: each shard of the train split is read, cut into windows, encoded and
-written to temporary files by one worker; small records go on; files get their names; the manifest is written last.
-A shard that an earlier run finished is not made again.
+published by one worker; only its number goes on; the manifest is written last. A shard is published when it is finished and
+not in a later step, because runners finish a whole step before the next: a build that is killed would lose all of it. A
+shard that an earlier run finished is not made again.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import threading
 import uuid
@@ -26,8 +28,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import ARRAYS, Binding, array_path, documents_path, open_datastore, record_path
-from resmem_lm.documents import read_shard, shard_path, shard_paths
+from resmem_lm.datastore import Binding, damaged_files, open_datastore, shard_folder
+from resmem_lm.documents import Document, read_shard, shard_path, shard_paths
 from resmem_lm.encode import Encoder, residual_head
 from resmem_lm.errors import UserError
 from resmem_lm.progress import progress
@@ -50,10 +52,10 @@ class _Worker:
 
 
 class EncodeShard(beam.DoFn):
-    """Shard number -> a record of the temporary files that hold its rows."""
+    """Shard number -> the finished shard's folder, and its number again."""
 
-    def __init__(self, workdir: str, binding: Binding, shards: int) -> None:
-        self.workdir, self.binding, self.shards = Path(workdir), binding, shards
+    def __init__(self, workdir: str, binding: Binding, shards: int, split_shards: int) -> None:
+        self.workdir, self.binding, self.shards, self.split_shards = Path(workdir), binding, shards, split_shards
         self._shared = Shared()
         self._counters = {name: Metrics.counter("resmem", name) for name in ("documents", "tokens", "shards")}
 
@@ -61,47 +63,52 @@ class EncodeShard(beam.DoFn):
         """Loads the model once a process."""
         self._worker = self._shared.acquire(lambda: _Worker(self.workdir, self.binding))
 
-    def process(self, shard: int) -> Iterator[Record]:
-        """Encodes one shard into files whose names no other attempt uses."""
-        folder, attempt = self.workdir / "datastore", uuid.uuid4().hex
-        documents = read_shard(shard_path(self.workdir / "documents", "train", shard, self.shards))
+    def process(self, shard: int) -> Iterator[int]:
+        """Encodes one shard in a folder whose name no other attempt uses, and publishes it by one rename."""
+        final = shard_folder(self.workdir / "datastore", shard, self.shards)
+        attempt = final.with_name(f".tmp-{uuid.uuid4().hex}")
+        documents = read_shard(shard_path(self.workdir / "documents", "train", shard, self.split_shards))
         tokens = self._worker.vocabulary.encode_documents(documents)
-        lengths = [len(t) for t in tokens]
-        rows = sum(lengths)
-        files: dict[str, str] = {}
-
-        def temporary(final: Path) -> Path:
-            files[final.name] = f".tmp-{attempt}-{final.name}"
-            return folder / files[final.name]
-
-        with disk_errors(folder):
-            first_rows = np.concatenate([[0], np.cumsum(lengths)])
-            with temporary(documents_path(folder, shard, self.shards)).open("w", encoding="utf-8") as file:
-                for document, first_row, length in zip(documents, first_rows, lengths, strict=False):
-                    file.write(json.dumps({"id": document.id, "first_row": int(first_row), "rows": length}) + "\n")
-            arrays: dict[str, np.ndarray] = {}
-            for positions, encoded in self._worker.encoder(tokens):
-                for name, value in zip(ARRAYS, encoded, strict=True):
-                    if name not in arrays:
-                        arrays[name] = _create(
-                            temporary(array_path(folder, name, shard, self.shards)), (rows, *value.shape[1:]), value.dtype
-                        )
-                    arrays[name][positions] = value
-            for name, array in arrays.items():
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    raise UserError(
-                        f"{name} of train shard {shard} has numbers that {array.dtype} cannot hold: the checkpoint may have diverged"
-                    )
-                array.flush()  # type: ignore[attr-defined]
-            del arrays
+        with disk_errors(attempt):
+            attempt.mkdir()
+            try:
+                _write_documents(attempt / "documents.jsonl", documents, tokens)
+                _write_arrays(attempt, shard, tokens, self._worker.encoder)
+                files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(attempt.iterdir())}
+                write_json(attempt / "shard.json", {"rows": sum(map(len, tokens)), "files": files})
+                _publish(attempt, final)
+            finally:
+                shutil.rmtree(attempt, ignore_errors=True)
         self._counters["documents"].inc(len(documents))
-        self._counters["tokens"].inc(rows)
+        self._counters["tokens"].inc(sum(map(len, tokens)))
         self._counters["shards"].inc()
-        sizes = {final: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for final, name in files.items()}
-        yield {"shard": shard, "rows": rows, "temporary": files, "files": sizes}
+        yield shard
 
 
-def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndarray]) -> None:
+    first_row = 0
+    with path.open("w", encoding="utf-8") as file:
+        for document, document_tokens in zip(documents, tokens, strict=True):
+            file.write(json.dumps({"id": document.id, "first_row": first_row, "rows": len(document_tokens)}) + "\n")
+            first_row += len(document_tokens)
+
+
+def _write_arrays(folder: Path, shard: int, tokens: list[np.ndarray], encoder: Encoder) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for positions, encoded in encoder(tokens):
+        for name, value in encoded._asdict().items():
+            if name not in arrays:
+                arrays[name] = _create(folder / f"{name}.npy", (sum(map(len, tokens)), *value.shape[1:]), value.dtype)
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise UserError(
+                    f"{name} of train shard {shard} has numbers that {value.dtype} cannot hold: the checkpoint may have diverged"
+                )
+            arrays[name][positions] = value
+    for array in arrays.values():
+        array.flush()  # type: ignore[attr-defined]
+
+
+def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A mapped .npy file whose blocks are all allocated, so that a full disk is an error here and not a crash later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
@@ -110,50 +117,37 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     return array
 
 
-class FinishShard(beam.DoFn):
-    """Gives a shard's files their names, then writes its record."""
-
-    def __init__(self, workdir: str, shards: int) -> None:
-        self.folder, self.shards = Path(workdir) / "datastore", shards
-
-    def process(self, record: Record) -> Iterator[int]:
-        """Renaming twice is renaming once: another attempt may have done it."""
-        path = record_path(self.folder, record["shard"], self.shards)
-        with disk_errors(self.folder):
-            for final, temporary in record["temporary"].items():
-                with contextlib.suppress(FileNotFoundError):
-                    (self.folder / temporary).replace(self.folder / final)
-            write_json(path, {"rows": record["rows"], "files": record["files"]})
-        yield record["shard"]
+def _publish(attempt: Path, final: Path) -> None:
+    try:
+        attempt.rename(final)
+    except OSError:
+        # Another attempt at the same shard was first; its rows are as good.
+        if not (final / "shard.json").exists():
+            raise
 
 
-def _shard_is_finished(folder: Path, shard: int, shards: int) -> bool:
-    path = record_path(folder, shard, shards)
-    if not path.exists():
-        return False
-    return all(
-        (folder / name).exists() and (folder / name).stat().st_size == file["bytes"] and sha256(folder / name) == file["sha256"]
-        for name, file in read_json(path)["files"].items()
-    )
+def _is_finished(folder: Path) -> bool:
+    record = folder / "shard.json"
+    return record.exists() and not list(damaged_files(folder, read_json(record)["files"], checksums=True))
 
 
 def write_manifest(workdir: str, binding: Binding, shards: int) -> None:
     """Binds the finished shards together; their order is that of their numbers."""
     folder = Path(workdir) / "datastore"
     with disk_errors(folder):
-        records = [read_json(record_path(folder, shard, shards)) for shard in range(shards)]
+        records = [read_json(shard_folder(folder, shard, shards) / "shard.json") for shard in range(shards)]
         write_json(folder / "manifest.json", {**binding.to_json(), "rows": sum(r["rows"] for r in records), "shards": records})
 
 
 @contextlib.contextmanager
 def _shown(folder: Path, shards: int) -> Iterator[None]:
     """Shows how many shards have their record, whichever process writes them."""
-    done, over = len(list(folder.glob("shard-*.json"))), threading.Event()
+    done, over = len(list(folder.glob("shard-*"))), threading.Event()
     with progress("build", total=shards, done=done, unit="shards") as bar:
 
         def watch() -> None:
             while not over.wait(1.0):
-                bar.update(len(list(folder.glob("shard-*.json"))))
+                bar.update(len(list(folder.glob("shard-*"))))
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -162,13 +156,14 @@ def _shown(folder: Path, shards: int) -> Iterator[None]:
         finally:
             over.set()
             thread.join()
-            bar.update(len(list(folder.glob("shard-*.json"))))
+            bar.update(len(list(folder.glob("shard-*"))))
 
 
 def _pipeline_options(options: str) -> PipelineOptions:
     arguments = shlex.split(options)
     if not any(argument.startswith("--runner") for argument in arguments):
-        arguments.append(f"--runner={LOCAL_RUNNER}")
+        # Two shards at a time: what runs on one core for one (selection, files) runs beside the products of the other.
+        arguments += [f"--runner={LOCAL_RUNNER}", "--direct_running_mode=multi_threading", "--direct_num_workers=2"]
     return PipelineOptions(arguments)
 
 
@@ -180,6 +175,7 @@ def build_datastore(
     window_context: int = 64,
     entries: int = 128,
     temperatures: tuple[float, ...] | list[float] = (0.5, 0.7, 1.0, 1.4, 2.0),
+    shards: int | None = None,
     pipeline_options: str = "",
 ) -> Record:
     """Writes WORKDIR/datastore: key, sparse residual and token of every train token.
@@ -189,6 +185,7 @@ def build_datastore(
         window_context: tokens at the head of a window that are context only (paper: 64).
         entries: residual components kept of each row (paper: 128).
         temperatures: for which log-partition values are kept, so that T can be chosen later; 1.0 must be among them.
+        shards: the first so many shards of the train split; None takes all. (The paper's datastore is 1% of C4.)
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
     Returns:
@@ -203,7 +200,7 @@ def build_datastore(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     for orphan in folder.glob(".tmp-*"):
-        orphan.unlink()
+        shutil.rmtree(orphan)
     binding = Binding(
         model=load_model(workdir / "checkpoints").fingerprint,
         vocabulary=load_vocabulary(workdir).sha256,
@@ -211,12 +208,15 @@ def build_datastore(
         temperatures=tuple(float(t) for t in temperatures),
         entries=entries,
     )
-    shards = len(shard_paths(workdir, "train"))
-    todo = []
-    for shard in range(shards):
-        if not _shard_is_finished(folder, shard, shards):
-            record_path(folder, shard, shards).unlink(missing_ok=True)
-            todo.append(shard)
+    split_shards = len(shard_paths(workdir, "train"))
+    shards = split_shards if shards is None else shards
+    if not 1 <= shards <= split_shards:
+        raise UserError(
+            f"build_datastore.shards = {shards}, but the train split has {split_shards}: take 1 to {split_shards}, or None for all"
+        )
+    todo = [shard for shard in range(shards) if not _is_finished(shard_folder(folder, shard, shards))]
+    for shard in todo:
+        shutil.rmtree(shard_folder(folder, shard, shards), ignore_errors=True)
     place = str(workdir.absolute())
     try:
         with _shown(folder, shards), beam.Pipeline(options=_pipeline_options(pipeline_options)) as pipeline:
@@ -224,9 +224,7 @@ def build_datastore(
                 pipeline
                 | "Shards" >> beam.Create(todo)
                 | "Spread shards" >> beam.Reshuffle()
-                | "Encode shards" >> beam.ParDo(EncodeShard(place, binding, shards))
-                | "Keep attempts apart" >> beam.Reshuffle()
-                | "Name files" >> beam.ParDo(FinishShard(place, shards))
+                | "Encode shards" >> beam.ParDo(EncodeShard(place, binding, shards, split_shards))
                 | "Wait for all" >> beam.combiners.ToList()
                 | "Write manifest" >> beam.Map(lambda _: write_manifest(place, binding, shards))
             )

@@ -1,12 +1,15 @@
 """gin: `--gin_file` and `--gin.NAME=VALUE` -> the keyword arguments of every stage, checked before anything runs."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
+import tokenize
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +31,65 @@ def parse(gin_files: list[str], bindings: list[str]) -> None:
     """
     gin.clear_config()
     # gin's other reader looks for Python packages called gin/ and configs/, and fails where they are plain folders.
-    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]  # noqa: SLF001
+    gin.config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]  # noqa: SLF001 - gin can only add readers
     # In a checkout, gin/ and configs/ stand beside the package; in a wheel, in it.
     for folder in (PACKAGE, PACKAGE.parent):
         gin.add_config_file_search_path(str(folder))
+    for file in gin_files:
+        with _gin_errors(file):
+            gin.parse_config_file(file)
+    for binding in bindings:
+        with _gin_errors(f"--gin.{' '.join(binding.split())}"):
+            _check_macro(binding.split("=", 1)[0].strip())
+            gin.parse_config(binding)
+
+
+@contextlib.contextmanager
+def _gin_errors(source: str) -> Iterator[None]:
+    """Turns what gin raises about a file or a binding into a UserError that says where, what and what instead."""
     try:
-        gin.parse_config_files_and_bindings(gin_files, [], finalize_config=False)
-        for binding in bindings:
-            name = binding.split("=", 1)[0].strip()
-            if re.fullmatch(r"\w+", name):
-                _check_macro(name)
-            with gin.unlock_config():
-                gin.parse_config(binding)
-    except (ValueError, SyntaxError, OSError) as error:
-        raise UserError(_first_line(error, gin_files)) from None
+        yield
+    except (SyntaxError, tokenize.TokenError) as error:
+        filename, reason = getattr(error, "filename", None), str(getattr(error, "msg", None) or error.args[0])
+        place = f"{filename}, line {error.lineno}" if filename and isinstance(error, SyntaxError) and filename != "<tokenize>" else source
+        unreadable = re.search("Failed to parse token '(.*)'", reason)
+        reason = f"{unreadable[1]} is no value" if unreadable else reason.strip(" .")
+        raise UserError(f"{place}: {reason}: values are written as in Python, strings in quotes (in a shell \"'...'\")") from None
+    except (ValueError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        missing = re.match(r"(Unable to open file: .*?)\. Searched", reason)
+        if missing:
+            raise UserError(f"{missing[1]}: give a --gin_file that exists here or in the package, such as configs/demo.gin") from None
+        lines = re.findall(r'In file "(.*?)", line (\d+)', reason)
+        place = f"{lines[0][0]}, line {lines[0][1]}" if lines else source
+        reason = re.split(" In (?:file|bindings string) ", reason)[0]
+        raise UserError(f"{place}: {_mended(reason)}") from None
+
+
+def _mended(reason: str) -> str:
+    """gin's complaint about an unknown name, with what it may have meant."""
+    known = {
+        selector.rpartition(".")[2]: [name for name in inspect.signature(configurable.wrapped).parameters if name != "workdir"]
+        for selector, configurable in gin.config._REGISTRY.items()  # noqa: SLF001 - gin lists them nowhere else
+        if selector.startswith("resmem_lm.")
+    }
+    parameter = re.match(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", reason)
+    if parameter:
+        return f"in {parameter[1]}, {_unknown(parameter[2], known.get(parameter[1], []))}"
+    function = re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", reason)
+    return _unknown(function[1], list(known)) if function else reason
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"{name} is unknown: " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known)) or 'none'}")
 
 
 def _check_macro(name: str) -> None:
-    macros = sorted({scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"})  # noqa: SLF001 - gin lists them nowhere else
-    if name not in macros:
-        near = difflib.get_close_matches(name, macros, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the files define {', '.join(macros) or 'none'}"
-        raise ValueError(f"unknown gin name --gin.{name}: {hint}")
-
-
-def _first_line(error: Exception, gin_files: list[str]) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and "Unable to open file" in str(error):
-        return f"{lines[0].split('. ')[0]}: give a --gin_file that exists here or in the package, such as configs/demo.gin"
-    text = " ".join(lines)
-    return text if text.startswith("unknown gin name") else f"gin ({', '.join(gin_files)}): {text}"
+    """gin takes new macros and scopes from anywhere; here only files define macros, and nothing has a scope."""
+    macros = [scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"]  # noqa: SLF001 - gin lists them nowhere else
+    if name not in macros and re.fullmatch(r"\w+|.*/.*", name):
+        raise ValueError(_unknown(name, macros))
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
@@ -70,8 +102,8 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     name = function.__name__
     try:
         configured = gin.get_bindings(name)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"gin: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{name}: {_unresolved(error)}") from None
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     values = {}
     for key, parameter in inspect.signature(function).parameters.items():
@@ -80,11 +112,36 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
         value = configured.get(key, parameter.default)
         if value is inspect.Parameter.empty:
             raise UserError(f"{name}.{key} is not set: set it in a gin file or with --gin.{name}.{key}=...")
-        if not is_bearable(value, hints[key], conf=INTEGERS_ARE_FLOATS):
-            wanted = getattr(hints[key], "__name__", None) if inspect.isclass(hints[key]) else str(hints[key])
-            raise UserError(f"{name}.{key} = {value!r} is of the wrong kind: it must be {str(wanted).replace('typing.', '')}")
+        _check_kind(f"{name}.{key}", value, hints[key])
         values[key] = value
     return values
+
+
+def _unresolved(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "a value refers to itself: look for NAME = %NAME"
+    reason = " ".join(str(error).split())
+    macro = re.search(r"configurable 'macro' .* in scope '(.*?)'", reason)
+    if macro:
+        return f"%{macro[1]} is not defined: write {macro[1]} = ... in a gin file"
+    reason = reason.split(" No values supplied by Gin")[0]
+    missing = re.match(r"(\w+)\.__init__\(\) missing .*?: (.*)", reason)
+    if missing:
+        fields = [f"{missing[1]}.{field}" for field in re.findall(r"'(\w+)'", missing[2])]
+        return f"{', '.join(fields)} not set: set each in a gin file or with --gin.{fields[0]}=..."
+    return reason
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    # beartype looks at one item of a list, drawn at random.
+    parts = [type(value)([item]) for item in value] if isinstance(value, list | tuple) else []
+    if not all(is_bearable(part, hint, conf=INTEGERS_ARE_FLOATS) for part in (value, *parts)):
+        wanted = f"@{hint.__name__}()" if dataclasses.is_dataclass(hint) else hint.__name__ if inspect.isclass(hint) else str(hint)
+        raise UserError(f"{name} = {value!r} is of the wrong kind: it must be {wanted.replace('typing.', '')}")
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        for field in dataclasses.fields(value):
+            _check_kind(f"{type(value).__name__}.{field.name}", getattr(value, field.name), hints[field.name])
 
 
 def operative(settings: dict[str, dict[str, Any]]) -> str:

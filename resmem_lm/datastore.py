@@ -1,7 +1,11 @@
 """The datastore: row-aligned .npy files per shard, bound to what made them by one manifest that is written last.
 
+    datastore/manifest.json
+    datastore/shard-00003-of-00016/{keys,residual_ids,residual_values,tokens,...}.npy, documents.jsonl, shard.json
+
 Row i of every array of a shard belongs to the same token. A document's rows are consecutive and in order, so
-`documents-*.jsonl` (`id`, `first_row`, `rows`) tells where each row came from. NumPy alone can read all of it.
+`documents.jsonl` (`id`, `first_row`, `rows`) tells where each row came from. NumPy alone can read all of it. A shard is a
+folder because one rename then publishes all of its files, or none.
 """
 
 import bisect
@@ -41,19 +45,9 @@ class Binding:
         return value
 
 
-def array_path(folder: Path, name: str, shard: int, shards: int) -> Path:
-    """keys-00003-of-00016.npy and the like."""
-    return folder / f"{name}-{shard:05d}-of-{shards:05d}.npy"
-
-
-def documents_path(folder: Path, shard: int, shards: int) -> Path:
-    """The table of a shard's documents."""
-    return folder / f"documents-{shard:05d}-of-{shards:05d}.jsonl"
-
-
-def record_path(folder: Path, shard: int, shards: int) -> Path:
-    """The record that is written when all files of a shard have their names: rows, sizes and checksums."""
-    return folder / f"shard-{shard:05d}-of-{shards:05d}.json"
+def shard_folder(folder: Path, shard: int, shards: int) -> Path:
+    """shard-00003-of-00016: it exists when all of its files do."""
+    return folder / f"shard-{shard:05d}-of-{shards:05d}"
 
 
 def _mend(folder: Path) -> str:
@@ -83,7 +77,7 @@ class Datastore:
     @functools.cached_property
     def _arrays(self) -> dict[str, list[np.ndarray]]:
         def load(name: str, shard: int) -> np.ndarray:
-            path = array_path(self.folder, name, shard, len(self.shards))
+            path = shard_folder(self.folder, shard, len(self.shards)) / f"{name}.npy"
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if len(array) != self.shards[shard]["rows"]:
                 raise UserError(f"{path} has {len(array)} rows, its manifest says {self.shards[shard]['rows']}; {_mend(self.folder)}")
@@ -109,7 +103,7 @@ class Datastore:
     @functools.cache  # noqa: B019 - a datastore lives as long as its command
     def documents(self, shard: int) -> list[dict[str, Any]]:
         """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
-        with documents_path(self.folder, shard, len(self.shards)).open(encoding="utf-8") as file:
+        with (shard_folder(self.folder, shard, len(self.shards)) / "documents.jsonl").open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def locate(self, row: int) -> tuple[int, int, int]:
@@ -121,16 +115,21 @@ class Datastore:
         return shard, number, inside - documents[number]["first_row"]
 
     def damaged(self, *, checksums: bool) -> Iterator[str]:
-        """A line for every file that is missing, of another size or (if asked) of another content than the manifest says."""
-        for shard in self.shards:
-            for name, expected in shard["files"].items():
-                path = self.folder / name
-                if not path.exists():
-                    yield f"{path} is missing"
-                elif path.stat().st_size != expected["bytes"]:
-                    yield f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
-                elif checksums and sha256(path) != expected["sha256"]:
-                    yield f"{path} was altered: its checksum is not that of the manifest"
+        """See `damaged_files`, for all shards."""
+        for number, shard in enumerate(self.shards):
+            yield from damaged_files(shard_folder(self.folder, number, len(self.shards)), shard["files"], checksums=checksums)
+
+
+def damaged_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> Iterator[str]:
+    """A line for every file that is missing, of another size or (if asked) of another content than was recorded."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.exists():
+            yield f"{path} is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            yield f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+        elif checksums and sha256(path) != expected["sha256"]:
+            yield f"{path} was altered: its checksum is not that of the manifest"
 
 
 def open_datastore(folder: Path, *, model: str | None = None, vocabulary: str | None = None, checksums: bool = False) -> Datastore:

@@ -59,7 +59,8 @@ def module_docstrings(path: Path) -> list[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []
-    return [text for text in _docstrings(tree) if text]
+    # A docstring may spell half of a surrogate pair, which no file can hold.
+    return [text.encode(errors="replace").decode() for text in _docstrings(tree) if text]
 
 
 def documents(*, duplicate_threshold: float) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@
 datastore.
 """
 
+import bisect
 import bz2
 import glob
 import gzip
@@ -11,9 +12,11 @@ import hashlib
 import io
 import json
 import lzma
+import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -44,9 +47,46 @@ def _kind(path: Path) -> str | None:
     return "text" if suffix in TEXT_SUFFIXES else "lines" if suffix in LINES_SUFFIXES else None
 
 
-def _open(path: Path) -> TextIO:
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstandard.open}
-    return io.TextIOWrapper(openers.get(path.suffix.lower(), open)(path, "rb"), encoding="utf-8-sig", newline=None)
+class _ZstandardFile(io.RawIOBase):
+    """What a .zst file holds. Raises EOFError at the end of a truncated one, which zstandard's own reader takes for whole."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._content = b""
+        self._between_frames = True
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            compressed = self._frame.unused_data or self._file.read(io.DEFAULT_BUFFER_SIZE)
+            if not compressed:
+                if self._between_frames:
+                    return 0
+                raise EOFError("Compressed file ended within a frame")
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._content = self._frame.decompress(compressed)
+            self._between_frames = self._frame.eof
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    openers: dict[str, Any] = {
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".bz2": bz2.open,
+        ".zst": lambda path: io.BufferedReader(_ZstandardFile(path.open("rb"))),
+    }
+    return openers.get(path.suffix.lower(), lambda path: path.open("rb"))(path)
 
 
 def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
@@ -54,7 +94,9 @@ def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
     known = ", ".join((*TEXT_SUFFIXES, *LINES_SUFFIXES))
     found: list[Path] = []
     for pattern in [text] if isinstance(text, str) else text:
-        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+        # A name is taken as it is before it is taken as a glob: "notes[1].txt" may be a file.
+        names = [pattern] if pattern and Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        matches = [Path(name) for name in names]
         inside = [f for m in matches if m.is_dir() for f in sorted(m.rglob("*")) if f.is_file() and _kind(f)]
         files = [m for m in matches if m.is_file()]
         for file in files:
@@ -68,28 +110,44 @@ def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
 
 def read_file(path: Path) -> Iterator[Document]:
     """The documents of one file, empty ones included. Raises UserError naming the file and the line that is wrong."""
+    name = os.fsencode(path).decode("utf-8", "replace")
     try:
         with _open(path) as file:
             if _kind(path) == "text":
-                yield Document(str(path), file.read())
+                text = _decode(file.read(), name)
+                yield Document(name, text.replace("\r\n", "\n").replace("\r", "\n"))
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Document(f"{path}#{number}", _record_text(path, number, line))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} near byte {error.start}): convert it, for example with iconv") from None
-    except (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} cannot be decompressed ({error}): fetch it again") from None
+                    yield Document(f"{name}#{number}", _record_text(line, f"{name}, line {number}"))
+    except OSError as error:
+        if error.errno is None:
+            raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
+        raise UserError(f"{name} cannot be read ({error.strerror}): make it readable or leave it out of TEXT") from None
+    except (EOFError, lzma.LZMAError, zstandard.ZstdError, zlib.error) as error:
+        raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
 
 
-def _record_text(path: Path, number: int, line: str) -> str:
+def _decode(content: bytes, place: str) -> str:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number} is not JSON ({error}): mend or remove the line") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f'{path}, line {number} has no field "text" with a string: every line must be {{"text": "..."}}')
-    return record["text"]
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}): convert it, for example with iconv") from None
+
+
+def _record_text(line: bytes, place: str) -> str:
+    try:
+        record = json.loads(_decode(line, place))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON ({error}): mend or remove the line") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{place} has no field "text" with a string: every line must be {{"text": "..."}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f'{place} has a "text" that is not Unicode ({error.reason}): mend or remove the line') from None
+    return text
 
 
 def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float) -> Iterator[Document]:
@@ -109,28 +167,26 @@ def position(text: str) -> float:
 def assign_splits(documents: Iterable[Document], *, validation_fraction: float, test_fraction: float) -> Iterator[tuple[str, Document]]:
     """(split, document): test below `test_fraction`, validation above it, then train, by `position`.
 
-    A document's split does not change when others are added. Only where so few documents are given that a split would
-    stay empty, the one or two lowest positions fill it.
+    A document's split does not change when others are added. Only where a split would stay empty, because there are few
+    documents, the lowest position fills test, the one after it validation, and the highest train.
     """
-    lowest: list[tuple[float, int, Document]] = []
-    filled = False
+
+    def natural(place: float) -> str:
+        return "test" if place < test_fraction else "validation" if place < test_fraction + validation_fraction else "train"
+
+    held: list[tuple[float, int, Document]] = []  # by position: the two lowest and the highest
+    filled = set()
     for number, document in enumerate(documents):
-        lowest.append((position(document.text), number, document))
-        if len(lowest) < 3:
-            continue
-        place, _, document = lowest.pop(max(range(3), key=lambda i: lowest[i][:2]))
-        in_validation = test_fraction <= place < test_fraction + validation_fraction
-        filled |= in_validation
-        yield "test" if place < test_fraction else "validation" if in_validation else "train", document
-    for rank, (place, _, document) in enumerate(sorted(lowest, key=lambda entry: entry[:2])):
-        yield (
-            "test"
-            if rank == 0 or (place < test_fraction and filled)
-            else "validation"
-            if (not filled or place < test_fraction + validation_fraction)
-            else "train",
-            document,
-        )
+        bisect.insort(held, (position(document.text), number, document))
+        if len(held) > 3:
+            place, _, document = held.pop(2)
+            filled.add(natural(place))
+            yield natural(place), document
+    for rank, (place, _, document) in reversed(list(enumerate(held))):
+        wanted = ("test", "validation", "train")[rank]
+        split = natural(place) if wanted in filled else wanted
+        filled.add(split)
+        yield split, document
 
 
 def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
@@ -172,8 +228,16 @@ def prepare_documents(
         Counts of documents per split, of dropped ones by reason, and the checksum of every shard.
 
     Raises:
-        UserError: no text, unreadable text, or fewer than three documents.
+        UserError: no text, unreadable text, fewer than three documents, or a setting out of its range.
     """
+    if shards < 1:
+        raise UserError(f"prepare_documents.shards = {shards}: take 1 or more")
+    if not 0 < duplicate_threshold <= 1:
+        raise UserError(f"prepare_documents.duplicate_threshold = {duplicate_threshold}: take a number above 0 and up to 1")
+    if not (0 <= validation_fraction <= 1 and 0 <= test_fraction <= 1):
+        raise UserError(
+            f"prepare_documents.validation_fraction = {validation_fraction}, test_fraction = {test_fraction}: take numbers from 0 to 1"
+        )
     counts = dict.fromkeys((*SPLITS, "empty", "duplicate"), 0)
 
     def distinct() -> Iterator[Document]:
@@ -208,7 +272,7 @@ def prepare_documents(
             total = sum(counts[split] for split in SPLITS)
             raise UserError(
                 f"{text!r} has {total} different documents for {len(SPLITS)} splits "
-                f"({', '.join(f'{counts[s]} {s}' for s in SPLITS)}): give more documents, or other split fractions"
+                f"({counts['empty']} more are empty, {counts['duplicate']} repeat others): give at least {len(SPLITS)}"
             )
         checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     return {"documents": counts, "checksums": checksums}

@@ -25,7 +25,7 @@ from resmem_lm.progress import progress
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.search import QUERY_SPLITS, Queries, open_queries, query_documents
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
-from resmem_lm.workdir import Record, read_json, stage, write_json
+from resmem_lm.workdir import Record, read_json, sha256, stage, write_json
 
 BLOCK = 256
 BOOTSTRAP_SAMPLES = 2000
@@ -257,6 +257,8 @@ def evaluate(
             f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those"
         )
     scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    if min(sigmas) <= 0 or min(lambdas) < 0:
+        raise UserError(f"evaluate: sigmas must be above 0 and lambdas 0 or more; has {sigmas}, {lambdas}")
     searched = scorers["test"].queries.rows.shape[1]
     usable = [k for k in ks if 1 <= k <= searched]
     if not usable or 1.0 not in lambdas or 1.0 not in temperatures:
@@ -312,7 +314,7 @@ def evaluate(
         if _installed(name)
     }
     write_json(workdir / "results.json", results)
-    return {"resmem": results["splits"]["test"]["methods"]["resmem"]["accuracy"]}
+    return {"sha256": sha256(workdir / "results.json")}
 
 
 def _installed(name: str) -> bool:
@@ -373,6 +375,7 @@ def _examples(
         target = int(q.tokens[query])
         weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[query : query + 1, : setting.k]), setting.sigma))[0]
         order = np.argsort(-weights * (q.neighbor_tokens[query, : setting.k] == target), kind="stable")[:3]
+        order = order[q.rows[query, order] >= 0]
         neighbors = [
             {
                 **texts.neighbor(scorer.datastore, int(q.rows[query, i])),

@@ -6,7 +6,7 @@ distances are then computed from the datastore itself.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ QUERY_BLOCK = 1024
 SMALL = 20_000  # rows below which ScaNN compares everything: a tree would cost recall and save nothing
 
 
+@runtime_checkable
 class Index(Protocol):
     """The index seam."""
 

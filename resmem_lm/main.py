@@ -4,6 +4,7 @@ resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,7 +36,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stages(command: str) -> list[Any]:
     """The stages of a command, with those before them that it also runs."""
+    logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
     from beam_pipelines.build_datastore import build_datastore
+
+    logging.disable(logging.NOTSET)
     from resmem_lm.documents import prepare_documents
     from resmem_lm.evaluate import evaluate
     from resmem_lm.index import build_index
@@ -70,7 +74,10 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     chosen = _stages(arguments.command)
     for stage in everything:
         stage.check(workdir, **settings[stage.__name__])
-    write_bytes(workdir / "config.gin", config.operative(settings).encode())
+    try:
+        write_bytes(workdir / "config.gin", config.operative(settings).encode())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}): make room there or name another directory") from None
     for stage in chosen:
         stage(workdir, **settings[stage.__name__])
     if arguments.command in ("evaluate", "report", "run"):

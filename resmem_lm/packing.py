@@ -31,7 +31,7 @@ def split_tokens(workdir: Path, split: str, vocabulary: Vocabulary) -> Iterator[
         yield from vocabulary.encode_documents(read_shard(shard))
 
 
-def pack(documents: list[Int[np.ndarray, " tokens"]], length: int) -> Int[np.ndarray, "2 rows length"]:
+def pack(documents: list[Int[np.ndarray, "_"]], length: int) -> Int[np.ndarray, "2 rows length"]:
     """Tokens and segment ids of the documents packed into rows; segments count from 1 in every row."""
     lengths = np.array([len(document) for document in documents])
     total = int(lengths.sum())

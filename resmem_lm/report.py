@@ -1,12 +1,102 @@
-"""results.json -> report.html."""
+"""results.json -> report.html, one file that needs nothing else: a page with the table, two plots and ten examples."""
 
+import io
+import re
 from pathlib import Path
+from typing import Any
 
-from resmem_lm.workdir import Record, stage
+import jinja2
+
+from resmem_lm.results import HEADER, METHODS, percent, rows
+from resmem_lm.workdir import Record, read_json, sha256, stage, write_bytes
+
+MARKERS = "s^oD"
+INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
 
 
 @stage(name="report", after=("evaluate",), output="report.html", redo=True)
 def write_report(workdir: Path) -> Record:
-    """x"""
-    (workdir / "report.html").write_text("x")
-    return {}
+    """Writes WORKDIR/report.html from results.json and config.gin: the same bytes whenever these are the same.
+
+    Returns:
+        The checksum of the page.
+
+    Raises:
+        UserError: results.json is missing or damaged.
+    """
+    results = read_json(workdir / "results.json")
+    config = workdir / "config.gin"  # written by the command `resmem`; stages called from Python have none
+    page = _template().render(
+        results=results,
+        test=results["splits"]["test"],
+        header=HEADER,
+        rows=rows(results),
+        plots=_plots(results),
+        config=config.read_text("utf-8") if config.exists() else "",
+    )
+    # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
+    write_bytes(workdir / "report.html", page.encode("utf-8", "replace"))
+    return {"sha256": sha256(workdir / "report.html")}
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "piece": _piece}
+    return environment.get_template("report.html")
+
+
+def _piece(token: str) -> str:
+    """A token with its spaces visible: many differ only in the one they begin with."""
+    return token.replace(" ", "␣")
+
+
+def _plots(results: dict[str, Any]) -> str:
+    """Test accuracy against k and against sigma, side by side in one SVG, in the colours of the page around it."""
+    # Imported here, because it takes half a second, and every command imports every stage.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    options = {
+        "svg.hashsalt": "resmem_lm",  # ids that stay the same
+        "svg.fonttype": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": f"{INK}9",
+    }
+    deepnet = 100 * results["splits"]["test"]["methods"]["deepnet"]["accuracy"]
+    image = io.StringIO()
+    with style.context(["default", options]):  # "default", because a user's matplotlibrc must not show in the page
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        for axes, (name, curve) in zip(figure.subplots(1, len(results["curves"]), sharey=True), results["curves"].items(), strict=True):
+            axes.axhline(deepnet, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1.2, label=METHODS["deepnet"])
+            for number, (method, accuracy) in enumerate(curve["accuracy"].items()):
+                points = sorted(zip(curve["values"], [100 * value for value in accuracy], strict=True))
+                # Curves of methods that agree lie on each other: hollow markers of different sizes keep all of them visible.
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=f"{INK}{number + 1}",
+                    marker=MARKERS[number],
+                    markersize=9 - 2 * number,
+                    markerfacecolor="none",
+                    linewidth=1.5,
+                    label=METHODS[method],
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(curve["values"]), [f"{value:g}" for value in sorted(curve["values"])])
+            axes.minorticks_off()
+            axes.set_xlabel(name)
+            axes.tick_params(labelleft=True)
+            axes.set_ylabel("test accuracy, %")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        figure.savefig(image, format="svg", transparent=True, metadata=metadata)
+    svg = image.getvalue()
+    return re.sub(rf"{INK}(\d)", r"var(--ink-\1)", svg[svg.index("<svg") :])

@@ -22,7 +22,7 @@ def interval(values: list[float]) -> str:
     return f"[{percent(values[0])}, {percent(values[1])}]"
 
 
-def hyperparameters(values: dict[str, float]) -> str:
+def hyperparameters(values: dict[str, int | float]) -> str:
     """k 50, sigma 1, T 1, lambda 1."""
     names = {"k": "k", "sigma": "sigma", "temperature": "T", "lambda": "lambda"}
     return ", ".join(f"{names[key]} {value:g}" for key, value in values.items())

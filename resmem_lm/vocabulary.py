@@ -14,6 +14,7 @@ from resmem_lm.workdir import Record, sha256, stage, write_bytes
 
 # Longer lines are passed over by the trainer (its limit is 4,192 bytes).
 TRAINING_LINE_CHARACTERS = 1000
+MIN_TRAINING_LINES = 100  # SentencePiece refuses to draw so few
 
 
 class Vocabulary:
@@ -34,7 +35,7 @@ class Vocabulary:
         """The ids of a document's tokens with the end-of-document id behind them."""
         return np.array([*self._processor.encode(text), self.eos_id], np.int32)
 
-    def encode_documents(self, documents: list[Document]) -> list[Int[np.ndarray, " tokens"]]:
+    def encode_documents(self, documents: list[Document]) -> list[Int[np.ndarray, "_"]]:
         """`encode` of each document, on all cores."""
         encoded = self._processor.encode([document.text for document in documents], num_threads=-1)
         return [np.array([*ids, self.eos_id], np.int32) for ids in encoded]
@@ -71,8 +72,12 @@ def make_vocabulary(workdir: Path, *, model: str | None = None, size: int = 4096
         training_lines: a trained vocabulary sees this many lines, drawn at random.
 
     Raises:
-        UserError: `model` is no SentencePiece model, or the text is too small for `size` pieces.
+        UserError: `model` is no SentencePiece model, or the text has too few words or too many characters for `size` pieces.
     """
+    if size < 1 or training_lines <= MIN_TRAINING_LINES:
+        raise UserError(
+            f"make_vocabulary.size = {size}, training_lines = {training_lines}: take pieces, and more than {MIN_TRAINING_LINES} lines"
+        )
     target = workdir / "vocabulary" / "vocabulary.model"
     if model is not None:
         Vocabulary(Path(model))
@@ -95,8 +100,9 @@ def make_vocabulary(workdir: Path, *, model: str | None = None, size: int = 4096
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[-1]
-            raise UserError(f"make_vocabulary.size = {size} pieces cannot be trained on this text: take fewer ({reason})") from None
+            # Behind the place in SentencePiece's source and the condition; before advice that cannot be followed here.
+            reason = str(error).rpartition("] ")[2].split(" or decrease ")[0]
+            raise UserError(f"make_vocabulary.size = {size} does not suit this text: {reason}") from None
         write_bytes(target, trained.getvalue())
     vocabulary = load_vocabulary(workdir)
     return {"sha256": vocabulary.sha256, "size": vocabulary.size}

@@ -86,7 +86,7 @@ def _fill(windows: Iterator[Window], length: int) -> Iterator[list[Window]]:
     yield from (row for _, row in unfilled)
 
 
-def window_rows(documents: list[Int[np.ndarray, " tokens"]], spec: WindowSpec, rows: int) -> Iterator[WindowRows]:
+def window_rows(documents: list[Int[np.ndarray, "_"]], spec: WindowSpec, rows: int) -> Iterator[WindowRows]:
     """The windows of `documents` in batches of `rows` rows; the last batch is padded with empty rows (segment 0)."""
     lengths = [len(document) for document in documents]
     first_position = np.concatenate([[0], np.cumsum(lengths)])

@@ -1,0 +1,324 @@
+import dataclasses
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import gin
+from resmem_lm import config
+from resmem_lm.documents import prepare_documents
+from resmem_lm.errors import UserError
+from resmem_lm.evaluate import evaluate
+from resmem_lm.index import build_index
+from resmem_lm.model import ModelConfig
+from resmem_lm.search import search
+from resmem_lm.train import train
+from resmem_lm.vocabulary import make_vocabulary
+
+REPOSITORY = Path(__file__).parent.parent
+DEMO = "configs/demo.gin"
+
+
+def message(call, *args, **kwargs):
+    """The one line that a UserError says."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def said_of(*bindings, gin_files=(DEMO,)):
+    """What is said of bindings, be it in reading them or in taking them as the settings of the stages."""
+
+    def read():
+        config.parse(list(gin_files), list(bindings))
+        for stage in (prepare_documents, make_vocabulary, train, build_index, search, evaluate):
+            config.parameters(stage)
+
+    return message(read)
+
+
+def written(folder, text):
+    path = folder / "own.gin"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# What is read
+
+
+@gin.register(module="resmem_lm")
+@dataclasses.dataclass(frozen=True)
+class Part:
+    width: int
+    names: tuple[str, ...] | list[str] = ("a", "b")
+    share: float = 0.5
+
+
+def use(workdir: Path, *, part: Part) -> None:
+    """Stands for a stage with a dataclass among its settings, whose fields nothing has checked yet."""
+
+
+gin.register(module="resmem_lm")(use)
+
+
+def test_bindings_override_files_and_later_files_earlier_ones(tmp_path):
+    own = written(tmp_path, "STEPS = 7\nmake_vocabulary.size = 8\ntrain.batch_size = 9\n")
+    config.parse([DEMO, own], ["STEPS=10", "train.batch_size = 11", "train.batch_size=12"])
+    assert config.parameters(train)["steps"] == 10
+    assert config.parameters(make_vocabulary)["size"] == 8
+    assert config.parameters(train)["batch_size"] == 12
+
+
+def test_nothing_stays_of_what_was_read_before():
+    config.parse([DEMO], ["make_vocabulary.size=7"])
+    config.parse([DEMO], [])
+    assert config.parameters(make_vocabulary)["size"] == 4096
+
+
+def test_settings_that_are_not_set_have_their_defaults():
+    config.parse([], [])
+    assert config.parameters(search) == {"neighbors": 50, "recall_queries": 500}
+
+
+@pytest.mark.parametrize("value", ["'notes/*.txt'", "['a.txt', 'b']", "('a.txt',)", "'docstrings'"])
+def test_text_may_be_a_string_or_several(value):
+    config.parse([DEMO], [f"TEXT={value}"])
+    assert config.parameters(prepare_documents)["text"] == eval(value)
+
+
+def test_integers_are_taken_for_floats():
+    config.parse([DEMO], ["train.learning_rate=1", "evaluate.sigmas=(1, 2)", "Part.share=1", "Part.width=3", "use.part=@Part()"])
+    assert config.parameters(train)["learning_rate"] == 1
+    assert config.parameters(evaluate)["sigmas"] == (1, 2)
+    assert config.parameters(use)["part"] == Part(width=3, share=1)
+
+
+def test_files_are_found_from_any_folder_and_those_of_the_folder_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.parse([DEMO], [])
+    assert config.parameters(make_vocabulary)["size"] == 4096
+    (tmp_path / "configs").mkdir()
+    (tmp_path / DEMO).write_text("make_vocabulary.size = 17\n")
+    config.parse([DEMO], [])
+    assert config.parameters(make_vocabulary)["size"] == 17
+
+
+# emb_dim, num_heads, num_layers, mlp_dim, and whether T5 1.1: gated, with an output of its own.
+SHAPES = {
+    "mini.gin": (128, 2, 4, 512, False),
+    "t5_small.gin": (512, 8, 6, 2048, False),
+    "t5_base.gin": (768, 12, 12, 3072, False),
+    "t5_1_1_small.gin": (512, 6, 8, 1024, True),
+    "t5_1_1_base.gin": (768, 12, 12, 2048, True),
+}
+
+
+def test_every_model_file_has_its_published_shape():
+    found = {}
+    for path in (REPOSITORY / "gin" / "models").glob("*.gin"):
+        config.parse([DEMO, f"gin/models/{path.name}"], [])
+        model = config.parameters(train)["model"]
+        gated = model.mlp_activations == ("gelu", "linear") and not model.logits_via_embedding
+        assert gated or (model.mlp_activations == ("relu",) and model.logits_via_embedding)
+        assert model.head_dim == 64
+        found[path.name] = (model.emb_dim, model.num_heads, model.num_layers, model.mlp_dim, gated)
+    assert found == SHAPES
+
+
+def test_the_demo_names_text_and_steps():
+    config.parse([DEMO], ["TEXT='a.txt'", "STEPS=3"])
+    assert config.parameters(prepare_documents)["text"] == "a.txt"
+    assert config.parameters(train)["steps"] == 3
+    assert config.parameters(train)["model"].vocab_size == config.parameters(make_vocabulary)["size"]
+
+
+# The complete configuration, to be read again
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+TEXTS = st.lists(st.text()) | st.lists(st.text()).map(tuple)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "prepare_documents": st.fixed_dictionaries(
+            {
+                "text": st.text() | TEXTS,
+                "validation_fraction": FLOATS,
+                "shards": st.integers(),
+            }
+        ),
+        "make_vocabulary": st.fixed_dictionaries({"model": st.none() | st.text()}),
+        "build_index": st.fixed_dictionaries({"kind": st.sampled_from(["scann", "exact"])}),
+        "evaluate": st.fixed_dictionaries({"ks": st.lists(st.integers()), "sigmas": st.lists(FLOATS).map(tuple)}),
+        "train": st.fixed_dictionaries(
+            {
+                "steps": st.integers(),
+                "batch_size": st.integers(),
+                "sequence_length": st.integers(),
+                "model": st.tuples(*[st.integers()] * 6, TEXTS, FLOATS, st.booleans(), st.text()),
+            }
+        ),
+    }
+)
+STAGES = {stage.__name__: stage for stage in (prepare_documents, make_vocabulary, build_index, evaluate, train)}
+
+
+@settings(max_examples=30)
+@given(SETTINGS)
+def test_the_complete_configuration_read_again_gives_the_same_settings(wanted):
+    wanted["train"]["model"] = ModelConfig(*wanted["train"]["model"])
+    with tempfile.TemporaryDirectory() as folder:
+        config.parse([written(Path(folder), config.operative(wanted))], [])
+    for name, values in wanted.items():
+        assert config.parameters(STAGES[name]).items() >= values.items()
+
+
+def test_the_complete_configuration_names_every_setting():
+    config.parse([DEMO], [])
+    found = {name: config.parameters(stage) for name, stage in STAGES.items()}
+    text = config.operative(found)
+    for name, values in found.items():
+        for key in values:
+            assert re.search(rf"^{name}\.{key} = ", text, re.MULTILINE)
+    for field in dataclasses.fields(ModelConfig):
+        assert f"ModelConfig.{field.name} = " in text
+
+
+# What cannot be read
+
+
+def test_a_missing_file_is_named(tmp_path):
+    wanted = "Unable to open file: nowhere.gin: give a --gin_file that exists here or in the package, such as configs/demo.gin"
+    assert said_of(gin_files=["nowhere.gin"]) == wanted
+    assert said_of(gin_files=[DEMO, "nowhere.gin"]) == wanted
+    assert said_of(gin_files=[written(tmp_path, "include 'nowhere.gin'\n")]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("binding", "culprit_and_mend"),
+    [
+        ("TXT='a.txt'", "TXT is unknown: did you mean TEXT?"),
+        ("QUX=3", "QUX is unknown: known are STEPS, TEXT"),
+        ("scope/STEPS=3", "scope/STEPS is unknown: did you mean STEPS?"),
+        ("scope/train.steps=3", "scope/train.steps is unknown: known are STEPS, TEXT"),
+        ("train.batchsize=3", "in train, batchsize is unknown: did you mean batch_size?"),
+        ("search.qux=3", "in search, qux is unknown: known are neighbors, recall_queries"),
+        ("ModelConfig.num_layer=3", "in ModelConfig, num_layer is unknown: did you mean num_layers?"),
+        ("trian.steps=3", "trian is unknown: did you mean train?"),
+        ("train.model=@ModelConf()", "ModelConf is unknown: did you mean ModelConfig?"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest_known_one(binding, culprit_and_mend):
+    assert said_of(binding) == f"--gin.{binding}: {culprit_and_mend}"
+
+
+def test_a_name_that_is_not_known_in_a_file_is_told_with_its_line(tmp_path):
+    own = written(tmp_path, "# Mine.\nSTEPS = 3\ntrain.step = %STEPS\n")
+    assert said_of(gin_files=[DEMO, own]) == f"{own}, line 3: in train, step is unknown: did you mean steps?"
+
+
+@pytest.mark.parametrize(
+    ("binding", "reason"),
+    [
+        ("TEXT=notes.txt", "notes is no value"),
+        ("TEXT=notes/*.txt", "notes is no value"),
+        ("TEXT=/notes", "Unable to parse value"),
+        ("TEXT='notes", "Unable to parse value"),
+        ("STEPS=", "Unable to parse value"),
+        ("evaluate.ks=(1, 2", "EOF in multi-line statement"),
+        ("evaluate.ks=(1, 2))", "Expected newline"),
+        ("=3", "Unexpected token"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_with_how_values_are_written(binding, reason):
+    assert said_of(binding) == f"--gin.{binding}: {reason}: values are written as in Python, strings in quotes (in a shell \"'...'\")"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("STEPS = \n", 1), ("STEPS = 3\nTEXT = notes.txt\n", 2), ("STEPS = 3\n\nmake_vocabulary 3\n", 3)]
+)
+def test_a_line_of_a_file_that_cannot_be_read_is_told_with_its_number(tmp_path, text, line):
+    own = written(tmp_path, text)
+    assert said_of(gin_files=[DEMO, own]).startswith(f"{own}, line {line}: ")
+
+
+@pytest.mark.parametrize("content", ["STEPS = (3\n", "import nowhere_to_be_found\n", "  STEPS = 3\n TEXT = 'a'\n", "\xff"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "own.gin"
+    path.write_bytes(content.encode("latin-1"))
+    assert said_of(gin_files=[str(path)]).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("binding", "named", "wanted"),
+    [
+        ("STEPS='many'", "train.steps = 'many'", "int"),
+        ("STEPS=1.5", "train.steps = 1.5", "int"),
+        ("STEPS=None", "train.steps = None", "int"),
+        ("TEXT=3", "prepare_documents.text = 3", "str | list[str] | tuple[str, ...]"),
+        ("TEXT=['a', 3]", "prepare_documents.text = ['a', 3]", "str | list[str] | tuple[str, ...]"),
+        ("train.learning_rate='0.1'", "train.learning_rate = '0.1'", "float"),
+        ("evaluate.lambdas=1.0", "evaluate.lambdas = 1.0", "tuple[float, ...] | list[float]"),
+        ("evaluate.ks=(1, 2, 4, 8, '16')", "evaluate.ks = (1, 2, 4, 8, '16')", "tuple[int, ...] | list[int]"),
+        ("build_index.kind='annoy'", "build_index.kind = 'annoy'", "Literal['scann', 'exact']"),
+        ("train.model=3", "train.model = 3", "@ModelConfig()"),
+        ("train.model=@ModelConfig", f"train.model = {ModelConfig!r}", "@ModelConfig()"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_with_the_right_one(binding, named, wanted):
+    assert said_of(binding) == f"{named} is of the wrong kind: it must be {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("Part.width='wide'", "Part.width = 'wide' is of the wrong kind: it must be int"),
+        ("Part.names=('a', 3)", "Part.names = ('a', 3) is of the wrong kind: it must be tuple[str, ...] | list[str]"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_told_with_the_right_one(binding, said):
+    config.parse([], ["use.part=@Part()", "Part.width=3", binding])
+    assert message(config.parameters, use) == said
+
+
+def test_fields_that_are_not_set_are_named():
+    config.parse([], ["use.part=@Part()"])
+    assert message(config.parameters, use) == "use: Part.width not set: set each in a gin file or with --gin.Part.width=..."
+
+
+@pytest.mark.parametrize("name", ["steps", "model"])
+def test_a_setting_that_is_not_set_is_named(name):
+    values = {"steps": "3", "model": "@Part()", "learning_rate": "1.0", "batch_size": "8", "sequence_length": "256"}
+    del values[name]
+    config.parse(
+        ["gin/models/mini.gin"] if name != "model" else [], [f"train.{key}={value}" for key, value in values.items() if key != "model"]
+    )
+    assert message(config.parameters, train) == f"train.{name} is not set: set it in a gin file or with --gin.train.{name}=..."
+
+
+def test_a_name_that_is_used_but_not_defined_is_told(tmp_path):
+    own = written(tmp_path, "search.neighbors = %NEIGHBORS\n")
+    assert said_of(gin_files=[DEMO, own]) == "search: %NEIGHBORS is not defined: write NEIGHBORS = ... in a gin file"
+
+
+def test_a_name_that_is_defined_by_itself_is_told():
+    assert said_of("STEPS=%STEPS") == "train: a value refers to itself: look for NAME = %NAME"
+
+
+NAMES = ["TEXT", "STEPS", "train.steps", "evaluate.ks", "train.model", "ModelConfig.emb_dim", "search.neighbors", "a/b", "x", ""]
+VALUES = st.text("()[]{}'\"@%.,/#=:-\\ \n\ta1_é", max_size=8) | st.text(max_size=4)
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(NAMES), st.sampled_from(["=", " = ", ":", " "]), VALUES)
+@example("TEXT", "=", "'''")
+def test_whatever_a_binding_holds_it_is_read_or_refused_in_one_line(name, sign, value):
+    config.parse([DEMO], [])
+    try:
+        config.parse([DEMO], [f"{name}{sign}{value}"])
+        config.parameters(train)
+        config.parameters(search)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017 - some bindings are right

@@ -1,0 +1,144 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm import resmem
+
+
+@st.composite
+def problems(draw):
+    """Random logits of queries and neighbours, with the neighbours' tokens and distances."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    queries, k, vocab = draw(st.sampled_from([(2, 1, 5), (3, 4, 40)]))  # few shapes: each is compiled
+    scale = draw(st.sampled_from([0.1, 1.0, 5.0]))
+    return {
+        "query_logits": (scale * rng.normal(size=(queries, vocab))).astype(np.float32),
+        "logits": (scale * rng.normal(size=(queries, k, vocab))).astype(np.float32),
+        "targets": rng.integers(0, vocab, (queries, k)),
+        "distances": rng.gamma(2.0, size=(queries, k)).astype(np.float32),
+        "entries": draw(st.sampled_from([1, 4, vocab])),
+    }
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def rows_of(p):
+    """The neighbours' dense and sparse residuals."""
+    queries, k, vocab = p["logits"].shape
+    r = resmem.residual(jnp.asarray(p["logits"].reshape(-1, vocab)), jnp.asarray(p["targets"].reshape(-1)))
+    ids, values, dropped = resmem.sparse_residual(r, p["entries"])
+    shape = (queries, k, p["entries"])
+    return np.asarray(r).reshape(p["logits"].shape), ids.reshape(shape), values.reshape(shape), np.asarray(dropped).reshape(queries, k)
+
+
+@given(problems())
+def test_residual_is_onehot_minus_softmax_and_sums_to_zero(p):
+    r, *_ = rows_of(p)
+    np.testing.assert_allclose(r, np.eye(r.shape[-1])[p["targets"]] - softmax(p["logits"]), atol=1e-6)
+    np.testing.assert_allclose(r.sum(-1), 0, atol=1e-5)
+
+
+@given(problems())
+def test_sparse_merge_equals_the_dense_zero_filled_formula(p):
+    _, ids, values, _ = rows_of(p)
+    base = softmax(p["query_logits"])
+    weights = np.exp(-p["distances"] / 0.7) / np.exp(-p["distances"] / 0.7).sum(-1, keepdims=True)
+    dense = np.zeros(p["logits"].shape)
+    np.put_along_axis(dense, np.asarray(ids), np.asarray(values), axis=-1)
+    expected = base + 0.8 * np.einsum("qk,qkv->qv", weights, dense)
+    found = resmem.merge_sparse(jnp.asarray(base), resmem.neighbor_weights(jnp.asarray(p["distances"]), 0.7), ids, values, 0.8)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (resmem.predict(found) == np.asarray(found).argmax(-1)).all()
+
+
+@given(problems())
+def test_truncation_moves_no_score_by_more_than_the_largest_dropped_entry(p):
+    r, ids, values, dropped = rows_of(p)
+    weights = resmem.neighbor_weights(jnp.asarray(p["distances"]), 1.0)
+    base = jnp.asarray(softmax(p["query_logits"]))
+    whole = np.asarray(base) + np.einsum("qk,qkv->qv", np.asarray(weights), r)
+    cut = resmem.merge_sparse(base, weights, ids, values)
+    assert (np.abs(np.asarray(cut) - whole) <= dropped.max(-1, keepdims=True) + 1e-6).all()
+
+
+@given(problems())
+def test_the_stored_entries_are_the_largest_and_hold_the_target(p):
+    r, ids, values, dropped = rows_of(p)
+    magnitudes = np.sort(np.abs(r), axis=-1)[..., ::-1]
+    np.testing.assert_array_equal(np.sort(np.abs(np.asarray(values)), axis=-1)[..., ::-1], magnitudes[..., : p["entries"]])
+    np.testing.assert_array_equal(dropped, magnitudes[..., p["entries"]] if p["entries"] < r.shape[-1] else 0)
+    target_is_stored = (np.asarray(ids) == p["targets"][..., None]).any(-1)
+    is_tie = np.isclose(magnitudes[..., 0], magnitudes[..., p["entries"] - 1])
+    assert (target_is_stored | is_tie).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (9, 9), (9, 200), (5, 1000), (1, 333)]))
+def test_largest_is_top_k(seed, sizes):
+    count, n = sizes
+    values = np.random.default_rng(seed).normal(size=(3, n)).astype(np.float32)
+    found, places = resmem.largest(jnp.asarray(values), count)
+    np.testing.assert_array_equal(found, np.sort(values, axis=1)[:, ::-1][:, :count])
+    np.testing.assert_array_equal(np.take_along_axis(values, np.asarray(places), axis=1), found)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.4, 3.0])
+@given(problems())
+def test_residuals_at_another_temperature_come_from_those_at_one(temperature, p):
+    vocab = p["logits"].shape[-1]
+    logits, targets = p["logits"].reshape(-1, vocab), p["targets"].reshape(-1)
+    ids, values, _ = resmem.sparse_residual(resmem.residual(jnp.asarray(logits), jnp.asarray(targets)), vocab)
+    log_z = np.log(np.exp(logits).sum(-1))
+    found = resmem.at_temperature(
+        values,
+        (ids == targets[:, None]).astype(jnp.float32),
+        jnp.asarray(logits[np.arange(len(targets)), targets] - log_z),
+        jnp.asarray(log_z),
+        jnp.asarray(np.log(np.exp(logits / temperature).sum(-1))),
+        temperature,
+    )
+    expected = np.eye(vocab)[targets] - softmax(logits / temperature)
+    np.testing.assert_allclose(found, np.take_along_axis(expected, np.asarray(ids), axis=1), atol=2e-5)
+
+
+def test_a_stored_zero_is_no_entry_at_any_temperature():
+    one = jnp.ones(1)
+    found = resmem.at_temperature(jnp.array([[0.9, -0.9, 0.0]]), jnp.array([[1.0, 0.0, 0.0]]), jnp.log(0.1 * one), 0 * one, one, 2.0)
+    assert found[0, 2] == 0
+    assert found[0, 1] < 0
+
+
+@given(problems(), st.floats(0.05, 20))
+def test_weights_sum_to_one_fall_with_distance_and_ignore_a_common_shift(p, sigma):
+    weights = np.asarray(resmem.neighbor_weights(jnp.asarray(p["distances"]), sigma))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    order = np.argsort(p["distances"], axis=-1)
+    assert (np.diff(np.take_along_axis(weights, order, -1), axis=-1) <= 1e-6).all()
+    shifted = resmem.neighbor_weights(jnp.asarray(p["distances"]) + 3, sigma)
+    np.testing.assert_allclose(shifted, weights, atol=1e-4)
+
+
+@given(problems(), st.floats(0, 1))
+def test_knn_lm_is_a_distribution(p, lambda_):
+    weights = resmem.neighbor_weights(jnp.asarray(p["distances"]), 1.0)
+    knn = resmem.knn_probabilities(weights, jnp.asarray(p["targets"]), p["logits"].shape[-1])
+    mixed = resmem.knn_lm(jnp.asarray(softmax(p["query_logits"])), knn, lambda_)
+    np.testing.assert_allclose(np.asarray(mixed).sum(-1), 1, rtol=1e-4)
+    assert (np.asarray(mixed) >= 0).all()
+
+
+def test_remark_3_2_the_training_tokens_themselves_are_always_right():
+    """With k = 1 the nearest key of a training token is its own, and p + onehot - p is its own token."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(4 * rng.normal(size=(500, 64)).astype(np.float32))
+    targets = jnp.asarray(rng.integers(0, 64, 500))
+    r = resmem.residual(logits, targets)
+    base = jnp.asarray(softmax(np.asarray(logits)))
+    weights = resmem.neighbor_weights(jnp.zeros((500, 1)), 1e-3)
+    ids, values, _ = resmem.sparse_residual(r, 8)
+    scores = resmem.merge_sparse(base, weights, ids[:, None], values[:, None])
+    assert (resmem.predict(scores) == targets).all()
