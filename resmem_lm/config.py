@@ -136,8 +136,9 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
     # beartype looks at one item of a list, drawn at random.
     parts = [type(value)([item]) for item in value] if isinstance(value, list | tuple) else []
     if not all(is_bearable(part, hint, conf=INTEGERS_ARE_FLOATS) for part in (value, *parts)):
-        wanted = f"@{hint.__name__}()" if dataclasses.is_dataclass(hint) else hint.__name__ if inspect.isclass(hint) else str(hint)
-        raise UserError(f"{name} = {value!r} is of the wrong kind: it must be {wanted.replace('typing.', '')}")
+        wanted = hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+        wanted = f"@{wanted}()" if dataclasses.is_dataclass(hint) else wanted
+        raise UserError(f"{name} = {value!r} is of the wrong kind: it must be {wanted}")
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):

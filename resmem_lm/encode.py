@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from resmem_lm.checkpoint import Model
 from resmem_lm.model import shift_right
@@ -23,9 +23,9 @@ class DatastoreRows(NamedTuple):
     """What the datastore holds of some tokens, in its dtypes."""
 
     keys: Float[Array, "rows emb"]
-    residual_ids: Int[Array, "rows entries"]
+    residual_ids: UInt[Array, "rows entries"]
     residual_values: Float[Array, "rows entries"]
-    tokens: Int[Array, " rows"]
+    tokens: UInt[Array, " rows"]
     dropped: Float[Array, " rows"]
     log_partition: Float[Array, "rows temperatures"]
     target_log_probability: Float[Array, " rows"]
@@ -85,7 +85,7 @@ class Encoder:
 
         self._head = jax.jit(select)
 
-    def __call__(self, documents: list[Int[np.ndarray, " tokens"]]) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
+    def __call__(self, documents: list[Int[np.ndarray, "_"]]) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
         """Yields (positions, the head's output for them): every token of the documents once, in no set order."""
         for batch in window_rows(documents, self.spec, ROWS):
             inputs = shift_right(batch.tokens, batch.segment_ids)

@@ -6,3 +6,6 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with code 2.
     """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # a culprit's name may have line breaks

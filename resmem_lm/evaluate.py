@@ -48,11 +48,9 @@ class Setting(NamedTuple):
         return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 
 
-def merged(formula: Formula, scores: Scores, lambda_: float | Float[Array, ""]) -> tuple[Array, Array]:
-    """A formula's scores of the candidates, and a bound on the score of every other token."""
-    if formula == "resmem":
-        return scores.base + lambda_ * scores.residual, scores.bound
-    return (1 - lambda_) * scores.base + lambda_ * scores.knn, (1 - lambda_) * scores.bound
+def direction(formula: Formula, scores: Scores) -> Float[Array, "sigmas queries candidates"]:
+    """Both formulas are lines in lambda, base + lambda * direction: r_kNN for ResMem, p_kNN - p for kNN-LM."""
+    return scores.residual if formula == "resmem" else scores.knn - scores.base
 
 
 @functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
@@ -69,8 +67,21 @@ def _correct_counts(
     k: int,
     unit_number: int,
 ) -> Int[Array, "lambdas sigmas"]:
+    """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval."""
     scores = score(candidates, neighbors, sigmas, k, temperature, temperature_number, unit_number)
-    return jax.lax.map(lambda lambda_: jnp.sum(best(merged(formula, scores, lambda_)[0], candidates.ids)[0] == targets, axis=-1), lambdas)
+    slopes, is_target = direction(formula, scores), candidates.ids == targets[:, None]
+    lead = _of_target(scores.base, is_target) - scores.base
+    slope = _of_target(slopes, is_target) - slopes
+    crossing = -lead / jnp.where(slope == 0, 1.0, slope)
+    low = jnp.max(jnp.where(slope > 0, crossing, -jnp.inf), axis=-1)
+    high = jnp.min(jnp.where(slope < 0, crossing, jnp.inf), axis=-1)
+    possible = jnp.any(is_target, axis=-1) & jnp.all((slope != 0) | (lead >= 0), axis=-1)
+    within = (low <= lambdas[:, None, None]) & (lambdas[:, None, None] <= high)
+    return jnp.sum(within & possible, axis=-1)
+
+
+def _of_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
+    return jnp.max(jnp.where(is_target, values, -jnp.inf), axis=-1, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
@@ -87,9 +98,8 @@ def _predictions(
     unit_number: int,
 ) -> tuple[Int[Array, " queries"], Bool[Array, " queries"]]:
     scores = score(candidates, neighbors, sigma[None], k, temperature, temperature_number, unit_number)
-    values, bound = merged(formula, scores, lambda_)
-    winners, top = best(values, candidates.ids)
-    return winners[0], certified(top[0], bound)
+    winners, top = best(scores.base + lambda_ * direction(formula, scores)[0], candidates.ids)
+    return winners, certified(top, scores.bound if formula == "resmem" else (1 - lambda_) * scores.bound)
 
 
 class SplitScorer:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from resmem_lm.candidates import choose_candidates
 from resmem_lm.checkpoint import Model, load_model
@@ -34,7 +34,7 @@ class Queries(NamedTuple):
     rows: Int[np.ndarray, "queries k"]
     distances: Float[np.ndarray, "queries k"]
     tokens: Int[np.ndarray, " queries"]
-    neighbor_tokens: Int[np.ndarray, "queries k"]
+    neighbor_tokens: Integer[np.ndarray, "queries k"]
     target_logits: Float[np.ndarray, " queries"]
     candidate_ids: Int[np.ndarray, "queries candidates"]
     candidate_logits: Float[np.ndarray, "queries candidates"]
@@ -138,7 +138,7 @@ def _candidates(
     datastore: Datastore,
     hidden: Float[np.ndarray, "queries emb"],
     targets: Int[np.ndarray, " queries"],
-    neighbor_tokens: Int[np.ndarray, "queries k"],
+    neighbor_tokens: Integer[np.ndarray, "queries k"],
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Blocks of (target_logits, candidate_ids, candidate_logits, bound, log_partition)."""
     temperatures = datastore.binding.temperatures

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from resmem_lm import candidates as c
 from resmem_lm import resmem
-from resmem_lm.evaluate import Setting, merged
+from resmem_lm.evaluate import Setting, direction
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 SCORE = jax.jit(c.score, static_argnums=(3, 6))
@@ -68,8 +68,8 @@ def test_candidates_score_as_the_dense_formula_and_certified_predictions_are_its
     query_logits, ids, values, logits, candidates, neighbors, setting = problem
     number = TEMPERATURES.index(setting.temperature)
     scores = SCORE(candidates, neighbors, jnp.array([setting.sigma]), setting.k, setting.temperature, number, 1)
-    found, bound = merged(setting.formula, scores, setting.lambda_)
-    found = np.broadcast_to(np.asarray(found), (1, *candidates.ids.shape))[0]
+    found = np.asarray(scores.base + setting.lambda_ * direction(setting.formula, scores)[0])
+    bound = scores.bound * (1 - setting.lambda_ if setting.formula == "knnlm" else 1)
     dense = dense_scores(query_logits, ids, values, logits, neighbors, setting)
     np.testing.assert_allclose(found, np.take_along_axis(dense, np.asarray(candidates.ids), axis=1), atol=3e-5)
 

@@ -133,7 +133,7 @@ def test_no_modules_give_no_documents(monkeypatch):
 def test_the_installation_has_modules_of_python_and_of_dependencies_but_no_tests():
     files = dict(module_files())
     assert {"python/argparse.py", "python/json/__init__.py", "flax/linen/linear.py", "jax/__init__.py"} <= files.keys()
-    assert all(path.is_file() for path in list(files.values())[::50])
+    assert all(path.is_file() for path in list(files.values())[::100])
     folders = {folder for name in files for folder in Path(name).parts}
     assert not folders & {"test", "tests", "testing", "site-packages", "idle_test"}
     assert not [name for name in files if Path(name).name.startswith("test_")]

@@ -159,6 +159,10 @@ def test_where_nothing_matches_the_pattern_is_named(tmp_path, monkeypatch, patte
     assert message(texts, pattern) == f"no text found at {pattern!r}: TEXT takes files, directories and globs of .txt, .md, .jsonl, .json"
 
 
+def test_a_name_with_a_line_break_is_told_on_one_line(tmp_path):
+    assert message(texts, str(write(tmp_path / "two\nlines.jsonl", "{"))).startswith(f"{tmp_path}/two lines.jsonl, line 1 is not JSON (")
+
+
 @pytest.mark.parametrize("name", ["picture.png", "README", "a.gz", "a.txt.zip"])
 def test_an_unknown_suffix_is_named_with_the_known_ones(tmp_path, name):
     path = write(tmp_path / name, "text")

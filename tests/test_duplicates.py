@@ -73,6 +73,14 @@ def test_of_equal_texts_one_stays_whatever_they_hold(texts):
     assert len(set(kept(texts))) == len(kept(texts))
 
 
+def test_what_is_like_a_dropped_text_only_stays():
+    first = long_text(0)
+    second = edited(first, 5, 1)
+    third = edited(second, 5, 2)
+    assert jaccard(first, third) < 0.65 < 0.75 < min(jaccard(first, second), jaccard(second, third))
+    assert kept([first, second, third]) == [first, third]
+
+
 def test_case_and_punctuation_make_no_difference():
     assert kept(["One, two; three four - five six.", "one two three FOUR five six"]) == ["One, two; three four - five six."]
 

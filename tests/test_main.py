@@ -104,11 +104,10 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
     assert "no text found at 'nothing'" in capsys.readouterr().err
 
 
-def python(code, *arguments, **environment):
-    """A fresh Python."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
+def python(*arguments, folder=None, **environment):
+    """What a fresh Python says."""
+    variables = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | environment
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=folder, env=variables)
 
 
 def test_importing_the_package_or_asking_for_help_loads_no_large_library():
@@ -126,17 +125,34 @@ large = {"jax", "tensorflow", "apache_beam", "flax", "numpy", "matplotlib"} & se
 assert not large, large
 assert seconds < 1, seconds
 """
-    ended = python(code)
+    ended = python("-c", code)
     assert ended.returncode == 0, ended.stderr
     assert "--gin_file" in ended.stdout
 
 
 def test_the_installed_command_says_one_line_and_nothing_of_the_libraries_it_loads(tmp_path):
-    code = "import sys; from resmem_lm.main import script; sys.exit(script())"
-    ended = python(code, "run", DEMO, "--gin.ModelConfig.emb_dim='wide'", f"--workdir={tmp_path}")
+    command = tmp_path / "bin" / "resmem"
+    command.parent.mkdir()
+    command.write_text("import sys\nfrom resmem_lm.main import script\nsys.exit(script())\n")
+    (tmp_path / "random.py").write_text("raise SystemExit('a file of the user was taken for a library')\n")
+    ended = python(str(command), "run", DEMO, "--gin.ModelConfig.emb_dim='wide'", "--workdir=run", folder=tmp_path)
     assert ended.stderr == "resmem: ModelConfig.emb_dim = 'wide' is of the wrong kind: it must be int\n"
     assert ended.stdout == ""
     assert ended.returncode == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.parametrize(("own", "started_again"), [({}, True), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, False)])
+def test_the_installed_command_starts_again_with_huge_pages_unless_the_user_has_set_glibc(own, started_again):
+    code = """
+import os, sys
+print(os.environ.get("GLIBC_TUNABLES"), flush=True)
+from resmem_lm.main import script
+script()
+"""
+    printed = python("-c", code, "--help", **own).stdout.splitlines()
+    assert printed[: 2 if started_again else 1] == (["None", "glibc.malloc.hugetlb=1"] if started_again else ["glibc.malloc.check=0"])
+    assert printed[2 if started_again else 1].startswith("usage: resmem")
 
 
 def test_an_interrupted_command_says_that_it_goes_on_and_leaves_nothing_half_written(tmp_path, capsys):

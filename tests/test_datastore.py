@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import ARRAYS, open_datastore
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.encode import token_dtype
+from resmem_lm.errors import UserError
+from resmem_lm.model import Decoder, shift_right
+from resmem_lm.vocabulary import load_vocabulary
+
+
+def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
+    datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(tiny_run)
+    for shard, path in enumerate(shard_paths(tiny_run, "train")):
+        documents = read_shard(path)
+        tokens = vocabulary.encode_documents(documents)
+        np.testing.assert_array_equal(datastore.shard_arrays("tokens")[shard], np.concatenate(tokens))
+        table = datastore.documents(shard)
+        assert [d["id"] for d in table] == [d.id for d in documents]
+        assert [d["rows"] for d in table] == [len(t) for t in tokens]
+        row = int(datastore.offsets[shard]) + table[2]["first_row"] + 3
+        assert datastore.locate(row) == (shard, 2, 3)
+
+
+def test_rows_hold_the_models_residuals_at_the_windows_of_the_paper(tiny_run):
+    """One document, each window encoded alone and in full, against what the pipeline stored."""
+    datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(tiny_run)
+    model, spec = load_model(tiny_run / "checkpoints"), datastore.binding.window
+    number, document = max(enumerate(read_shard(shard_paths(tiny_run, "train")[1])), key=lambda d: len(d[1].text))
+    tokens = vocabulary.encode(document.text)
+    first = int(datastore.offsets[1]) + datastore.documents(1)[number]["first_row"]
+    assert len(tokens) > 3 * spec.length
+    for begin in range(0, len(tokens) - spec.context, spec.stride):
+        window = tokens[None, begin : begin + spec.length]
+        ones = np.ones_like(window)
+        apply = lambda *a, **k: Decoder(model.config).apply({"params": model.parameters}, *a, **k)  # noqa: E731
+        keys, hidden = apply(shift_right(window, ones), ones, method="hidden")
+        logits = np.asarray(apply(hidden, method="logits"))[0].astype(np.float64)
+        emit = slice(0 if begin == 0 else spec.context, window.shape[1])
+        rows = np.arange(first + begin + emit.start, first + begin + emit.stop)
+        p = np.exp(logits[emit]) / np.exp(logits[emit]).sum(-1, keepdims=True)
+        r = np.eye(p.shape[1])[window[0, emit]] - p
+        np.testing.assert_allclose(datastore.take("keys", rows), np.asarray(keys)[0, emit], atol=5e-3)
+        ids, values = datastore.take("residual_ids", rows).astype(int), datastore.take("residual_values", rows)
+        np.testing.assert_allclose(values, np.take_along_axis(r, ids, 1), atol=1e-3)
+        np.put_along_axis(r, ids, 0, 1)
+        np.testing.assert_allclose(datastore.take("dropped", rows), np.abs(r).max(-1), atol=1e-5)
+        for column, t in enumerate(datastore.binding.temperatures):
+            np.testing.assert_allclose(
+                datastore.take("log_partition", rows)[:, column], np.log(np.exp(logits[emit] / t).sum(-1)), rtol=1e-4
+            )
+        target = np.log(p[np.arange(len(p)), window[0, emit]])
+        np.testing.assert_allclose(datastore.take("target_log_probability", rows), target, atol=1e-4)
+
+
+def test_take_reads_across_shards(tiny_run):
+    datastore = open_datastore(tiny_run / "datastore")
+    rows = np.random.default_rng(0).integers(0, datastore.rows, (7, 5))
+    for name in ARRAYS:
+        np.testing.assert_array_equal(datastore.take(name, rows), np.concatenate(datastore.shard_arrays(name))[rows])
+
+
+def test_the_manifest_says_what_made_it_and_what_it_holds(tiny_run):
+    manifest = json.loads((tiny_run / "datastore/manifest.json").read_text())
+    assert manifest["window"] == {"length": 32, "context": 8}
+    assert manifest["model"] == load_model(tiny_run / "checkpoints").fingerprint
+    assert manifest["rows"] == sum(shard["rows"] for shard in manifest["shards"])
+
+
+def test_another_model_or_vocabulary_is_refused(tiny_run):
+    for binding in ({"model": "0" * 64}, {"vocabulary": "0" * 64}):
+        with pytest.raises(UserError, match="was made with another"):
+            open_datastore(tiny_run / "datastore", **binding)
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "documents.jsonl", "tokens.npy"])
+def test_a_changed_cut_or_missing_file_is_named(tiny_copy, name):
+    path = tiny_copy / "datastore/shard-00002-of-00003" / name
+    content = path.read_bytes()
+    for damaged, says in (
+        (content[:-1] + bytes([content[-1] ^ 1]), "was altered"),
+        (content[:-1], "bytes, its manifest says"),
+        (None, "is missing"),
+    ):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name} {says}"):
+            open_datastore(tiny_copy / "datastore", checksums=True)
+
+
+def test_an_unfinished_datastore_or_one_of_another_format_is_refused(tiny_copy):
+    path = tiny_copy / "datastore/manifest.json"
+    path.write_text(path.read_text().replace("resmem-datastore-1", "resmem-datastore-0"))
+    with pytest.raises(UserError, match="this version reads 'resmem-datastore-1'"):
+        open_datastore(path.parent)
+    path.unlink()
+    with pytest.raises(UserError, match="run `resmem build`"):
+        open_datastore(path.parent)
+
+
+def test_token_ids_fit_their_type():
+    assert token_dtype(2**16) == np.uint16
+    assert token_dtype(2**16 + 1) == np.uint32

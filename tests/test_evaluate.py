@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm.datastore import open_datastore
+from resmem_lm.evaluate import Setting, SplitScorer, bootstrap_interval, describe, tune
+from resmem_lm.search import open_queries, recall
+
+PAPER = Setting("resmem", 12, 1.0, 1.0, 1.0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40))
+def test_the_interval_holds_the_mean_and_is_the_same_each_time(seed, documents):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 30, documents)
+    values = rng.random(lengths.sum())
+    low, high = bootstrap_interval(values, lengths)
+    assert low <= values.mean() <= high
+    assert (low, high) == bootstrap_interval(values, lengths)
+
+
+def test_the_interval_is_that_of_the_mean_of_many_like_documents():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=4000)
+    low, high = bootstrap_interval(values, np.full(400, 10))
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(4000), rel=0.15)
+
+
+def test_tokens_of_one_document_are_not_taken_for_independent():
+    whole_documents = np.repeat(np.random.default_rng(0).random(20) < 0.5, 100).astype(float)
+    together = bootstrap_interval(whole_documents, np.full(20, 100))
+    apart = bootstrap_interval(whole_documents, np.ones(2000, int))
+    assert together[1] - together[0] > 5 * (apart[1] - apart[0])
+
+
+def test_shares_are_those_of_the_papers_table_2():
+    targets, deepnet, predictions = (np.array(x) for x in ([1, 2, 3, 4, 5, 6], [1, 2, 0, 0, 0, 0], [1, 0, 3, 4, 0, 0]))
+    found = describe(PAPER, (predictions, np.ones(6, bool)), deepnet, targets, np.array([2, 4]))
+    assert (found["accuracy"], found["tpr"], found["fpr"], found["gain"]) == pytest.approx((3 / 6, 2 / 6, 1 / 6, 1 / 6))
+
+
+def test_tuning_takes_the_most_right_of_each_kind_and_the_first_of_equals():
+    counts = {
+        Setting("resmem", 1, 1.0, 1.0, 1.0): 5,
+        Setting("resmem", 2, 1.0, 1.0, 1.0): 5,
+        Setting("resmem", 2, 1.0, 1.0, 0.5): 9,
+        Setting("knnlm", 4, 1.0, 1.0, 1.0): 3,
+        Setting("knnlm", 8, 1.0, 1.0, 0.2): 7,
+    }
+    found = tune(counts)
+    assert (found["resmem_lambda1"].k, found["resmem"].lambda_, found["knn"].k, found["knnlm"].k) == (1, 0.5, 4, 8)
+
+
+def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
+    datastore = open_datastore(tiny_run / "datastore")
+    scorer = SplitScorer("validation", open_queries(tiny_run, "validation"), datastore)
+    counts = scorer.count_correct([1, 12], [0.5, 4.0], [1.0, 1.4], {"resmem": [0.5, 1.0], "knnlm": [0.5, 1.0]})
+    assert len(counts) == 2 * 2 * 2 * 2 * 2
+    found = scorer.predict(list(counts))
+    for setting, (predictions, _) in found.items():
+        # Equal scores (kNN alone has them) may be counted right here and wrong there.
+        assert abs(counts[setting] - (predictions == scorer.queries.tokens).sum()) <= (3 if setting.formula == "knnlm" else 0)
+
+
+def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):
+    datastore = open_datastore(tiny_run / "datastore")
+    scorer = SplitScorer("test", open_queries(tiny_run, "test"), datastore)
+    settings = [Setting("resmem", 12, 1.0, 1.0, 0.0), Setting("knnlm", 12, 1.0, 1.0, 0.0), Setting("knnlm", 1, 1.0, 1.0, 1.0)]
+    found = scorer.predict(settings)
+    q = scorer.queries
+    base = q.candidate_ids[np.arange(len(q.tokens)), np.argmax(q.candidate_logits, axis=1)]
+    np.testing.assert_array_equal(found[settings[0]][0], base)
+    np.testing.assert_array_equal(found[settings[1]][0], base)
+    np.testing.assert_array_equal(found[settings[2]][0], q.neighbor_tokens[:, 0])
+    deepnet = scorer.target_probability(settings[0])
+    assert (deepnet > 0).all()
+    assert (deepnet <= 1).all()
+
+
+def test_recall_counts_what_was_found_in_any_order():
+    assert recall(np.array([[3, 1, 2], [9, 8, 7]]), np.array([[1, 2, 3], [7, 5, 6]])) == pytest.approx((1 + 1 / 3) / 2)

@@ -1,0 +1,125 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from resmem_lm.checkpoint import load_model
+from resmem_lm.errors import UserError
+from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.packing import batches, pack
+from resmem_lm.progress import Reporter
+from resmem_lm.train import learning_rate_schedule, loss_and_metrics, optimizer, train
+
+MODEL = ModelConfig(vocab_size=256, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.1)
+SETTINGS = {"model": MODEL, "steps": 7, "batch_size": 4, "sequence_length": 32, "checkpoint_steps": 3, "learning_rate": 0.03}
+
+
+@pytest.fixture
+def workdir(tiny_run, tmp_path):
+    """Documents and vocabulary, nothing trained."""
+    for name in ("documents", "vocabulary"):
+        shutil.copytree(tiny_run / name, tmp_path / name)
+        (tmp_path / "stages").mkdir(exist_ok=True)
+        shutil.copy(tiny_run / "stages" / f"{name}.json", tmp_path / "stages")
+    return tmp_path
+
+
+def test_interrupted_and_resumed_ends_with_the_same_parameters(workdir, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("interrupted") / "run"
+    shutil.copytree(workdir, other)
+    whole = train(workdir, **SETTINGS)
+
+    class KilledError(Exception):
+        pass
+
+    def killed(self, done, detail=""):
+        if done >= 5:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "update", killed)
+        with pytest.raises(KilledError):
+            train(other, **SETTINGS)
+    assert not json.loads((other / "stages/train.json").read_text())["finished"]
+    assert (other / "checkpoints/3").exists()
+    assert train(other, **SETTINGS) == whole
+    assert load_model(other / "checkpoints").fingerprint == whole["fingerprint"]
+
+
+def test_the_loss_falls_and_is_written_for_tensorboard(tiny_run):
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = next((tiny_run / "metrics").glob("events*")).read_bytes()
+    losses, place = [], 0
+    while place < len(events):
+        size = int.from_bytes(events[place : place + 8], "little")
+        event = Event.FromString(events[place + 12 : place + 12 + size])
+        losses += [v.simple_value for v in event.summary.value if v.tag == "train/loss"]
+        place += 12 + size + 4
+    assert len(losses) >= 10
+    assert losses[-1] < losses[0] - 1
+
+
+def test_padding_and_other_rows_do_not_change_a_tokens_loss():
+    parameters = init_parameters(MODEL, 0)
+    documents = [np.arange(1, 40, dtype=np.int32), np.arange(50, 63, dtype=np.int32)]
+    whole = pack(documents, 52)
+    padded = np.pad(whole, ((0, 0), (0, 2), (0, 12)))
+
+    def sums(packed):
+        tokens, segments = packed
+        inputs = np.where(np.roll(segments, 1, 1) == segments, np.roll(tokens, 1, 1), 0)
+        inputs[:, 0] = 0
+        batch = {"decoder_input_tokens": inputs, "decoder_target_tokens": tokens, "decoder_segment_ids": segments}
+        return loss_and_metrics(MODEL, parameters, batch, None)
+
+    (loss, metrics), (padded_loss, padded_metrics) = sums(whole), sums(padded)
+    np.testing.assert_allclose(loss, padded_loss, rtol=1e-5)
+    assert metrics["tokens"] == padded_metrics["tokens"] == 52
+    np.testing.assert_allclose(metrics["cross_entropy"], padded_metrics["cross_entropy"], rtol=1e-5)
+
+
+def test_the_gradient_is_the_same_on_two_devices_as_on_one():
+    assert len(jax.local_devices()) == 2
+    parameters = init_parameters(MODEL, 0)
+    rows = pack([np.random.default_rng(0).integers(1, 250, 400).astype(np.int32)], 32)
+    batch = batches(rows, batch_size=4, seed=0)[0]
+    gradient = jax.grad(lambda p, b: loss_and_metrics(MODEL, p, b, None)[0])
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+    sharded = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    for one, two in zip(
+        jax.tree.leaves(jax.jit(gradient)(parameters, batch)), jax.tree.leaves(jax.jit(gradient)(parameters, sharded)), strict=True
+    ):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_the_schedule_is_constant_then_inverse_square_root_then_falls_to_zero():
+    paper = learning_rate_schedule(learning_rate=0.01, constant_steps=10_000, steps=1_000_000)
+    assert float(paper(0)) == float(paper(10_000)) == pytest.approx(0.01)
+    assert float(paper(40_000)) == pytest.approx(0.005)
+    short = learning_rate_schedule(learning_rate=0.04, constant_steps=10_000, steps=100, cooldown_steps=50)
+    assert [float(short(s)) for s in (0, 50, 75, 100)] == pytest.approx([0.04, 0.04, 0.02, 0.0])
+
+
+def test_adafactor_is_scaled_by_the_parameter():
+    state = (adafactor := optimizer(optax.constant_schedule(0.01))).init({"w": np.full(4, 2.0, np.float32)})
+    updates, _ = adafactor.update({"w": np.ones(4, np.float32)}, state, {"w": np.full(4, 2.0, np.float32)})
+    np.testing.assert_allclose(updates["w"], -0.02, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"model": ModelConfig(vocab_size=100, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32)},
+            "set ModelConfig.vocab_size = 256",
+        ),
+        ({"batch_size": 3}, "cannot be shared by 2 devices"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(workdir, change, says):
+    with pytest.raises(UserError, match=says):
+        train(workdir, **(SETTINGS | change))

@@ -1,0 +1,55 @@
+"""A corpus and a configuration so small that the whole pipeline runs in seconds."""
+
+import json
+import random
+from pathlib import Path
+
+CONFIG = """
+include "configs/demo.gin"
+make_vocabulary.size = 150
+ModelConfig.vocab_size = 256
+ModelConfig.emb_dim = 32
+ModelConfig.num_layers = 2
+ModelConfig.num_heads = 2
+ModelConfig.head_dim = 16
+ModelConfig.mlp_dim = 64
+prepare_documents.shards = 3
+prepare_documents.validation_fraction = 0.1
+prepare_documents.test_fraction = 0.1
+train.batch_size = 4
+train.sequence_length = 64
+train.cooldown_steps = 10
+train.checkpoint_steps = 10
+STEPS = 30
+build_datastore.shards = None
+build_datastore.window_length = 32
+build_datastore.window_context = 8
+build_datastore.entries = 16
+search.neighbors = 12
+evaluate.ks = (1, 4, 12, 50)
+evaluate.sigmas = (0.5, 1.0, 4.0)
+evaluate.temperatures = (1.0, 1.4)
+evaluate.lambdas = (0.5, 1.0)
+"""
+
+
+def write_corpus(path: Path, documents: int = 60) -> None:
+    """Documents of sentences that follow a few patterns, so that there is something to learn and to remember."""
+    rng = random.Random(0)
+    nouns = ["array", "shard", "query", "token", "window", "index", "model", "row"]
+    verbs = ["returns", "reads", "writes", "finds", "merges"]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            sentences = [
+                f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} of {rng.choice(nouns)} {rng.randrange(100)}."
+                for _ in range(rng.randrange(3, 20))
+            ]
+            file.write(json.dumps({"text": f"Document {number}. " + " ".join(sentences)}) + "\n")
+
+
+def arguments(folder: Path, workdir: Path) -> list[str]:
+    """`resmem COMMAND`'s arguments for a corpus and configuration written to `folder`."""
+    if not (folder / "tiny.gin").exists():
+        write_corpus(folder / "corpus.jsonl")
+        (folder / "tiny.gin").write_text(CONFIG)
+    return [f"--gin_file={folder / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{folder / 'corpus.jsonl'}'"]
