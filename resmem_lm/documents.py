@@ -6,6 +6,7 @@ datastore.
 
 import bisect
 import bz2
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -254,20 +255,18 @@ def prepare_documents(
                 yield document
 
     with new_directory(workdir / "documents") as folder:
-        files = {
-            (split, shard): shard_path(folder, split, shard, shards if split == "train" else 1).open("w", encoding="utf-8")
-            for split in SPLITS
-            for shard in range(shards if split == "train" else 1)
-        }
-        try:
+        shards_of = {split: shards if split == "train" else 1 for split in SPLITS}
+        with contextlib.ExitStack() as opened:
+            files = {
+                (split, shard): opened.enter_context(shard_path(folder, split, shard, shards_of[split]).open("w", encoding="utf-8"))
+                for split in SPLITS
+                for shard in range(shards_of[split])
+            }
             splits = assign_splits(distinct(), validation_fraction=validation_fraction, test_fraction=test_fraction)
             for split, document in splits:
-                shard = counts[split] % shards if split == "train" else 0
+                shard = counts[split] % shards_of[split]
                 counts[split] += 1
                 files[split, shard].write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
-        finally:
-            for file in files.values():
-                file.close()
         if not all(counts[split] for split in SPLITS):
             total = sum(counts[split] for split in SPLITS)
             raise UserError(

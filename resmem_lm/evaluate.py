@@ -394,7 +394,7 @@ def _examples(
             }
             for i in order
         ]
-        target_piece, deepnet_piece, mended_piece = vocabulary.pieces([target, deepnet[query], mended[query]])
+        target_piece, deepnet_piece, mended_piece = vocabulary.pieces([target, int(deepnet[query]), int(mended[query])])
         examples.append(
             {
                 "document": documents[number].id,

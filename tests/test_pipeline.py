@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,7 +61,7 @@ def test_deepnet_in_the_table_is_the_model_itself(tiny_run):
     predictions = np.empty(sum(map(len, tokens)), np.int64)
     encoder = Encoder(model, open_datastore(tiny_run / "datastore").binding.window, query_head)
     for positions, (_, hidden) in encoder(tokens):
-        predictions[positions] = np.asarray(model.logits(model.parameters, hidden)).argmax(-1)
+        predictions[positions] = np.asarray(model.logits(model.parameters, jnp.asarray(hidden))).argmax(-1)
     accuracy = json.loads((tiny_run / "results.json").read_text())["splits"]["test"]["methods"]["deepnet"]["accuracy"]
     assert accuracy == pytest.approx(np.mean(predictions == queries.tokens))
     np.testing.assert_array_equal(queries.tokens, np.concatenate(tokens))
@@ -80,14 +81,14 @@ def test_remark_3_2_training_tokens_as_queries_with_one_neighbour_are_all_right(
     assert alone.mean() > 0.8
     assert (rows[alone, 0] == np.flatnonzero(alone)).all()
 
-    logits = np.asarray(model.logits(model.parameters, hidden))
+    logits = np.asarray(model.logits(model.parameters, jnp.asarray(hidden)))
     base = np.exp(logits - logits.max(-1, keepdims=True))
     base /= base.sum(-1, keepdims=True)
     scores = merge_sparse(
-        base,
-        neighbor_weights(distances[:, :1], 0.01),
-        datastore.take("residual_ids", rows[:, :1]).astype(np.int32),
-        datastore.take("residual_values", rows[:, :1]).astype(np.float32),
+        jnp.asarray(base),
+        neighbor_weights(jnp.asarray(distances[:, :1]), 0.01),
+        jnp.asarray(datastore.take("residual_ids", rows[:, :1]).astype(np.int32)),
+        jnp.asarray(datastore.take("residual_values", rows[:, :1]).astype(np.float32)),
     )
     assert (np.asarray(predict(scores)) == np.concatenate(tokens))[alone].all()
 

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -74,6 +75,7 @@ def test_padding_and_other_rows_do_not_change_a_tokens_loss():
         inputs = np.where(np.roll(segments, 1, 1) == segments, np.roll(tokens, 1, 1), 0)
         inputs[:, 0] = 0
         batch = {"decoder_input_tokens": inputs, "decoder_target_tokens": tokens, "decoder_segment_ids": segments}
+        batch = jax.tree.map(jnp.asarray, batch)
         return loss_and_metrics(MODEL, parameters, batch, None)
 
     (loss, metrics), (padded_loss, padded_metrics) = sums(whole), sums(padded)
