@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gin
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-import gin
 from resmem_lm.errors import UserError
 
 PACKAGE = Path(__file__).parent

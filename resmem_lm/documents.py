@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
+from backports import zstd
 
 from resmem_lm import docstrings
 from resmem_lm.duplicates import mark_duplicates
@@ -48,46 +48,10 @@ def _kind(path: Path) -> str | None:
     return "text" if suffix in TEXT_SUFFIXES else "lines" if suffix in LINES_SUFFIXES else None
 
 
-class _ZstandardFile(io.RawIOBase):
-    """What a .zst file holds. Raises EOFError at the end of a truncated one, which zstandard's own reader takes for whole."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._content = b""
-        self._between_frames = True
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            compressed = self._frame.unused_data or self._file.read(io.DEFAULT_BUFFER_SIZE)
-            if not compressed:
-                if self._between_frames:
-                    return 0
-                raise EOFError("Compressed file ended within a frame")
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._content = self._frame.decompress(compressed)
-            self._between_frames = self._frame.eof
-        size = min(len(buffer), len(self._content))
-        buffer[:size], self._content = self._content[:size], self._content[size:]
-        return size
-
-
 def _open(path: Path) -> io.BufferedIOBase:
-    openers: dict[str, Any] = {
-        ".gz": gzip.open,
-        ".xz": lzma.open,
-        ".bz2": bz2.open,
-        ".zst": lambda path: io.BufferedReader(_ZstandardFile(path.open("rb"))),
-    }
-    return openers.get(path.suffix.lower(), lambda path: path.open("rb"))(path)
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
+    opened: io.BufferedIOBase = openers.get(path.suffix.lower(), open)(path, "rb")
+    return opened
 
 
 def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
@@ -125,7 +89,7 @@ def read_file(path: Path) -> Iterator[Document]:
         if error.errno is None:
             raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
         raise UserError(f"{name} cannot be read ({error.strerror}): make it readable or leave it out of TEXT") from None
-    except (EOFError, lzma.LZMAError, zstandard.ZstdError, zlib.error) as error:
+    except (EOFError, lzma.LZMAError, zstd.ZstdError, zlib.error) as error:
         raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
 
 

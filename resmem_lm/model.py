@@ -10,14 +10,13 @@ import functools
 import operator
 from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 from jaxtyping import Array, Float, Int
-
-import gin
 
 RELATIVE_BUCKETS = 32
 RELATIVE_MAX_DISTANCE = 128

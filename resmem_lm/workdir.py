@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec
 
 import gin
+
 from resmem_lm.errors import UserError
 
 P = ParamSpec("P")

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import gin
 import hypothesis
 import pytest
 
-import gin
 from tests.tiny import arguments
 
 # jax reads it when it is imported, which no line above does.

@@ -3,11 +3,11 @@ import re
 import tempfile
 from pathlib import Path
 
+import gin
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import gin
 from resmem_lm import config
 from resmem_lm.documents import prepare_documents
 from resmem_lm.errors import UserError

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ COMPRESS = {
     ".gz": gzip.compress,
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
+    ".zst": zstd.compress,
 }
 COMPRESSED = pytest.mark.parametrize("suffix", COMPRESS)
 

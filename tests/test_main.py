@@ -1,10 +1,7 @@
-import _thread
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
@@ -153,23 +150,3 @@ script()
     printed = python("-c", code, "--help", **own).stdout.splitlines()
     assert printed[: 2 if started_again else 1] == (["None", "glibc.malloc.hugetlb=1"] if started_again else ["glibc.malloc.check=0"])
     assert printed[2 if started_again else 1].startswith("usage: resmem")
-
-
-# An interruption between open() and its `with` leaves the closing to Python, which tells pytest so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_an_interrupted_command_says_that_it_goes_on_and_leaves_nothing_half_written(tmp_path, capsys):
-    record = tmp_path / "stages" / "documents.json"
-
-    def interrupt_soon():
-        while not (tmp_path / ".documents.tmp" / "test-00000-of-00001.jsonl").exists():
-            time.sleep(0.01)
-        time.sleep(0.1)
-        _thread.interrupt_main()  # as Ctrl-C does, while docstrings are read, which takes seconds
-
-    thread = threading.Thread(target=interrupt_soon, daemon=True)
-    thread.start()
-    assert run("train", DEMO, workdir=tmp_path) == 130
-    thread.join()
-    assert capsys.readouterr().err == "resmem: interrupted; the same command goes on from here\n"
-    assert json.loads(record.read_text())["finished"] is False
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.gin", "stages"]

@@ -4,11 +4,11 @@ import json
 import tempfile
 from pathlib import Path
 
+import gin
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import gin
 from resmem_lm.errors import UserError
 from resmem_lm.workdir import Stage, disk_errors, new_directory, read_json, sha256, stage, write_bytes, write_json
 
