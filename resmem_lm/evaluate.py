@@ -48,58 +48,65 @@ class Setting(NamedTuple):
         return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 
 
-def direction(formula: Formula, scores: Scores) -> Float[Array, "sigmas queries candidates"]:
+def directions(scores: Scores, is_resmem: Bool[Array, " weightings"]) -> Float[Array, "weightings queries candidates"]:
     """Both formulas are lines in lambda, base + lambda * direction: r_kNN for ResMem, p_kNN - p for kNN-LM."""
-    return scores.residual if formula == "resmem" else scores.knn - scores.base
+    return jnp.where(is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
 
 
-@functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
+@functools.partial(jax.jit, static_argnames="unit_number")
 def _correct_counts(
     candidates: Candidates,
     neighbors: Neighbors,
     targets: Int[Array, " queries"],
-    sigmas: Float[Array, " sigmas"],
+    ks: Int[Array, " weightings"],
+    sigmas: Float[Array, " weightings"],
+    is_resmem: Bool[Array, " weightings"],
     lambdas: Float[Array, " lambdas"],
     temperature: Float[Array, ""],
     temperature_number: Int[Array, ""],
     *,
-    formula: Formula,
-    k: int,
     unit_number: int,
-) -> Int[Array, "lambdas sigmas"]:
+) -> Int[Array, "weightings lambdas"]:
     """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval."""
-    scores = score(candidates, neighbors, sigmas, k, temperature, temperature_number, unit_number)
-    slopes, is_target = direction(formula, scores), candidates.ids == targets[:, None]
+    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
+    slopes, is_target = directions(scores, is_resmem), candidates.ids == targets[:, None]
     lead = _of_target(scores.base, is_target) - scores.base
     slope = _of_target(slopes, is_target) - slopes
     crossing = -lead / jnp.where(slope == 0, 1.0, slope)
     low = jnp.max(jnp.where(slope > 0, crossing, -jnp.inf), axis=-1)
     high = jnp.min(jnp.where(slope < 0, crossing, jnp.inf), axis=-1)
     possible = jnp.any(is_target, axis=-1) & jnp.all((slope != 0) | (lead >= 0), axis=-1)
-    within = (low <= lambdas[:, None, None]) & (lambdas[:, None, None] <= high)
-    return jnp.sum(within & possible, axis=-1)
+    within = (low[:, None] <= lambdas[:, None]) & (lambdas[:, None] <= high[:, None])
+    return jnp.sum(within & possible[:, None], axis=-1)
 
 
 def _of_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
     return jnp.max(jnp.where(is_target, values, -jnp.inf), axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnames=("formula", "k", "unit_number"))
+@functools.partial(jax.jit, static_argnames="unit_number")
 def _predictions(
     candidates: Candidates,
     neighbors: Neighbors,
-    sigma: Float[Array, ""],
-    lambda_: Float[Array, ""],
+    ks: Int[Array, " weightings"],
+    sigmas: Float[Array, " weightings"],
+    is_resmem: Bool[Array, " weightings"],
+    lambdas: Float[Array, " weightings"],
     temperature: Float[Array, ""],
     temperature_number: Int[Array, ""],
     *,
-    formula: Formula,
-    k: int,
     unit_number: int,
-) -> tuple[Int[Array, " queries"], Bool[Array, " queries"]]:
-    scores = score(candidates, neighbors, sigma[None], k, temperature, temperature_number, unit_number)
-    winners, top = best(scores.base + lambda_ * direction(formula, scores)[0], candidates.ids)
-    return winners, certified(top, scores.bound if formula == "resmem" else (1 - lambda_) * scores.bound)
+) -> tuple[Int[Array, "weightings queries"], Bool[Array, "weightings queries"]]:
+    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
+    winners, top = best(scores.base + lambdas[:, None, None] * directions(scores, is_resmem), candidates.ids)
+    bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
+    return winners, certified(top, bound)
+
+
+def _weightings(pairs: list[tuple[Formula, int, float]]) -> tuple[Array, Array, Array]:
+    """ks, sigmas, and which of them are ResMem's."""
+    formulas, ks, sigmas = zip(*pairs, strict=True)
+    return jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), jnp.array([formula == "resmem" for formula in formulas])
 
 
 class SplitScorer:
@@ -109,7 +116,6 @@ class SplitScorer:
         self.name, self.queries, self.datastore = name, queries, datastore
         self.temperatures = list(datastore.binding.temperatures)
         self.unit_number = self.temperatures.index(1.0)
-        self._residuals_at = jax.jit(residuals_at)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Candidates, Neighbors]]:
         """Blocks of BLOCK queries; the last repeats its first query."""
@@ -120,11 +126,11 @@ class SplitScorer:
                 padded = np.concatenate([np.arange(some.start, some.stop), np.full(BLOCK - (some.stop - some.start), start)])
                 rows = np.maximum(q.rows[padded], 0)
                 candidates = Candidates(q.candidate_ids[padded], q.candidate_logits[padded], q.bound[padded], q.log_partition[padded])
-                ids = self.datastore.take("residual_ids", rows).astype(np.int32)
+                ids, values = (self.datastore.take(name, rows) for name in ("residual_ids", "residual_values"))
                 neighbors = Neighbors(
                     q.distances[padded],
                     q.neighbor_tokens[padded].astype(np.int32),
-                    self._residuals_at(candidates.ids, ids, self.datastore.take("residual_values", rows)),
+                    jnp.asarray(residuals_at(q.candidate_ids[padded], ids, values)),
                     jnp.asarray(self.datastore.take("target_log_probability", rows)),
                     jnp.asarray(self.datastore.take("log_partition", rows)),
                 )
@@ -135,51 +141,50 @@ class SplitScorer:
         self, ks: list[int], sigmas: list[float], temperatures: list[float], lambdas: dict[Formula, list[float]]
     ) -> dict[Setting, int]:
         """Right predictions for every combination of hyperparameters."""
-        counts: dict[tuple[Formula, int, float], np.ndarray] = {}
+        pairs = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
+        every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
+        counts = np.zeros((len(temperatures), len(pairs), len(every_lambda)), np.int64)
         for some, candidates, neighbors in self.blocks("tune"):
             targets = np.full(BLOCK, -1, np.int32)
             targets[: some.stop - some.start] = self.queries.tokens[some]
-            for formula, k, temperature in itertools.product(lambdas, ks, temperatures):
-                block_counts = _correct_counts(
+            for number, temperature in enumerate(temperatures):
+                counts[number] += _correct_counts(
                     candidates,
                     neighbors,
                     targets,
-                    np.array(sigmas, np.float32),
-                    np.array(lambdas[formula], np.float32),
+                    *_weightings(pairs),
+                    np.array(every_lambda, np.float32),
                     np.float32(temperature),
                     np.int32(self.temperatures.index(temperature)),
-                    formula=formula,
-                    k=k,
                     unit_number=self.unit_number,
                 )
-                key = formula, k, temperature
-                counts[key] = counts.get(key, 0) + np.asarray(block_counts)
         return {
-            Setting(formula, k, sigma, temperature, lambda_): int(table[i, j])
-            for (formula, k, temperature), table in counts.items()
-            for i, lambda_ in enumerate(lambdas[formula])
-            for j, sigma in enumerate(sigmas)
+            Setting(formula, k, sigma, temperature, lambda_): int(counts[t, p, every_lambda.index(lambda_)])
+            for t, temperature in enumerate(temperatures)
+            for p, (formula, k, sigma) in enumerate(pairs)
+            for lambda_ in lambdas[formula]
         }
 
     def predict(self, settings: list[Setting]) -> dict[Setting, tuple[Int[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]]:
         """Each setting's prediction for every token, and whether it is certified."""
         count = len(self.queries.tokens)
         found = {setting: (np.empty(count, np.int32), np.empty(count, bool)) for setting in settings}
+        by_temperature = itertools.groupby(sorted(settings, key=lambda s: s.temperature), key=lambda s: s.temperature)
+        groups = [(temperature, list(group)) for temperature, group in by_temperature]
         for some, candidates, neighbors in self.blocks("score"):
-            for setting, (predictions, sure) in found.items():
-                winners, block_sure = _predictions(
+            for temperature, group in groups:
+                winners, sure = _predictions(
                     candidates,
                     neighbors,
-                    np.float32(setting.sigma),
-                    np.float32(setting.lambda_),
-                    np.float32(setting.temperature),
-                    np.int32(self.temperatures.index(setting.temperature)),
-                    formula=setting.formula,
-                    k=setting.k,
+                    *_weightings([(s.formula, s.k, s.sigma) for s in group]),
+                    np.array([s.lambda_ for s in group], np.float32),
+                    np.float32(temperature),
+                    np.int32(self.temperatures.index(temperature)),
                     unit_number=self.unit_number,
                 )
-                predictions[some] = np.asarray(winners)[: some.stop - some.start]
-                sure[some] = np.asarray(block_sure)[: some.stop - some.start]
+                for setting, setting_winners, setting_sure in zip(group, np.asarray(winners), np.asarray(sure), strict=True):
+                    found[setting][0][some] = setting_winners[: some.stop - some.start]
+                    found[setting][1][some] = setting_sure[: some.stop - some.start]
         return found
 
     def target_probability(self, setting: Setting) -> Float[np.ndarray, " queries"]:

@@ -155,8 +155,10 @@ class Stage(Generic[P]):
                 )
             if record["finished"] and not changed and record["settings"] == settings:
                 if (workdir / self.output).exists():
-                    return record["result"]
-                raise UserError(f"{workdir / self.output} is missing although {path} says it was made: delete {path} to make it again")
+                    result: Record = record["result"]
+                    return result
+                if not self.redo:
+                    raise UserError(f"{workdir / self.output} is missing although {path} says it was made: delete {path} to make it again")
         record = {"settings": settings, "inputs": inputs, "finished": False}
         start = time.monotonic()
         with disk_errors(workdir):

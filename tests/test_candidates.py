@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from resmem_lm import candidates as c
 from resmem_lm import resmem
-from resmem_lm.evaluate import Setting, direction
+from resmem_lm.evaluate import Setting, directions
 
 TEMPERATURES = (0.5, 1.0, 2.0)
-SCORE = jax.jit(c.score, static_argnums=(3, 6))
+SCORE = jax.jit(c.score, static_argnums=6)
 
 
 def log_z(logits):
@@ -32,7 +32,7 @@ def problems(draw):
     neighbors = c.Neighbors(
         jnp.asarray(np.sort(rng.gamma(2.0, size=(queries, k)), axis=1).astype(np.float32)),
         jnp.asarray(tokens),
-        c.residuals_at(found[0], jnp.asarray(ids), jnp.asarray(values)),
+        jnp.asarray(c.residuals_at(np.asarray(found[0]), ids, values)),
         jnp.asarray(np.take_along_axis(logits, tokens[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))),
         jnp.asarray(log_z(logits)),
     )
@@ -67,8 +67,8 @@ def dense_scores(query_logits, ids, values, logits, neighbors, setting):
 def test_candidates_score_as_the_dense_formula_and_certified_predictions_are_its_own(problem):
     query_logits, ids, values, logits, candidates, neighbors, setting = problem
     number = TEMPERATURES.index(setting.temperature)
-    scores = SCORE(candidates, neighbors, jnp.array([setting.sigma]), setting.k, setting.temperature, number, 1)
-    found = np.asarray(scores.base + setting.lambda_ * direction(setting.formula, scores)[0])
+    scores = SCORE(candidates, neighbors, jnp.array([setting.k]), jnp.array([setting.sigma]), setting.temperature, number, 1)
+    found = np.asarray(scores.base + setting.lambda_ * directions(scores, jnp.array([setting.formula == "resmem"]))[0])
     bound = scores.bound * (1 - setting.lambda_ if setting.formula == "knnlm" else 1)
     dense = dense_scores(query_logits, ids, values, logits, neighbors, setting)
     np.testing.assert_allclose(found, np.take_along_axis(dense, np.asarray(candidates.ids), axis=1), atol=3e-5)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from beam_pipelines.build_datastore import build_datastore
 from resmem_lm import config
 from resmem_lm.documents import prepare_documents
 from resmem_lm.errors import UserError
@@ -20,6 +21,7 @@ from resmem_lm.vocabulary import make_vocabulary
 
 REPOSITORY = Path(__file__).parent.parent
 DEMO = "configs/demo.gin"
+STAGES = {stage.__name__: stage for stage in (prepare_documents, make_vocabulary, train, build_datastore, build_index, search, evaluate)}
 
 
 def message(call, *args, **kwargs):
@@ -35,7 +37,7 @@ def said_of(*bindings, gin_files=(DEMO,)):
 
     def read():
         config.parse(list(gin_files), list(bindings))
-        for stage in (prepare_documents, make_vocabulary, train, build_index, search, evaluate):
+        for stage in STAGES.values():
             config.parameters(stage)
 
     return message(read)
@@ -163,7 +165,6 @@ SETTINGS = st.fixed_dictionaries(
         ),
     }
 )
-STAGES = {stage.__name__: stage for stage in (prepare_documents, make_vocabulary, build_index, evaluate, train)}
 
 
 @settings(max_examples=30)

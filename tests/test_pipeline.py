@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -135,7 +136,7 @@ def damage_a_byte(path):
         (None, "--gin.search.neighbors=10", "search.neighbors"),
         (lambda w: damage_a_byte(w / "datastore/shard-00001-of-00003/residual_values.npy"), "--gin.evaluate.ks=(1,)", "was altered"),
         (lambda w: os.truncate(w / "datastore/shard-00001-of-00003/keys.npy", 999), "--gin.evaluate.ks=(1,)", "has 999 bytes"),
-        (lambda w: (w / "results.json").unlink(), "--gin.evaluate.ks=(1, 4, 12, 50)", "results.json is missing"),
+        (lambda w: shutil.rmtree(w / "neighbors"), "--gin.evaluate.ks=(1, 4, 12, 50)", "neighbors is missing although"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(tiny_copy, capsys, change, setting, says):
