@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
 
@@ -115,8 +115,3 @@ def best(
     top = jnp.max(scores, axis=-1)
     winners = jnp.where(scores == top[..., None], ids, jnp.iinfo(ids.dtype).max)
     return jnp.min(winners, axis=-1), top
-
-
-def certified(best_score: Float[Array, "*some queries"], bound: Float[Array, " queries"]) -> Bool[Array, "*some queries"]:
-    """Whether no token outside the candidates can score more."""
-    return best_score >= bound

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.candidates import Candidates, Neighbors, Scores, best, certified, residuals_at, score
+from resmem_lm.candidates import Candidates, Neighbors, Scores, best, residuals_at, score
 from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.errors import UserError
@@ -100,7 +101,7 @@ def _predictions(
     scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
     winners, top = best(scores.base + lambdas[:, None, None] * directions(scores, is_resmem), candidates.ids)
     bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
-    return winners, certified(top, bound)
+    return winners, top >= bound  # certified: no token outside the candidates scores more
 
 
 def _weightings(pairs: list[tuple[Formula, int, float]]) -> tuple[Array, Array, Array]:
@@ -120,22 +121,28 @@ class SplitScorer:
     def blocks(self, name: str) -> Iterator[tuple[slice, Candidates, Neighbors]]:
         """Blocks of BLOCK queries; the last repeats its first query."""
         q, count = self.queries, len(self.queries.tokens)
+
+        def load(start: int) -> tuple[slice, Candidates, Neighbors]:
+            some = slice(start, min(start + BLOCK, count))
+            padded = np.concatenate([np.arange(some.start, some.stop), np.full(BLOCK - (some.stop - some.start), start)])
+            rows = np.maximum(q.rows[padded], 0)
+            candidates = Candidates(q.candidate_ids[padded], q.candidate_logits[padded], q.bound[padded], q.log_partition[padded])
+            ids, values = (self.datastore.take(name, rows) for name in ("residual_ids", "residual_values"))
+            neighbors = Neighbors(
+                q.distances[padded],
+                q.neighbor_tokens[padded].astype(np.int32),
+                jnp.asarray(residuals_at(q.candidate_ids[padded], ids, values)),
+                jnp.asarray(self.datastore.take("target_log_probability", rows)),
+                jnp.asarray(self.datastore.take("log_partition", rows)),
+            )
+            return some, candidates, neighbors
+
+        # Rows are fetched by other threads while the last block is scored.
+        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         with progress(f"{name} {self.name}", total=count, unit="tokens") as bar:
-            for start in range(0, count, BLOCK):
-                some = slice(start, min(start + BLOCK, count))
-                padded = np.concatenate([np.arange(some.start, some.stop), np.full(BLOCK - (some.stop - some.start), start)])
-                rows = np.maximum(q.rows[padded], 0)
-                candidates = Candidates(q.candidate_ids[padded], q.candidate_logits[padded], q.bound[padded], q.log_partition[padded])
-                ids, values = (self.datastore.take(name, rows) for name in ("residual_ids", "residual_values"))
-                neighbors = Neighbors(
-                    q.distances[padded],
-                    q.neighbor_tokens[padded].astype(np.int32),
-                    jnp.asarray(residuals_at(q.candidate_ids[padded], ids, values)),
-                    jnp.asarray(self.datastore.take("target_log_probability", rows)),
-                    jnp.asarray(self.datastore.take("log_partition", rows)),
-                )
-                yield some, *jax.device_put((candidates, neighbors))
-                bar.update(some.stop)
+            for block in grain.MapDataset.range(0, count, BLOCK).map(load).to_iter_dataset(ahead):
+                yield block
+                bar.update(block[0].stop)
 
     def count_correct(
         self, ks: list[int], sigmas: list[float], temperatures: list[float], lambdas: dict[Formula, list[float]]
@@ -190,7 +197,7 @@ class SplitScorer:
     def target_probability(self, setting: Setting) -> Float[np.ndarray, " queries"]:
         """What DeepNet (lambda = 0) or kNN-LM gives the true token."""
         q, number = self.queries, self.temperatures.index(setting.temperature)
-        base = np.exp(q.target_logits / setting.temperature - q.log_partition[:, number])
+        base = np.exp(q.target_logits.astype(np.float64) / setting.temperature - q.log_partition[:, number])
         weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[:, : setting.k]), setting.sigma))
         knn = np.sum(weights * (q.neighbor_tokens[:, : setting.k] == q.tokens[:, None]), axis=1)
         return (1 - setting.lambda_) * base + setting.lambda_ * knn
@@ -199,15 +206,15 @@ class SplitScorer:
 def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
     """The settings with most right predictions: of kNN alone, kNN-LM, and ResMem with lambda 1 and with any lambda."""
 
-    def winner(formula: Formula, lambda_: float | None = None) -> Setting:
-        allowed = [s for s in counts if s.formula == formula and lambda_ in (None, s.lambda_)]
+    def winner(allowed: list[Setting]) -> Setting:
         return max(allowed, key=lambda s: (counts[s], -allowed.index(s)))
 
+    resmem, knnlm = ([s for s in counts if s.formula == formula] for formula in ("resmem", "knnlm"))
     return {
-        "knn": winner("knnlm", 1.0),
-        "knnlm": winner("knnlm"),
-        "resmem_lambda1": winner("resmem", 1.0),
-        "resmem": winner("resmem"),
+        "knn": winner([s for s in knnlm if s.lambda_ == 1]),
+        "knnlm": winner([s for s in knnlm if s.lambda_ < 1]),
+        "resmem_lambda1": winner([s for s in resmem if s.lambda_ == 1]),
+        "resmem": winner(resmem),
     }
 
 
@@ -276,9 +283,9 @@ def evaluate(
         raise UserError(f"evaluate: sigmas must be above 0 and lambdas 0 or more; has {sigmas}, {lambdas}")
     searched = scorers["test"].queries.rows.shape[1]
     usable = [k for k in ks if 1 <= k <= searched]
-    if not usable or 1.0 not in lambdas or 1.0 not in temperatures:
+    if not usable or 1.0 not in lambdas or min(lambdas) >= 1 or 1.0 not in temperatures:
         raise UserError(
-            f"evaluate needs a k from 1 to {searched} in ks, and 1.0 in lambdas and in temperatures; has {ks}, {lambdas}, {temperatures}"
+            f"evaluate needs a k from 1 to {searched} in ks, 1.0 and one below it in lambdas, and 1.0 in temperatures; has {ks}, {lambdas}, {temperatures}"
         )
 
     grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}

@@ -24,7 +24,7 @@ from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record, new_directory, stage, write_json
 
 QUERY_SPLITS = ("validation", "test")
-BASE_CANDIDATES = 64
+BASE_CANDIDATES = 32
 SEARCH_BLOCK = 4096
 
 
