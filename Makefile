@@ -1,7 +1,6 @@
 # make demo   the whole pipeline on text that every installation has
 # make test   the tests
 # make lint   ruff and mypy
-# make bench  measurements of this machine
 # make lock   new pins, within the ranges of pyproject.toml
 
 PYTHON ?= python3.11

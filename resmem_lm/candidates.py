@@ -5,7 +5,7 @@ largest logits nor a neighbour's token scores at most DeepNet's own probability 
 candidate reaches that bound, the prediction is certified to be that of the full formula.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
+
+Formula = Literal["resmem", "knnlm"]
+
+
+class Setting(NamedTuple):
+    """A formula and its hyperparameters."""
+
+    formula: Formula
+    k: int
+    sigma: float
+    temperature: float
+    lambda_: float
+
+    def hyperparameters(self) -> dict[str, float]:
+        """As results.json names them."""
+        return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 
 
 class Candidates(NamedTuple):

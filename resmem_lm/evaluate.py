@@ -10,7 +10,7 @@ import itertools
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import grain
 import jax
@@ -18,35 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.candidates import Candidates, Neighbors, Scores, best, residuals_at, score
+from resmem_lm.candidates import Candidates, Formula, Neighbors, Scores, Setting, best, residuals_at, score
 from resmem_lm.datastore import Datastore, open_datastore
-from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.errors import UserError
+from resmem_lm.examples import mended_tokens
 from resmem_lm.progress import progress
 from resmem_lm.resmem import neighbor_weights
-from resmem_lm.search import QUERY_SPLITS, Queries, open_queries, query_documents
-from resmem_lm.vocabulary import Vocabulary, load_vocabulary
+from resmem_lm.search import QUERY_SPLITS, Queries, open_queries
 from resmem_lm.workdir import Record, read_json, sha256, stage, write_json
 
 BLOCK = 256
 BOOTSTRAP_SAMPLES = 2000
-CONTEXT_TOKENS = 32
-EXAMPLES = 10
-Formula = Literal["resmem", "knnlm"]
-
-
-class Setting(NamedTuple):
-    """A formula and its hyperparameters."""
-
-    formula: Formula
-    k: int
-    sigma: float
-    temperature: float
-    lambda_: float
-
-    def hyperparameters(self) -> Record:
-        """As results.json names them."""
-        return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 
 
 def directions(scores: Scores, is_resmem: Bool[Array, " weightings"]) -> Float[Array, "weightings queries candidates"]:
@@ -285,7 +267,7 @@ def evaluate(
     usable = [k for k in ks if 1 <= k <= searched]
     if not usable or 1.0 not in lambdas or min(lambdas) >= 1 or 1.0 not in temperatures:
         raise UserError(
-            f"evaluate needs a k from 1 to {searched} in ks, 1.0 and one below it in lambdas, and 1.0 in temperatures; has {ks}, {lambdas}, {temperatures}"
+            f"evaluate: needs 1 to {searched} in ks, 1.0 and less in lambdas, 1.0 in temperatures: {ks}, {lambdas}, {temperatures}"
         )
 
     grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
@@ -321,7 +303,7 @@ def evaluate(
                 for axis, by_name in curves.items()
             }
             deepnet, mended = found[methods["deepnet"]][0], found[methods["resmem"]][0]
-            results["examples"] = _examples(workdir, scorer, methods["resmem"], deepnet, mended)
+            results["examples"] = mended_tokens(workdir, scorer.queries, datastore, methods["resmem"], deepnet, mended)
     results["datastore"] = {"rows": datastore.rows, "bytes_per_row": datastore.bytes / datastore.rows}
     results["index"] = read_json(workdir / "index" / "index.json")
     results["model"] = read_json(workdir / "checkpoints" / "model.json")
@@ -356,65 +338,3 @@ def _describe_split(workdir: Path, split: str, scorer: SplitScorer, methods: dic
         # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0: no perplexity.
         described[name]["perplexity"] = float(np.exp(-np.mean(np.log(scorer.target_probability(methods[name])))))
     return {**read_json(workdir / "neighbors" / "neighbors.json")[split], "methods": described}
-
-
-class _Texts:
-    """Contexts of tokens, from the documents themselves."""
-
-    def __init__(self, workdir: Path, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self._train = shard_paths(workdir, "train")
-        self._shard = functools.lru_cache(maxsize=4)(lambda shard: read_shard(self._train[shard]))
-
-    def context(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
-        return self.vocabulary.decode(tokens[max(0, position - CONTEXT_TOKENS) : position])
-
-    def neighbor(self, datastore: Datastore, row: int) -> Record:
-        shard, number, position = datastore.locate(row)
-        document = self._shard(shard)[number]
-        tokens = self.vocabulary.encode(document.text)
-        return {
-            "document": document.id,
-            "context": self.context(tokens, position),
-            "token": self.vocabulary.pieces(tokens[position : position + 1])[0],
-        }
-
-
-def _examples(
-    workdir: Path, scorer: SplitScorer, setting: Setting, deepnet: Int[np.ndarray, " tokens"], mended: Int[np.ndarray, " tokens"]
-) -> list[Record]:
-    """Tokens that DeepNet gets wrong and ResMem right, drawn at random, with the neighbours that add most to the right one."""
-    q, vocabulary = scorer.queries, load_vocabulary(workdir)
-    texts = _Texts(workdir, vocabulary)
-    pool = np.flatnonzero((deepnet != q.tokens) & (mended == q.tokens))
-    chosen = np.sort(np.random.default_rng(0).choice(pool, size=min(EXAMPLES, len(pool)), replace=False))
-    documents = query_documents(workdir, scorer.name)
-    first = np.concatenate([[0], np.cumsum(q.document_lengths)])
-    examples = []
-    for query in chosen:
-        number = int(np.searchsorted(first, query, side="right") - 1)
-        tokens = vocabulary.encode(documents[number].text)
-        target = int(q.tokens[query])
-        weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[query : query + 1, : setting.k]), setting.sigma))[0]
-        order = np.argsort(-weights * (q.neighbor_tokens[query, : setting.k] == target), kind="stable")[:3]
-        order = order[q.rows[query, order] >= 0]
-        neighbors = [
-            {
-                **texts.neighbor(scorer.datastore, int(q.rows[query, i])),
-                "distance": float(q.distances[query, i]),
-                "weight": float(weights[i]),
-            }
-            for i in order
-        ]
-        target_piece, deepnet_piece, mended_piece = vocabulary.pieces([target, int(deepnet[query]), int(mended[query])])
-        examples.append(
-            {
-                "document": documents[number].id,
-                "context": texts.context(tokens, int(query - first[number])),
-                "target": target_piece,
-                "deepnet": deepnet_piece,
-                "resmem": mended_piece,
-                "neighbors": neighbors,
-            }
-        )
-    return examples

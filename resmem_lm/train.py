@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from resmem_lm.checkpoint import checkpoint_manager, load_model, save_config
 from resmem_lm.errors import UserError
+from resmem_lm.metrics import metrics
 from resmem_lm.model import Decoder, ModelConfig, init_parameters
 from resmem_lm.packing import Batch, batches, pack, split_tokens
 from resmem_lm.progress import progress
@@ -166,21 +167,20 @@ def _loop(
     checkpoint_steps: int,
 ) -> None:
     import orbax.checkpoint as ocp
-    from tensorboardX import SummaryWriter
 
     log_steps = max(1, min(50, steps // 10))
     with (
-        SummaryWriter(str(workdir / "metrics"), purge_step=begin) as writer,
+        metrics(workdir / "metrics", begin=begin) as writer,
         progress("train", total=steps, done=begin, unit="steps") as bar,
     ):
         recent: list[Any] = []
         start = time.monotonic()
         for step in range(begin, steps):
-            parameters, state, metrics = update(parameters, state, rows[step], np.int32(step))
-            recent.append(metrics)
+            parameters, state, sums = update(parameters, state, rows[step], np.int32(step))
+            recent.append(sums)
             finished = step + 1
             if finished % log_steps == 0 or finished == steps:
-                sums = {name: float(np.sum([m[name] for m in jax.device_get(recent)])) for name in metrics}
+                sums = {name: float(np.sum([some[name] for some in jax.device_get(recent)])) for name in sums}
                 seconds, start = time.monotonic() - start, time.monotonic()
                 scalars = {
                     "loss": sums["cross_entropy"] / sums["tokens"],
@@ -188,8 +188,7 @@ def _loop(
                     "tokens_per_second": sums["tokens"] / seconds,
                     "learning_rate": float(schedule(step)),
                 }
-                for name, value in scalars.items():
-                    writer.add_scalar(f"train/{name}", value, finished)
+                writer.write(finished, {f"train/{name}": value for name, value in scalars.items()})
                 bar.update(
                     finished,
                     f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s",

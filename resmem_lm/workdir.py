@@ -84,9 +84,11 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turns "no space left on device" into a UserError that names the place."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = error.filename or where
+    except (OSError, ValueError) as error:
+        # NumPy tells of a write that was cut short without an errno, Orbax by a status code in a ValueError.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "RESOURCE_EXHAUSTED" in str(error) or " requested and " in str(error):
+            place = getattr(error, "filename", None) or where
             raise UserError(f"no space left on the disk of {place}: free some and run the same command again; it goes on") from error
         raise
 

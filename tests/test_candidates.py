@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from resmem_lm import candidates as c
 from resmem_lm import resmem
-from resmem_lm.evaluate import Setting, directions
+from resmem_lm.candidates import Setting
+from resmem_lm.evaluate import directions
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 SCORE = jax.jit(c.score, static_argnums=6)

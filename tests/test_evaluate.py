@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import Setting, SplitScorer, bootstrap_interval, describe, tune
+from resmem_lm.evaluate import SplitScorer, bootstrap_interval, describe, tune
 from resmem_lm.search import open_queries, recall
 
 PAPER = Setting("resmem", 12, 1.0, 1.0, 1.0)

@@ -1,0 +1,86 @@
+"""Tokens that ResMem mends, in the form of the paper's Figure 2, with the neighbours that decided them."""
+
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from resmem_lm.candidates import Setting
+from resmem_lm.datastore import Datastore
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.resmem import neighbor_weights
+from resmem_lm.search import Queries, query_documents
+from resmem_lm.vocabulary import Vocabulary, load_vocabulary
+from resmem_lm.workdir import Record
+
+CONTEXT_TOKENS = 32
+EXAMPLES = 10
+
+
+class _Texts:
+    """Contexts of tokens, from the documents themselves."""
+
+    def __init__(self, workdir: Path, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._train = shard_paths(workdir, "train")
+        self._shard = functools.lru_cache(maxsize=4)(lambda shard: read_shard(self._train[shard]))
+
+    def context(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
+        return self.vocabulary.decode(tokens[max(0, position - CONTEXT_TOKENS) : position])
+
+    def neighbor(self, datastore: Datastore, row: int) -> Record:
+        shard, number, position = datastore.locate(row)
+        document = self._shard(shard)[number]
+        tokens = self.vocabulary.encode(document.text)
+        return {
+            "document": document.id,
+            "context": self.context(tokens, position),
+            "token": self.vocabulary.pieces(tokens[position : position + 1])[0],
+        }
+
+
+def mended_tokens(
+    workdir: Path,
+    q: Queries,
+    datastore: Datastore,
+    setting: Setting,
+    deepnet: Int[np.ndarray, " tokens"],
+    mended: Int[np.ndarray, " tokens"],
+) -> list[Record]:
+    """Test tokens that DeepNet gets wrong and ResMem right, drawn at random, with the neighbours that add most to the right one."""
+    vocabulary = load_vocabulary(workdir)
+    texts = _Texts(workdir, vocabulary)
+    pool = np.flatnonzero((deepnet != q.tokens) & (mended == q.tokens))
+    chosen = np.sort(np.random.default_rng(0).choice(pool, size=min(EXAMPLES, len(pool)), replace=False))
+    documents = query_documents(workdir, "test")
+    first = np.concatenate([[0], np.cumsum(q.document_lengths)])
+    examples = []
+    for query in chosen:
+        number = int(np.searchsorted(first, query, side="right") - 1)
+        tokens = vocabulary.encode(documents[number].text)
+        target = int(q.tokens[query])
+        weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[query : query + 1, : setting.k]), setting.sigma))[0]
+        order = np.argsort(-weights * (q.neighbor_tokens[query, : setting.k] == target), kind="stable")[:3]
+        order = order[q.rows[query, order] >= 0]
+        neighbors = [
+            {
+                **texts.neighbor(datastore, int(q.rows[query, i])),
+                "distance": float(q.distances[query, i]),
+                "weight": float(weights[i]),
+            }
+            for i in order
+        ]
+        target_piece, deepnet_piece, mended_piece = vocabulary.pieces([target, int(deepnet[query]), int(mended[query])])
+        examples.append(
+            {
+                "document": documents[number].id,
+                "context": texts.context(tokens, int(query - first[number])),
+                "target": target_piece,
+                "deepnet": deepnet_piece,
+                "resmem": mended_piece,
+                "neighbors": neighbors,
+            }
+        )
+    return examples
