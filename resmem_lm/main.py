@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 def _stages(command: str) -> list[Any]:
     """The stages of a command, with those before them that it also runs."""
     logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
-    from beam_pipelines.build_datastore import build_datastore
+    from beam_pipelines.datastore import build_datastore
 
     logging.disable(logging.NOTSET)
     from resmem_lm.documents import prepare_documents

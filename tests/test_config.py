@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from beam_pipelines.build_datastore import build_datastore
+from beam_pipelines.datastore import build_datastore
 from resmem_lm import config
 from resmem_lm.documents import prepare_documents
 from resmem_lm.errors import UserError

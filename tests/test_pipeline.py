@@ -173,5 +173,5 @@ def test_a_datastore_of_another_checkpoint_is_refused(tiny_copy, capsys):
 
 
 def test_importing_the_command_does_not_import_tensorflow():
-    code = "import sys, beam_pipelines.build_datastore, resmem_lm.evaluate, resmem_lm.train; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, beam_pipelines.datastore, resmem_lm.evaluate, resmem_lm.train; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

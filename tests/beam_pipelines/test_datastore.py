@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from beam_pipelines import build_datastore as pipeline
-from beam_pipelines.build_datastore import build_datastore
+from beam_pipelines import datastore as pipeline
+from beam_pipelines.datastore import build_datastore
 from resmem_lm.errors import UserError
 
 SETTINGS = {"window_length": 32, "window_context": 8, "entries": 16}

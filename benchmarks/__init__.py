@@ -1,0 +1,1 @@
+"""Measurements; each prints the processor it ran on."""
