@@ -24,6 +24,7 @@ from backports import zstd
 from resmem_lm import docstrings
 from resmem_lm.duplicates import mark_duplicates
 from resmem_lm.errors import UserError
+from resmem_lm.progress import progress
 from resmem_lm.workdir import Record, new_directory, sha256, stage
 
 SPLITS = ("train", "validation", "test")
@@ -227,7 +228,9 @@ def prepare_documents(
                 for shard in range(shards_of[split])
             }
             splits = assign_splits(distinct(), validation_fraction=validation_fraction, test_fraction=test_fraction)
+            bar = opened.enter_context(progress("documents", total=None, unit="documents"))
             for split, document in splits:
+                bar.update(sum(counts.values()))
                 shard = counts[split] % shards_of[split]
                 counts[split] += 1
                 files[split, shard].write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")

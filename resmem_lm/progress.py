@@ -14,9 +14,10 @@ SECONDS_BETWEEN_LINES = 15
 class Reporter:
     """Tells how far a stage is."""
 
-    def __init__(self, name: str, total: int, done: int, unit: str, bar: Progress | None) -> None:
+    def __init__(self, name: str, total: int | None, done: int, unit: str, bar: Progress | None) -> None:
         self.name, self.total, self.unit, self.bar = name, total, unit, bar
-        self.begun, self.began_at, self.last = done, time.monotonic(), -float("inf")
+        self.begun, self.began_at = done, time.monotonic()
+        self.last = self.began_at if total is None else -float("inf")
         self.task = bar.add_task(name, total=total, completed=done, detail="") if bar else None
 
     def update(self, done: int, detail: str = "") -> None:
@@ -24,17 +25,19 @@ class Reporter:
         now = time.monotonic()
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, detail=detail)
-        elif now - self.last > SECONDS_BETWEEN_LINES or done >= self.total:
+        elif now - self.last > SECONDS_BETWEEN_LINES or done == self.total:
             elapsed = now - self.began_at
-            left = elapsed / max(done - self.begun, 1) * (self.total - done)
-            line = f"{self.name}: {done:,} of {self.total:,} {self.unit}, {elapsed:.0f} s, {left:.0f} s left"
+            line = f"{self.name}: {done:,} {self.unit}, {elapsed:.0f} s"
+            if self.total is not None:
+                left = elapsed / max(done - self.begun, 1) * (self.total - done)
+                line = f"{self.name}: {done:,} of {self.total:,} {self.unit}, {elapsed:.0f} s, {left:.0f} s left"
             print(f"{line}; {detail}" if detail else line, file=sys.stderr, flush=True)
             self.last = now
 
 
 @contextlib.contextmanager
-def progress(name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Reporter]:
-    """Shows the progress of a stage on standard error until the block ends."""
+def progress(name: str, *, total: int | None, unit: str, done: int = 0) -> Iterator[Reporter]:
+    """Shows the progress of a stage on standard error until the block ends; `total` is None where it is not known."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Reporter(name, total, done, unit, None)
