@@ -91,6 +91,10 @@ def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndar
 
 def _write_arrays(folder: Path, shard: int, tokens: list[np.ndarray], encoder: Encoder) -> None:
     arrays: dict[str, np.ndarray] = {}
+    if not tokens:  # fewer documents than shards: files without rows, as wide as any
+        _, encoded = next(encoder([np.zeros(1, np.int32)]))
+        for name, value in encoded._asdict().items():
+            np.save(folder / f"{name}.npy", value[:0])
     for positions, encoded in encoder(tokens):
         for name, value in encoded._asdict().items():
             if name not in arrays:

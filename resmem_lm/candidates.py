@@ -26,7 +26,7 @@ class Setting(NamedTuple):
     temperature: float
     lambda_: float
 
-    def hyperparameters(self) -> dict[str, float]:
+    def hyperparameters(self) -> dict[str, int | float]:
         """As results.json names them."""
         return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 

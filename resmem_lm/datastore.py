@@ -78,7 +78,7 @@ class Datastore:
     def _arrays(self) -> dict[str, list[np.ndarray]]:
         def load(name: str, shard: int) -> np.ndarray:
             path = shard_folder(self.folder, shard, len(self.shards)) / f"{name}.npy"
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r" if self.shards[shard]["rows"] else None, allow_pickle=False)
             if len(array) != self.shards[shard]["rows"]:
                 raise UserError(f"{path} has {len(array)} rows, its manifest says {self.shards[shard]['rows']}; {_mend(self.folder)}")
             return array

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` so that readers see the old file or the whole new one."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -202,9 +202,9 @@ def test_a_missing_file_is_named(tmp_path):
     ("binding", "culprit_and_mend"),
     [
         ("TXT='a.txt'", "TXT is unknown: did you mean TEXT?"),
-        ("QUX=3", "QUX is unknown: known are STEPS, TEXT"),
+        ("QUX=3", "QUX is unknown: known are MEMORY_SHARDS, STEPS, TEXT"),
         ("scope/STEPS=3", "scope/STEPS is unknown: did you mean STEPS?"),
-        ("scope/train.steps=3", "scope/train.steps is unknown: known are STEPS, TEXT"),
+        ("scope/train.steps=3", "scope/train.steps is unknown: known are MEMORY_SHARDS, STEPS, TEXT"),
         ("train.batchsize=3", "in train, batchsize is unknown: did you mean batch_size?"),
         ("search.qux=3", "in search, qux is unknown: known are neighbors, recall_queries"),
         ("ModelConfig.num_layer=3", "in ModelConfig, num_layer is unknown: did you mean num_layers?"),

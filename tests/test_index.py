@@ -43,11 +43,11 @@ def test_exact_search_is_brute_force_over_all_shards(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "one_norm"), [(3_000, True), (30_000, True), (30_000, False)])
 def test_scann_finds_nearly_all_that_exact_search_finds_at_true_distances(tmp_path, rows, one_norm):
-    keys = clustered(rows + 100, 32, one_norm=one_norm)
+    keys = clustered(rows + 100, 64, one_norm=one_norm)
     datastore, queries = Keys(keys[100:]), keys[:100]
-    facts = _build_scann(datastore, tmp_path, 100, 10_000)
+    facts = _build_scann(datastore, tmp_path, 200, 10_000)
     assert facts["measure"] == ("dot_product" if one_norm else "squared_l2")
-    found, distances = ScannIndex(datastore, tmp_path, 100).search(queries, 10)
+    found, distances = ScannIndex(datastore, tmp_path, 200).search(queries, 10)
     exact, exact_distances = ExactIndex(datastore).search(queries, 10)
     assert recall(found, exact) >= 0.95
     same = found == exact

@@ -47,9 +47,9 @@ def write_corpus(path: Path, documents: int = 60) -> None:
             file.write(json.dumps({"text": f"Document {number}. " + " ".join(sentences)}) + "\n")
 
 
-def arguments(folder: Path, workdir: Path) -> list[str]:
+def arguments(folder: Path, workdir: Path, documents: int = 60) -> list[str]:
     """`resmem COMMAND`'s arguments for a corpus and configuration written to `folder`."""
     if not (folder / "tiny.gin").exists():
-        write_corpus(folder / "corpus.jsonl")
+        write_corpus(folder / "corpus.jsonl", documents)
         (folder / "tiny.gin").write_text(CONFIG)
     return [f"--gin_file={folder / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{folder / 'corpus.jsonl'}'"]

@@ -3,11 +3,15 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 from beam_pipelines import datastore as pipeline
 from beam_pipelines.datastore import build_datastore
+from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
+from resmem_lm.main import main
+from tests.tiny import arguments
 
 SETTINGS = {"window_length": 32, "window_context": 8, "entries": 16}
 
@@ -52,8 +56,6 @@ def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
 
 def _encode_again(workdir, shard):
     """A second attempt at a shard, as a runner that repeats a bundle makes it."""
-    from resmem_lm.datastore import open_datastore
-
     encode = pipeline.EncodeShard(str(workdir), open_datastore(workdir / "datastore").binding, 3, 3)
     encode.setup()
     return encode.process(shard)
@@ -65,6 +67,19 @@ def test_the_first_shards_are_a_smaller_datastore(tiny_copy):
     found = build_datastore(tiny_copy, **SETTINGS, shards=1)
     manifest = json.loads((tiny_copy / "datastore/manifest.json").read_text())
     assert found["rows"] == manifest["rows"] == manifest["shards"][0]["rows"]
+
+
+def test_more_shards_than_documents_leave_some_without_rows(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    command = [
+        *arguments(tmp_path / "tiny", tmp_path / "run", documents=6),
+        "--gin.prepare_documents.shards=9",
+        "--gin.make_vocabulary.size=60",
+    ]
+    assert main(["run", *command, "--gin.STEPS=2"]) == 0
+    datastore = open_datastore(tmp_path / "run/datastore", checksums=True)
+    assert 0 < sum(shard["rows"] > 0 for shard in datastore.shards) < 9
+    assert len(datastore.take("tokens", np.arange(datastore.rows))) == datastore.rows
 
 
 @pytest.mark.parametrize(
