@@ -127,7 +127,7 @@ def _scann() -> Any:
 def scann_parameters(rows: int, dimensions: int) -> dict[str, int]:
     """Leaves of the tree, leaves to search, and dimensions of a code block (at most 256 blocks stay on ScaNN's fast path)."""
     leaves = int(np.clip(np.sqrt(rows), 16, rows))
-    return {"leaves": leaves, "leaves_to_search": min(leaves, max(24, leaves // 16)), "block": max(2, -(-dimensions // 256))}
+    return {"leaves": leaves, "leaves_to_search": min(leaves, max(40, leaves // 16)), "block": max(2, -(-dimensions // 256))}
 
 
 @stage(name="index", after=("build",), output="index")
