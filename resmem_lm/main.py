@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stages(command: str) -> list[Any]:
+def stages_of(command: str) -> list[Any]:
     """The stages of a command, with those before them that it also runs."""
     logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
     from beam_pipelines.datastore import build_datastore
@@ -64,14 +64,14 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     from resmem_lm.workdir import read_json, write_bytes
 
     workdir: Path = arguments.workdir
-    everything = _stages("run")  # imported before parsing: gin must know every name
+    everything = stages_of("run")  # imported before parsing: gin must know every name
     if not arguments.gin_file:
         raise UserError("no --gin_file: give one, such as --gin_file=configs/demo.gin")
     config.parse(arguments.gin_file, bindings)
     settings = {stage.__name__: config.parameters(stage) for stage in everything}
     if getattr(arguments, "pipeline_options", ""):
         settings["build_datastore"]["pipeline_options"] = arguments.pipeline_options
-    chosen = _stages(arguments.command)
+    chosen = stages_of(arguments.command)
     for stage in everything:
         stage.check(workdir, **settings[stage.__name__])
     try:
@@ -87,7 +87,7 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
 
 
 def _use_huge_pages() -> None:
-    """Starts this process again with 2 MiB pages for the heap, where glibc can: training is 1.3 times as fast on a CPU.
+    """Starts this process again with 2 MiB pages for the heap, where glibc can: training is 1.1 times as fast on a CPU (docs/demo.md).
 
     glibc reads the setting at its start only. One that the user has set stays.
     """
