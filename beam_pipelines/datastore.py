@@ -71,7 +71,7 @@ class EncodeShard(beam.DoFn):
                 _write_documents(attempt / "documents.jsonl", documents, tokens)
                 _write_arrays(attempt, shard, tokens, self._worker.encoder)
                 files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(attempt.iterdir())}
-                write_json(attempt / "shard.json", {"rows": sum(map(len, tokens)), "files": files})
+                write_json(attempt / "shard.json", {"binding": self.binding.to_json(), "rows": sum(map(len, tokens)), "files": files})
                 _publish(attempt, final)
             finally:
                 shutil.rmtree(attempt, ignore_errors=True)
@@ -126,9 +126,12 @@ def _publish(attempt: Path, final: Path) -> None:
             raise
 
 
-def _is_finished(folder: Path) -> bool:
-    record = folder / "shard.json"
-    return record.exists() and not list(damaged_files(folder, read_json(record)["files"], checksums=True))
+def _is_finished(folder: Path, binding: Binding) -> bool:
+    """Whether a shard is whole and was made by the same model, vocabulary and settings."""
+    if not (folder / "shard.json").exists():
+        return False
+    record = read_json(folder / "shard.json")
+    return record["binding"] == binding.to_json() and not list(damaged_files(folder, record["files"], checksums=True))
 
 
 def write_manifest(workdir: str, binding: Binding, shards: int) -> None:
@@ -136,7 +139,8 @@ def write_manifest(workdir: str, binding: Binding, shards: int) -> None:
     folder = Path(workdir) / "datastore"
     with disk_errors(folder):
         records = [read_json(shard_folder(folder, shard, shards) / "shard.json") for shard in range(shards)]
-        write_json(folder / "manifest.json", {**binding.to_json(), "rows": sum(r["rows"] for r in records), "shards": records})
+        manifest = {"rows": sum(r["rows"] for r in records), "shards": [{"rows": r["rows"], "files": r["files"]} for r in records]}
+        write_json(folder / "manifest.json", binding.to_json() | manifest)
 
 
 @contextlib.contextmanager
@@ -214,7 +218,7 @@ def build_datastore(
         raise UserError(
             f"build_datastore.shards = {shards}, but the train split has {split_shards}: take 1 to {split_shards}, or None for all"
         )
-    todo = [shard for shard in range(shards) if not _is_finished(shard_folder(folder, shard, shards))]
+    todo = [shard for shard in range(shards) if not _is_finished(shard_folder(folder, shard, shards), binding)]
     for shard in todo:
         shutil.rmtree(shard_folder(folder, shard, shards), ignore_errors=True)
     place = str(workdir.absolute())

@@ -131,6 +131,7 @@ class SplitScorer:
     ) -> dict[Setting, int]:
         """Right predictions for every combination of hyperparameters."""
         pairs = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
+        weightings = _weightings(pairs)
         every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
         counts = np.zeros((len(temperatures), len(pairs), len(every_lambda)), np.int64)
         for some, candidates, neighbors in self.blocks("tune"):
@@ -141,7 +142,7 @@ class SplitScorer:
                     candidates,
                     neighbors,
                     targets,
-                    *_weightings(pairs),
+                    *weightings,
                     np.array(every_lambda, np.float32),
                     np.float32(temperature),
                     np.int32(self.temperatures.index(temperature)),

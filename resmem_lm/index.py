@@ -4,6 +4,7 @@ Both return neighbours by true L2 distance between the query and the stored key:
 distances are then computed from the datastore itself.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -76,16 +77,10 @@ class ExactIndex:
         return _in_blocks(lambda q, rows: nearest(self.datastore, q, rows, k), queries, best_rows[:, :k])
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def _block_search(queries: Float[Array, "queries emb"], keys: Float[Array, "keys emb"], k: int) -> tuple[Array, Array]:
     # For one query, the order of q.z - |z|^2 / 2 is that of the distance.
-    return _top_products(queries, keys, jnp.sum(jnp.square(keys), axis=-1) / 2, k)
-
-
-def _top_products_(queries: Array, keys: Array, half_norms: Array, k: int) -> tuple[Array, Array]:
-    return largest(queries @ keys.T - half_norms, k)
-
-
-_top_products = jax.jit(_top_products_, static_argnums=3)
+    return largest(queries @ keys.T - jnp.sum(jnp.square(keys), axis=-1) / 2, k)
 
 
 def _in_blocks(function: Callable[..., tuple[np.ndarray, np.ndarray]], *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,10 +102,9 @@ class ScannIndex:
 
         def some(block: Float[np.ndarray, "queries emb"]) -> tuple[np.ndarray, np.ndarray]:
             count = min(max(self.candidates, k), self.datastore.rows)
-            rows, _ = self._searcher.search_batched_parallel(block, final_num_neighbors=count)
-            rows = rows.astype(np.int64)
-            # Where its leaves hold too few, ScaNN fills up with row 0 and a distance that is not a number.
-            rows[:, 1:][rows[:, 1:] == rows[:, :1]] = -1
+            rows, scores = self._searcher.search_batched_parallel(block, final_num_neighbors=count)
+            # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
+            rows = np.where(np.isnan(scores), -1, rows.astype(np.int64))
             return nearest(self.datastore, block, rows, k)
 
         return _in_blocks(some, queries)

@@ -22,7 +22,7 @@ def residual(
 
 
 def largest(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
-    """`jax.lax.top_k` behind a barrier: XLA makes a full sort of a top_k whose result is sliced, 8 times as slow on a CPU."""
+    """`jax.lax.top_k` behind a barrier: XLA makes a full sort of a top_k whose result is sliced, far slower on a CPU."""
     found, places = jax.lax.optimization_barrier(jax.lax.top_k(values, count))
     return found, places
 

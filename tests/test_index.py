@@ -55,6 +55,17 @@ def test_scann_finds_nearly_all_that_exact_search_finds_at_true_distances(tmp_pa
     assert (np.diff(distances, axis=1) >= 0).all()
 
 
+def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("resmem_lm.index.scann_parameters", lambda rows, dimensions: {"leaves": 1000, "leaves_to_search": 1, "block": 2})
+    keys = clustered(30_000, 32)
+    datastore = Keys(keys)
+    _build_scann(datastore, tmp_path, 100, 10_000)
+    rows, distances = ScannIndex(datastore, tmp_path, 100).search(keys[:100], 100)
+    assert (rows < 0).any()
+    assert np.isinf(distances[rows < 0]).all()
+    assert all(len(np.unique(row[row >= 0])) == (row >= 0).sum() for row in rows)
+
+
 def test_a_moved_index_still_opens(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
     keys = np.asarray(datastore.shard_arrays("keys")[0][:20], np.float32)

@@ -35,6 +35,12 @@ def test_only_a_missing_shard_is_made_again_and_is_the_same(tiny_copy):
     assert remade == {str(k) for k in after if "shard-00001" in str(k)} | {"datastore/manifest.json"}
 
 
+def test_shards_of_other_settings_are_never_taken_over(tiny_copy):
+    (tiny_copy / "stages/build.json").unlink()
+    build_datastore(tiny_copy, **(SETTINGS | {"entries": 8}))
+    assert open_datastore(tiny_copy / "datastore").take("residual_ids", np.arange(5)).shape == (5, 8)
+
+
 def test_a_damaged_shard_is_made_again(tiny_copy):
     before = files(tiny_copy)
     os.truncate(tiny_copy / "datastore/shard-00000-of-00003/keys.npy", 500)
