@@ -16,7 +16,7 @@ import optax
 
 import resmem_lm.train as training
 from resmem_lm import config
-from resmem_lm.main import stages_of
+from resmem_lm.main import import_stages
 from resmem_lm.model import init_parameters
 from resmem_lm.packing import batches, pack, split_tokens
 from resmem_lm.vocabulary import load_vocabulary
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--gin_file", action="append", required=True)
     arguments, rest = parser.parse_known_args()
     bindings = [argument.removeprefix("--gin.") for argument in rest]
-    stages_of("run")  # imported, so that gin knows every name in the file
+    import_stages()
     config.parse(arguments.gin_file, bindings)
     settings = config.parameters(training.train)
     model, steps = settings["model"], settings["steps"]

@@ -92,6 +92,20 @@ def _check_macro(name: str) -> None:
         raise ValueError(_unknown(name, macros))
 
 
+def is_set(setting: str) -> bool:
+    """Whether the configuration gives `function.parameter` a value other than None."""
+    function, _, parameter = setting.partition(".")
+    return _bindings(function).get(parameter) is not None
+
+
+def _bindings(name: str) -> dict[str, Any]:
+    try:
+        bindings: dict[str, Any] = gin.get_bindings(name)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{name}: {_unresolved(error)}") from None
+    return bindings
+
+
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The configured keyword arguments of a stage function, defaults included, each of the kind its annotation says.
 
@@ -100,10 +114,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """
     function = getattr(function, "function", function)
     name = function.__name__
-    try:
-        configured = gin.get_bindings(name)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{name}: {_unresolved(error)}") from None
+    configured = _bindings(name)
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     values = {}
     for key, parameter in inspect.signature(function).parameters.items():

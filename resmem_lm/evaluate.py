@@ -307,7 +307,7 @@ def evaluate(
             results["examples"] = mended_tokens(workdir, scorer.queries, datastore, methods["resmem"], deepnet, mended)
     results["datastore"] = {"rows": datastore.rows, "bytes_per_row": datastore.bytes / datastore.rows}
     results["index"] = read_json(workdir / "index" / "index.json")
-    results["model"] = read_json(workdir / "checkpoints" / "model.json")
+    results["model"] = read_json(workdir / "checkpoints" / "model.json")["config"]
     records = {
         name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary", "train", "build", "index", "search")
     }

@@ -34,28 +34,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def stages_of(command: str) -> list[Any]:
-    """The stages of a command, with those before them that it also runs."""
+def import_stages() -> None:
+    """Imports every stage, so that gin knows every name."""
     logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
-    from beam_pipelines.datastore import build_datastore
+    import beam_pipelines.datastore
 
     logging.disable(logging.NOTSET)
+    import resmem_lm.evaluate
+    import resmem_lm.report
+    import resmem_lm.take_checkpoint  # noqa: F401
+
+
+def stages_of(command: str) -> list[Any]:
+    """The stages of a command under the parsed configuration, with those before them that it also runs."""
+    from beam_pipelines.datastore import build_datastore
+    from resmem_lm.config import is_set
     from resmem_lm.documents import prepare_documents
     from resmem_lm.evaluate import evaluate
     from resmem_lm.index import build_index
     from resmem_lm.report import write_report
     from resmem_lm.search import search
+    from resmem_lm.take_checkpoint import take_checkpoint
     from resmem_lm.train import train
     from resmem_lm.vocabulary import make_vocabulary
 
+    trained_elsewhere = is_set("take_checkpoint.checkpoint")
     by_command: dict[str, list[Any]] = {
-        "train": [prepare_documents, make_vocabulary, train],
+        "train": [prepare_documents, make_vocabulary, take_checkpoint if trained_elsewhere else train],
         "build": [build_datastore],
         "index": [build_index],
         "evaluate": [search, evaluate],
         "report": [write_report],
     }
-    return [stage for stages in by_command.values() for stage in stages] if command == "run" else by_command[command]
+    if command == "run":
+        return [stage for stages in by_command.values() for stage in stages]
+    # With a checkpoint from elsewhere nothing long lies before the build.
+    return by_command["train"] * (command == "build" and trained_elsewhere) + by_command[command]
 
 
 def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
@@ -64,10 +78,11 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     from resmem_lm.workdir import read_json, write_bytes
 
     workdir: Path = arguments.workdir
-    everything = stages_of("run")  # imported before parsing: gin must know every name
+    import_stages()
     if not arguments.gin_file:
         raise UserError("no --gin_file: give one, such as --gin_file=configs/demo.gin")
     config.parse(arguments.gin_file, bindings)
+    everything = stages_of("run")
     settings = {stage.__name__: config.parameters(stage) for stage in everything}
     if getattr(arguments, "pipeline_options", ""):
         settings["build_datastore"]["pipeline_options"] = arguments.pipeline_options

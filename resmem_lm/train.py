@@ -10,13 +10,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from resmem_lm.checkpoint import checkpoint_manager, load_model, save_config
+from resmem_lm.checkpoint import STATE, checkpoint_manager, load_model, save_config
 from resmem_lm.errors import UserError
 from resmem_lm.metrics import metrics
 from resmem_lm.model import Decoder, ModelConfig, init_parameters
 from resmem_lm.packing import Batch, batches, pack, split_tokens
 from resmem_lm.progress import progress
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record, stage
 
 Z_LOSS = 1e-4
@@ -67,6 +67,33 @@ def loss_and_metrics(
     return loss, {"cross_entropy": cross_entropy, "correct": correct, "tokens": jnp.sum(weights)}
 
 
+def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
+    """Raises UserError if the vocabulary has more pieces than the model."""
+    if vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
+            f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
+        )
+
+
+def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int) -> dict[str, Any]:
+    """T5X's tree of a checkpoint: parameters and Adafactor's second moments, which both name alike, by parameter."""
+    moments = {name: optax.tree_utils.tree_get(optimizer_state, name) for name in ("v", "v_row", "v_col")}
+
+    def param_state(v: Array, v_row: Array, v_col: Array) -> dict[str, Any]:
+        return {"v": v, "v_row": v_row, "v_col": v_col, "m": jnp.zeros(1)}  # no momentum
+
+    param_states = jax.tree.map(param_state, moments["v"], moments["v_row"], moments["v_col"])
+    return {"target": parameters, "state": {"step": jnp.int32(step), "param_states": param_states}}
+
+
+def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:
+    """Parameters and optimiser state of T5X's tree; `optimizer_state` gives the structure."""
+    parameters, state = train_state["target"], train_state["state"]
+    moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in ("v", "v_row", "v_col")}
+    return parameters, optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
+
+
 @stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",))
 def train(
     workdir: Path,
@@ -104,11 +131,7 @@ def train(
         UserError: a vocabulary larger than the model's, or a batch that the devices cannot share evenly.
     """
     vocabulary = load_vocabulary(workdir)
-    if vocabulary.size > model.vocab_size:
-        raise UserError(
-            f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
-            f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
-        )
+    check_vocabulary(vocabulary, model)
     devices = jax.local_devices()
     if batch_size % len(devices):
         raise UserError(f"train.batch_size = {batch_size} cannot be shared by {len(devices)} devices: take a multiple of {len(devices)}")
@@ -130,7 +153,7 @@ def train(
 
     update = jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated))
     directory = workdir / "checkpoints"
-    save_config(directory, model)
+    save_config(directory, model, vocabulary.sha256)
     rows = batches(pack(list(split_tokens(workdir, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
     with checkpoint_manager(directory) as manager:
         begin, parameters, state = _restore_or_init(manager, model, adafactor, seed, replicated)
@@ -145,13 +168,16 @@ def _restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int
         parameters = init_parameters(model, seed)
         return parameters, adafactor.init(parameters)
 
+    parameters, state = jax.jit(init, out_shardings=sharding)()
     begin = manager.latest_step()
     if begin is None:
-        return 0, *jax.jit(init, out_shardings=sharding)()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init))
-    restore = ocp.args.StandardRestore
-    restored = manager.restore(begin, args=ocp.args.Composite(parameters=restore(shapes[0]), optimizer=restore(shapes[1])))
-    return begin, restored["parameters"], restored["optimizer"]
+        return 0, parameters, state
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(to_train_state, parameters, state, begin)
+    )
+    arguments = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
+    train_state = manager.restore(begin, args=ocp.args.Composite(**{STATE: arguments}))[STATE]
+    return begin, *from_train_state(train_state, state)
 
 
 def _loop(
@@ -195,5 +221,5 @@ def _loop(
                 )
                 recent = []
             if finished % checkpoint_steps == 0 or finished == steps:
-                save = ocp.args.StandardSave
-                manager.save(finished, args=ocp.args.Composite(parameters=save(parameters), optimizer=save(state)))
+                train_state = to_train_state(parameters, state, finished)
+                manager.save(finished, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(train_state)}))
