@@ -9,8 +9,6 @@ shard that an earlier run finished is not made again.
 import contextlib
 import json
 import os
-import re
-import shlex
 import shutil
 import threading
 import uuid
@@ -20,9 +18,9 @@ from pathlib import Path
 import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
+from beam_pipelines.runner import open_pipeline
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import Binding, damaged_files, open_datastore, shard_folder
 from resmem_lm.documents import Document, read_shard, shard_path, shard_paths
@@ -32,8 +30,6 @@ from resmem_lm.progress import progress
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import Record, disk_errors, read_json, sha256, stage, write_json
-
-LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
 class _Worker:
@@ -163,14 +159,6 @@ def _shown(folder: Path, shards: int) -> Iterator[None]:
             bar.update(len(list(folder.glob("shard-*"))))
 
 
-def _pipeline_options(options: str) -> PipelineOptions:
-    arguments = shlex.split(options)
-    if not any(argument.startswith("--runner") for argument in arguments):
-        # Two shards at a time: what runs on one core for one (selection, files) runs beside the products of the other.
-        arguments += [f"--runner={LOCAL_RUNNER}", "--direct_running_mode=multi_threading", "--direct_num_workers=2"]
-    return PipelineOptions(arguments)
-
-
 @stage(name="build", after=("documents", "vocabulary", "train"), output="datastore", free=("pipeline_options",))
 def build_datastore(
     workdir: Path,
@@ -222,21 +210,14 @@ def build_datastore(
     for shard in todo:
         shutil.rmtree(shard_folder(folder, shard, shards), ignore_errors=True)
     place = str(workdir.absolute())
-    try:
-        with _shown(folder, shards), beam.Pipeline(options=_pipeline_options(pipeline_options)) as pipeline:
-            _ = (
-                pipeline
-                | "Shards" >> beam.Create(todo)
-                | "Spread shards" >> beam.Reshuffle()
-                | "Encode shards" >> beam.ParDo(EncodeShard(place, binding, shards, split_shards))
-                | "Wait for all" >> beam.combiners.ToList()
-                | "Write manifest" >> beam.Map(lambda _: write_manifest(place, binding, shards))
-            )
-    except Exception as error:
-        # Beam wraps a worker's exception in its own, with the traceback as text.
-        reported = re.search(r"UserError: (.*?)(?: \[while running.*)?$", str(error), re.MULTILINE)
-        if reported:
-            raise UserError(reported[1]) from error
-        raise
+    with _shown(folder, shards), open_pipeline(pipeline_options) as pipeline:
+        _ = (
+            pipeline
+            | "Shards" >> beam.Create(todo)
+            | "Spread shards" >> beam.Reshuffle()
+            | "Encode shards" >> beam.ParDo(EncodeShard(place, binding, shards, split_shards))
+            | "Wait for all" >> beam.combiners.ToList()
+            | "Write manifest" >> beam.Map(lambda _: write_manifest(place, binding, shards))
+        )
     datastore = open_datastore(folder)
     return {"manifest": sha256(folder / "manifest.json"), "rows": datastore.rows, "bytes": datastore.bytes}

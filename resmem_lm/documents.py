@@ -76,16 +76,22 @@ def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
 
 def read_file(path: Path) -> Iterator[Document]:
     """The documents of one file, empty ones included. Raises UserError naming the file and the line that is wrong."""
+    for place, record in read_records(path):
+        yield Document(place, record["text"])
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place in the file, record with a `text`) of everything in one file. Raises UserError as `read_file` does."""
     name = os.fsencode(path).decode("utf-8", "replace")
     try:
         with _open(path) as file:
             if _kind(path) == "text":
                 text = _decode(file.read(), name)
-                yield Document(name, text.replace("\r\n", "\n").replace("\r", "\n"))
+                yield name, {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Document(f"{name}#{number}", _record_text(line, f"{name}, line {number}"))
+                    yield f"{name}#{number}", _record(line, f"{name}, line {number}")
     except OSError as error:
         if error.errno is None:
             raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
@@ -101,7 +107,7 @@ def _decode(content: bytes, place: str) -> str:
         raise UserError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}): convert it, for example with iconv") from None
 
 
-def _record_text(line: bytes, place: str) -> str:
+def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(_decode(line, place))
     except (ValueError, RecursionError) as error:
@@ -113,7 +119,7 @@ def _record_text(line: bytes, place: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f'{place} has a "text" that is not Unicode ({error.reason}): mend or remove the line') from None
-    return text
+    return dict(record)
 
 
 def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float) -> Iterator[Document]:
@@ -125,9 +131,14 @@ def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_thresho
         yield from read_file(path)
 
 
+def digest(text: str) -> str:
+    """16 hexadecimal digits that depend on the text alone."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
 def position(text: str) -> float:
     """A number in [0, 1) that depends on the text alone: where it falls decides the split."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) / 2**64
+    return int(digest(text), 16) / 2**64
 
 
 def assign_splits(documents: Iterable[Document], *, validation_fraction: float, test_fraction: float) -> Iterator[tuple[str, Document]]:

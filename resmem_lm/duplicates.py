@@ -22,17 +22,33 @@ def minhash(text: str) -> RMinHash:
     return signature
 
 
+class Signatures:
+    """The MinHash signatures of some texts, among which similar ones are found without comparing all."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self._lsh = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
+        self._kept: list[RMinHash] = []
+
+    def add(self, signature: RMinHash) -> None:
+        """Adds a text's signature."""
+        self._lsh.insert(len(self._kept), signature)
+        self._kept.append(signature)
+
+    def has_similar(self, signature: RMinHash) -> bool:
+        """Whether a text added before has an estimated Jaccard similarity of `threshold` or more."""
+        return any(signature.jaccard(self._kept[other]) >= self.threshold for other in self._lsh.query(signature))
+
+
 def mark_duplicates(texts: Iterable[tuple[T, str]], *, threshold: float) -> Iterator[tuple[T, bool]]:
     """Yields every label with True when an earlier text has an estimated Jaccard similarity of `threshold` or more.
 
     The first of several near-duplicates stays, so the answer depends on the order of the texts.
     """
-    lsh = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
-    kept: list[RMinHash] = []
+    kept = Signatures(threshold)
     for label, text in texts:
         signature = minhash(text)
-        duplicate = any(signature.jaccard(kept[other]) >= threshold for other in lsh.query(signature))
+        duplicate = kept.has_similar(signature)
         if not duplicate:
-            lsh.insert(len(kept), signature)
-            kept.append(signature)
+            kept.add(signature)
         yield label, duplicate

@@ -37,7 +37,6 @@ def _parser() -> argparse.ArgumentParser:
 def import_stages() -> None:
     """Imports every stage, so that gin knows every name."""
     logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
-    import beam_pipelines.datastore
 
     logging.disable(logging.NOTSET)
     import resmem_lm.evaluate

@@ -5,9 +5,9 @@
 Only T5X imports this module: it needs the extra `resmem_lm[c4]`.
 """
 
-import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import seqio
 import tensorflow as tf
@@ -53,4 +53,4 @@ def language_model_task(tfds_name: str, vocabulary: seqio.Vocabulary) -> str:
 
 def absolute(path: str) -> str:
     """MODEL_DIR as T5X needs it: Orbax refuses relative paths, after minutes of compiling."""
-    return path if "://" in path else os.path.abspath(path)
+    return path if "://" in path else str(Path(path).absolute())

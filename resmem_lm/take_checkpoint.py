@@ -30,7 +30,7 @@ def take_checkpoint(workdir: Path, *, model: ModelConfig, checkpoint: str | None
     if not checkpoint:
         raise UserError("take_checkpoint.checkpoint is not set: set it with --gin.CHECKPOINT=\"'...'\"")
     if "://" in checkpoint:
-        raise UserError(f"take_checkpoint.checkpoint = {checkpoint!r} is not a folder here: copy it (gcloud storage cp -r) and name the copy")
+        raise UserError(f"take_checkpoint.checkpoint = {checkpoint!r} is no folder here: copy it (gcloud storage cp -r) and name the copy")
     vocabulary = load_vocabulary(workdir)
     check_vocabulary(vocabulary, model)
     source = newest_checkpoint(Path(checkpoint))

@@ -296,9 +296,7 @@ def test_fields_that_are_not_set_are_named():
 def test_a_setting_that_is_not_set_is_named(name):
     values = {"steps": "3", "model": "@Part()", "learning_rate": "1.0", "batch_size": "8", "sequence_length": "256"}
     del values[name]
-    config.parse(
-        ["gin/models/mini.gin"], [f"train.{key}={value}" for key, value in values.items() if key != "model"]
-    )
+    config.parse(["gin/models/mini.gin"], [f"train.{key}={value}" for key, value in values.items() if key != "model"])
     assert message(config.parameters, train) == f"train.{name} is not set: set it in a gin file or with --gin.train.{name}=..."
 
 

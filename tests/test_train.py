@@ -45,7 +45,7 @@ def test_interrupted_and_resumed_ends_with_the_same_parameters(workdir, tmp_path
         with pytest.raises(KilledError):
             train(other, **SETTINGS)
     assert not json.loads((other / "stages/train.json").read_text())["finished"]
-    assert (other / "checkpoints/3").exists()
+    assert (other / "checkpoints/checkpoint_3").exists()
     assert train(other, **SETTINGS) == whole
     assert load_model(other / "checkpoints").fingerprint == whole["fingerprint"]
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 CONFIG = """
@@ -33,18 +34,23 @@ evaluate.lambdas = (0.5, 1.0)
 """
 
 
-def write_corpus(path: Path, documents: int = 60) -> None:
-    """Documents of sentences that follow a few patterns, so that there is something to learn and to remember."""
+def sentences(documents: int) -> Iterator[str]:
+    """Texts of sentences that follow a few patterns, so that there is something to learn and to remember."""
     rng = random.Random(0)
     nouns = ["array", "shard", "query", "token", "window", "index", "model", "row"]
     verbs = ["returns", "reads", "writes", "finds", "merges"]
+    for _ in range(documents):
+        yield " ".join(
+            f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} of {rng.choice(nouns)} {rng.randrange(100)}."
+            for _ in range(rng.randrange(3, 20))
+        )
+
+
+def write_corpus(path: Path, documents: int = 60) -> None:
+    """JSON lines of `sentences`."""
     with path.open("w", encoding="utf-8") as file:
-        for number in range(documents):
-            sentences = [
-                f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} of {rng.choice(nouns)} {rng.randrange(100)}."
-                for _ in range(rng.randrange(3, 20))
-            ]
-            file.write(json.dumps({"text": f"Document {number}. " + " ".join(sentences)}) + "\n")
+        for number, text in enumerate(sentences(documents)):
+            file.write(json.dumps({"text": f"Document {number}. {text}"}) + "\n")
 
 
 def arguments(folder: Path, workdir: Path, documents: int = 60) -> list[str]:

@@ -1,0 +1,231 @@
+"""Text that comes already split, and is too much for one process (C4) -> documents: a sample of the train split, all of the held-out one.
+
+The output is that of `resmem_lm.documents.prepare_documents`. What is taken, and into which shard, depends on each text alone: not on
+the number of workers, on the order of files, or on whether the text came from TFDS or from JSON lines.
+"""
+
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.utils.shared import Shared
+
+from beam_pipelines.runner import open_pipeline
+from resmem_lm.documents import SPLITS, Document, digest, position, read_records, read_shard, shard_path, text_files
+from resmem_lm.duplicates import Signatures, minhash
+from resmem_lm.errors import UserError
+from resmem_lm.progress import progress
+from resmem_lm.workdir import Record, disk_errors, new_directory, read_json, sha256, stage, write_json
+
+TFDS = "tfds:"
+COUNTS = "counts.json"
+
+
+class Place(NamedTuple):
+    """Where a document goes: a split's shard. The reasons for which documents are dropped stand beside the splits."""
+
+    split: str
+    shard: int = 0
+
+
+def _named(url: str | None, text: str) -> Document:
+    """A document under a name that does not depend on where it was read."""
+    return Document(f"{url}#{digest(text)}" if url else digest(text), text)
+
+
+def _file_documents(path: str) -> Iterator[Document]:
+    for _, record in read_records(Path(path)):
+        url = record.get("url")
+        yield _named(url if isinstance(url, str) else None, record["text"])
+
+
+def _tfds_document(record: dict[str, Any]) -> Document:
+    url = record.get("url", b"")
+    return _named(url.decode() or None, record["text"].decode())
+
+
+def read_text(pipeline: beam.Pipeline, text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> beam.PCollection:
+    """The documents of files (see `text_files`), or of "tfds:c4/en:3.1.0/train": dataset, version and split."""
+    if not (isinstance(text, str) and text.startswith(TFDS)):
+        files = [str(path.absolute()) for path in text_files(text)]
+        return pipeline | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(_file_documents)
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"{text} needs TensorFlow Datasets ({error}): pip install 'resmem_lm[c4]', or give C4's JSON-lines files") from None
+    name, _, split = text.removeprefix(TFDS).rpartition("/")
+    folder = os.path.join(os.path.expanduser(tfds_data_dir), *name.replace(":", "/").split("/"))  # noqa: PTH111, PTH118 - may be gs://
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{text}: {folder} has no prepared dataset ({type(error).__name__}): prepare it with "
+            f"`tfds build {name} --data_dir={tfds_data_dir}`, set sample_documents.tfds_data_dir, or give C4's JSON-lines files"
+        ) from None
+    if split not in builder.info.splits:
+        raise UserError(f"{text}: {folder} has no split {split!r}: take one of {', '.join(builder.info.splits)}")
+    return pipeline | "Read" >> tfds.beam.ReadFromTFDS(builder, split=split) | "Decode" >> beam.Map(_numpy_document)
+
+
+def _numpy_document(record: dict[str, Any]) -> Document:
+    return _tfds_document({key: value.numpy() if hasattr(value, "numpy") else value for key, value in record.items()})
+
+
+def place_held_out(document: Document, validation_fraction: float, shards: int) -> Place:
+    """Validation below `validation_fraction` and test above it, by `position`; shards are equal ranges of positions."""
+    if not document.text.strip():
+        return Place("empty")
+    place = position(document.text)
+    if place < validation_fraction:
+        return Place("validation", min(int(place / validation_fraction * shards), shards - 1))
+    return Place("test", min(int((place - validation_fraction) / (1 - validation_fraction) * shards), shards - 1))
+
+
+class PlaceTrain(beam.DoFn):
+    """Documents whose `position` is below `fraction`, with their places; near-duplicates of held-out ones lose theirs."""
+
+    def __init__(self, folder: str, fraction: float, shards: int, threshold: float) -> None:
+        self.folder, self.fraction, self.shards, self.threshold = Path(folder), fraction, shards, threshold
+        self._shared = Shared()
+
+    def setup(self) -> None:
+        """Reads the held-out documents once a process."""
+
+        def signatures() -> Signatures:
+            held_out = Signatures(self.threshold)
+            for split in ("validation", "test"):
+                for path in sorted(self.folder.glob(f"{split}-*-of-*.jsonl")):
+                    for document in read_shard(path):
+                        held_out.add(minhash(document.text))
+            return held_out
+
+        self._held_out = self._shared.acquire(signatures)
+
+    def process(self, document: Document) -> Iterator[tuple[Place, Document]]:
+        """At most one (place, document)."""
+        place = position(document.text)
+        if not document.text.strip():
+            yield Place("empty"), document
+        elif place < self.fraction:
+            similar = self._held_out.has_similar(minhash(document.text))
+            shard = min(int(place / self.fraction * self.shards), self.shards - 1)
+            yield Place("near_duplicate") if similar else Place("train", shard), document
+
+
+class WriteShard(beam.DoFn):
+    """(place, its documents) -> numbers of documents by split or by reason for which they were dropped."""
+
+    def __init__(self, folder: str, shards: dict[str, int]) -> None:
+        self.folder, self.shards = Path(folder), shards
+
+    def process(self, element: tuple[Place, Iterable[Document]]) -> Iterator[tuple[str, int]]:
+        """Sorts by position and writes, each text once."""
+        place, documents = Place(*element[0]), [Document(*document) for document in element[1]]
+        if place.split not in SPLITS:
+            yield place.split, len(documents)
+            return
+        # The first id stays, so the choice among equal texts does not depend on their order.
+        by_text = {document.text: document for document in sorted(documents, reverse=True)}
+        final = shard_path(self.folder, place.split, place.shard, self.shards[place.split])
+        attempt = final.with_name(f".tmp-{uuid.uuid4().hex}")
+        with disk_errors(attempt), attempt.open("w", encoding="utf-8") as file:
+            for document in sorted(by_text.values(), key=lambda document: digest(document.text)):
+                file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
+        attempt.replace(final)
+        yield place.split, len(by_text)
+        yield "duplicate", len(documents) - len(by_text)
+
+
+def _write(placed: beam.PCollection, folder: str, shards: dict[str, int]) -> None:
+    _ = (
+        placed
+        | "By shard" >> beam.GroupByKey()
+        | "Write shards" >> beam.ParDo(WriteShard(folder, shards))
+        | "Count" >> beam.CombinePerKey(sum)
+        | "Wait for all" >> beam.combiners.ToList()
+        | "Write counts" >> beam.Map(lambda counts: write_json(Path(folder) / COUNTS, dict(counts)))
+    )
+
+
+def _counts(folder: Path) -> Counter[str]:
+    counts: Counter[str] = Counter(read_json(folder / COUNTS))
+    (folder / COUNTS).unlink()
+    return counts
+
+
+@stage(name="documents", output="documents", free=("pipeline_options", "tfds_data_dir"))
+def sample_documents(
+    workdir: Path,
+    *,
+    train: str | list[str] | tuple[str, ...] | None = None,
+    held_out: str | list[str] | tuple[str, ...] | None = None,
+    fraction: float = 0.01,
+    validation_fraction: float = 0.1,
+    duplicate_threshold: float = 0.7,
+    shards: int = 64,
+    query_shards: int = 8,
+    tfds_data_dir: str = "~/tensorflow_datasets",
+    pipeline_options: str = "",
+) -> Record:
+    """Writes WORKDIR/documents: `fraction` of the train text, and all of the held-out text, as validation and test.
+
+    A train document that is a near-duplicate of a held-out one is dropped. Train documents are otherwise only compared for equal
+    texts within a shard, and so are held-out ones: a corpus of this size is taken as its makers deduplicated it.
+
+    Args:
+        train: files, directories or globs as `prepare_documents.text`, or "tfds:c4/en:3.1.0/train".
+        held_out: likewise; no document of it enters the datastore.
+        fraction: share of the train documents. The first half of the shards of 1% is the sample of 0.5%.
+        validation_fraction: share of the held-out documents on which hyperparameters are chosen; the others are the test.
+        duplicate_threshold: Jaccard similarity of word 5-grams from which a train document repeats a held-out one.
+        shards: number of train shards, which is the number of datastore shards.
+        query_shards: number of shards of validation and of test.
+        tfds_data_dir: where TFDS keeps its datasets.
+        pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
+
+    Returns:
+        Counts of documents per split, of dropped ones by reason, and the checksum of every shard.
+
+    Raises:
+        UserError: no text, unreadable text, a dataset that is not prepared, a split without documents, or a setting out of its range.
+    """
+    if not train or not held_out:
+        raise UserError("sample_documents.train and sample_documents.held_out: set both, or neither and prepare_documents.text")
+    for name, value in (("fraction", fraction), ("validation_fraction", validation_fraction), ("duplicate_threshold", duplicate_threshold)):
+        if not 0 < value <= 1:
+            raise UserError(f"sample_documents.{name} = {value}: take a number above 0 and up to 1")
+    if min(shards, query_shards) < 1:
+        raise UserError(f"sample_documents.shards = {shards}, query_shards = {query_shards}: take 1 or more")
+    shards_of = {"train": shards, "validation": query_shards, "test": query_shards}
+    with new_directory(workdir / "documents") as temporary:
+        folder = temporary.absolute()
+        with progress("documents", total=2, unit="texts") as bar:
+            bar.update(0, "held-out text")
+            with open_pipeline(pipeline_options) as pipeline:
+                documents = read_text(pipeline, held_out, tfds_data_dir)
+                placed = documents | beam.Map(lambda d: (place_held_out(d, validation_fraction, query_shards), d))
+                _write(placed, str(folder), shards_of)
+            counts = _counts(folder)
+            bar.update(1, "train text")
+            with open_pipeline(pipeline_options) as pipeline:
+                documents = read_text(pipeline, train, tfds_data_dir)
+                placed = documents | beam.ParDo(PlaceTrain(str(folder), fraction, shards, duplicate_threshold))
+                _write(placed, str(folder), shards_of)
+            counts += _counts(folder)
+            bar.update(2)
+        for split in SPLITS:
+            if not counts[split]:
+                share = "fraction" if split == "train" else "validation_fraction"
+                raise UserError(f"{train if split == 'train' else held_out!r} leaves no {split} documents: change sample_documents.{share}")
+            for shard in range(shards_of[split]):
+                shard_path(folder, split, shard, shards_of[split]).touch()
+        for orphan in folder.glob(".tmp-*"):  # of attempts that a runner gave up
+            orphan.unlink()
+        checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    names = (*SPLITS, "empty", "duplicate", "near_duplicate")
+    return {"documents": {name: counts[name] for name in names}, "checksums": checksums}
