@@ -76,7 +76,7 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
         )
 
 
-def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int) -> dict[str, Any]:
+def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int | Array) -> dict[str, Any]:
     """T5X's tree of a checkpoint: parameters and Adafactor's second moments, which both name alike, by parameter."""
     moments = {name: optax.tree_utils.tree_get(optimizer_state, name) for name in ("v", "v_row", "v_col")}
 
@@ -84,7 +84,7 @@ def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int) 
         return {"v": v, "v_row": v_row, "v_col": v_col, "m": jnp.zeros(1)}  # no momentum
 
     param_states = jax.tree.map(param_state, moments["v"], moments["v_row"], moments["v_col"])
-    return {"target": parameters, "state": {"step": jnp.int32(step), "param_states": param_states}}
+    return {"target": parameters, "state": {"step": jnp.asarray(step, jnp.int32), "param_states": param_states}}
 
 
 def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:

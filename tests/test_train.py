@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -125,3 +128,23 @@ def test_adafactor_is_scaled_by_the_parameter():
 def test_settings_that_cannot_work_are_refused(workdir, change, says):
     with pytest.raises(UserError, match=says):
         train(workdir, **(SETTINGS | change))
+
+
+def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
+    """In processes of their own: the number of virtual devices is set when jax starts."""
+    code = (
+        "import sys; from pathlib import Path; import resmem_lm.train as t; from resmem_lm.model import ModelConfig\n"
+        "class Writer:\n    def write(self, step, scalars): print(repr(scalars['train/loss']))\n"
+        "import contextlib; t.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
+        f"t.train(Path(sys.argv[1]), **{SETTINGS!r})"
+    )
+    losses = {}
+    for devices in (1, 2, 4):
+        shutil.copytree(workdir, tmp_path / f"run{devices}", ignore=lambda _, names: [n for n in names if n.startswith("run")])
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-c", code, str(tmp_path / f"run{devices}")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        losses[devices] = [float(line) for line in done.stdout.split()]
+    assert len(losses[1]) == SETTINGS["steps"]
+    for devices in (2, 4):
+        np.testing.assert_allclose(losses[devices], losses[1], rtol=1e-5)

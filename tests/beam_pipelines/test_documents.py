@@ -32,7 +32,8 @@ def documents_of(workdir, split):
 
 
 def texts(c4, split):
-    return [json.loads(line)["text"] for path in sorted(c4.glob(f"c4-{split}.*")) for line in gzip.open(path, "rt", encoding="utf-8")]
+    paths = sorted(c4.glob(f"c4-{split}.*"))
+    return [json.loads(line)["text"] for path in paths for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
 def test_each_document_is_placed_by_its_text_alone_and_once(c4, tmp_path):
@@ -63,7 +64,7 @@ def test_a_document_like_a_held_out_one_is_dropped_and_equal_ones_are_kept_once(
 
 def test_neither_workers_nor_the_order_or_number_of_files_change_a_byte(c4, tmp_path):
     first = sample(c4, tmp_path / "a")
-    lines = [line for path in sorted(c4.glob("c4-train.*")) for line in gzip.open(path, "rb").read().splitlines(keepends=True)]
+    lines = [line for path in sorted(c4.glob("c4-train.*")) for line in gzip.decompress(path.read_bytes()).splitlines(keepends=True)]
     parts = tmp_path / "parts"
     parts.mkdir()
     for number in range(3):
