@@ -7,7 +7,6 @@ shard that an earlier run finished is not made again.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import threading
@@ -22,7 +21,7 @@ from apache_beam.utils.shared import Shared
 
 from beam_pipelines.runner import open_pipeline
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import Binding, damaged_files, open_datastore, shard_folder
+from resmem_lm.datastore import Binding, damaged_files, document_line, open_datastore, shard_folder
 from resmem_lm.documents import Document, read_shard, shard_path, shard_paths
 from resmem_lm.encode import Encoder, residual_head
 from resmem_lm.errors import UserError
@@ -81,7 +80,7 @@ def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndar
     first_row = 0
     with path.open("w", encoding="utf-8") as file:
         for document, document_tokens in zip(documents, tokens, strict=True):
-            file.write(json.dumps({"id": document.id, "first_row": first_row, "rows": len(document_tokens)}) + "\n")
+            file.write(document_line(document.id, first_row, len(document_tokens)))
             first_row += len(document_tokens)
 
 

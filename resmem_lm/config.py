@@ -57,6 +57,9 @@ def _gin_errors(source: str) -> Iterator[None]:
         raise UserError(f"{place}: {reason}: values are written as in Python, strings in quotes (in a shell \"'...'\")") from None
     except (ValueError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())
+        module = re.search(r"No module named '(t5x|seqio|tensorflow\w*)", reason)
+        if module:
+            raise UserError(f"{source} needs {module[1]}: it is for `python -m t5x.train` (docs/c4.md says how to install it)") from None
         missing = re.match(r"(Unable to open file: .*?)\. Searched", reason)
         if missing:
             raise UserError(f"{missing[1]}: give a --gin_file that exists here or in the package, such as configs/demo.gin") from None

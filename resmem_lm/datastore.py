@@ -50,6 +50,11 @@ def shard_folder(folder: Path, shard: int, shards: int) -> Path:
     return folder / f"shard-{shard:05d}-of-{shards:05d}"
 
 
+def document_line(name: str, first_row: int, rows: int) -> str:
+    """A document's line in documents.jsonl."""
+    return json.dumps({"id": name, "first_row": first_row, "rows": rows}) + "\n"
+
+
 def _mend(folder: Path) -> str:
     return f"delete {folder.parent / 'stages' / 'build.json'} and run `resmem build` again: it makes damaged shards anew"
 

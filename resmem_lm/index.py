@@ -96,13 +96,13 @@ class ScannIndex:
         self._searcher = _scann().load_searcher(str(folder))
 
     def search(
-        self, queries: Float[np.ndarray, "queries emb"], k: int
+        self, queries: Float[np.ndarray, "queries emb"], k: int, leaves_to_search: int | None = None
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        """See `Index.search`."""
+        """See `Index.search`. None searches as many leaves as the index was built for."""
 
         def some(block: Float[np.ndarray, "queries emb"]) -> tuple[np.ndarray, np.ndarray]:
             count = min(max(self.candidates, k), self.datastore.rows)
-            rows, scores = self._searcher.search_batched_parallel(block, final_num_neighbors=count)
+            rows, scores = self._searcher.search_batched_parallel(block, final_num_neighbors=count, leaves_to_search=leaves_to_search)
             # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
             rows = np.where(np.isnan(scores), -1, rows.astype(np.int64))
             return nearest(self.datastore, block, rows, k)
@@ -153,20 +153,21 @@ def _build_scann(datastore: Datastore, folder: Path, candidates: int, training_r
     keys = np.concatenate([np.asarray(shard, np.float32) for shard in datastore.shard_arrays("keys")])
     norms = np.linalg.norm(keys[:: max(1, len(keys) // 100_000)], axis=1)
     # Inner products search three times faster, and order as distances do where all keys have nearly one norm.
-    measure = "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"
-    builder = _scann().builder(keys, candidates, measure)
-    facts: Record = {"measure": measure}
-    if datastore.rows < SMALL:
-        builder = builder.score_brute_force()
-    else:
+    facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}
+    if datastore.rows >= SMALL:
         facts |= scann_parameters(*keys.shape)
-        builder = builder.tree(
-            num_leaves=facts["leaves"],
-            num_leaves_to_search=facts["leaves_to_search"],
-            training_sample_size=min(training_rows, datastore.rows),
-        ).score_ah(facts["block"], anisotropic_quantization_threshold=0.2)
-    builder.build().serialize(str(folder), relative_path=True)
+    scann_searcher(keys, facts, candidates, training_rows).serialize(str(folder), relative_path=True)
     return facts
+
+
+def scann_searcher(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, training_rows: int) -> Any:
+    """ScaNN's searcher of some keys, with what `scann_parameters` says; without that, it compares everything."""
+    builder = _scann().builder(keys, candidates, facts["measure"])
+    if "leaves" not in facts:
+        return builder.score_brute_force().build()
+    sample = min(training_rows, len(keys))
+    tree = builder.tree(num_leaves=facts["leaves"], num_leaves_to_search=facts["leaves_to_search"], training_sample_size=sample)
+    return tree.score_ah(facts["block"], anisotropic_quantization_threshold=0.2, training_sample_size=sample).build()
 
 
 def open_index(workdir: Path, datastore: Datastore) -> Index:

@@ -4,6 +4,7 @@ resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...
 """
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -19,6 +20,18 @@ STAGES = {
     "evaluate": "neighbours, hyperparameters and results.json",
     "report": "report.html",
     "run": "all of these, one after another",
+    "plan": "what all of these will take: rows, bytes, memory and time, from a rehearsal on this machine",
+}
+PLAN_NUMBERS = {
+    "rows": "tokens in the datastore; else those of WORKDIR's text are counted",
+    "queries": "tokens of validation and test; likewise",
+    "documents": "documents of all splits; likewise",
+    "tokens_per_second": "encoded by one worker of the build; else measured, as the rates below",
+    "train_tokens_per_second": "in training",
+    "queries_per_second": "encoded and searched in one index shard",
+    "index_rows_per_second": "in building the index",
+    "workers": "that share the build",
+    "memory_gib": "that one index shard may take",
 }
 
 
@@ -28,8 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text, epilog="Any setting: --gin.NAME=VALUE, strings in quotes.")
         command.add_argument("--gin_file", action="append", default=[], help="a gin file; may be given again")
-        command.add_argument("--workdir", required=True, type=Path, help="where everything is written")
-        if name in ("build", "run"):
+        command.add_argument("--workdir", required=name != "plan", type=Path, help="where everything is written")
+        if name == "plan":
+            for number, meaning in PLAN_NUMBERS.items():
+                command.add_argument(f"--{number}", type=float, help=meaning)
+        if name in ("train", "build", "run"):
             command.add_argument("--pipeline_options", default="", help='Beam\'s own options, such as "--runner=..."')
     return parser
 
@@ -37,16 +53,17 @@ def _parser() -> argparse.ArgumentParser:
 def import_stages() -> None:
     """Imports every stage, so that gin knows every name."""
     logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
-
+    for module in ("beam_pipelines.datastore", "beam_pipelines.documents"):
+        importlib.import_module(module)
     logging.disable(logging.NOTSET)
-    import resmem_lm.evaluate
-    import resmem_lm.report
-    import resmem_lm.take_checkpoint  # noqa: F401
+    for module in ("evaluate", "plan", "report", "take_checkpoint"):  # which import the others
+        importlib.import_module(f"resmem_lm.{module}")
 
 
 def stages_of(command: str) -> list[Any]:
     """The stages of a command under the parsed configuration, with those before them that it also runs."""
     from beam_pipelines.datastore import build_datastore
+    from beam_pipelines.documents import sample_documents
     from resmem_lm.config import is_set
     from resmem_lm.documents import prepare_documents
     from resmem_lm.evaluate import evaluate
@@ -59,7 +76,11 @@ def stages_of(command: str) -> list[Any]:
 
     trained_elsewhere = is_set("take_checkpoint.checkpoint")
     by_command: dict[str, list[Any]] = {
-        "train": [prepare_documents, make_vocabulary, take_checkpoint if trained_elsewhere else train],
+        "train": [
+            sample_documents if is_set("sample_documents.train") else prepare_documents,
+            make_vocabulary,
+            take_checkpoint if trained_elsewhere else train,
+        ],
         "build": [build_datastore],
         "index": [build_index],
         "evaluate": [search, evaluate],
@@ -73,6 +94,7 @@ def stages_of(command: str) -> list[Any]:
 
 def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     from resmem_lm import config
+    from resmem_lm.plan import plan
     from resmem_lm.results import table
     from resmem_lm.workdir import read_json, write_bytes
 
@@ -83,8 +105,14 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     config.parse(arguments.gin_file, bindings)
     everything = stages_of("run")
     settings = {stage.__name__: config.parameters(stage) for stage in everything}
-    if getattr(arguments, "pipeline_options", ""):
-        settings["build_datastore"]["pipeline_options"] = arguments.pipeline_options
+    if arguments.command == "plan":
+        given = {name: value for name in PLAN_NUMBERS if (value := getattr(arguments, name)) is not None}
+        plan(arguments.workdir, settings, everything[:2], **(config.parameters(plan) | given))
+        return
+    pipeline_options = getattr(arguments, "pipeline_options", "")
+    for values in settings.values():
+        if "pipeline_options" in values and pipeline_options:
+            values["pipeline_options"] = pipeline_options
     chosen = stages_of(arguments.command)
     for stage in everything:
         stage.check(workdir, **settings[stage.__name__])

@@ -134,7 +134,10 @@ class Stage(Generic[P]):
         path = self.record_path(workdir)
         if self.redo or not path.exists():
             return
-        old = read_json(path)["settings"]
+        record = read_json(path)
+        if not record["finished"] and not (workdir / self.output).exists():
+            return  # it failed before it had written anything, perhaps because of a setting
+        old = record["settings"]
         for key in [*settings, *old]:
             if settings.get(key) != old.get(key):
                 raise UserError(

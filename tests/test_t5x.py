@@ -45,10 +45,8 @@ DTYPE = 'float32'
 train_script.train.stats_period = 5
 train_script.train.eval_steps = 2
 """
-MODEL_GIN = "\n".join(
-    f"ModelConfig.{name} = {value}"
-    for name, value in dict(vocab_size=256, emb_dim=32, num_layers=2, num_heads=2, head_dim=16, mlp_dim=64, dropout_rate=0.1).items()
-)
+TINY = {"vocab_size": 256, "emb_dim": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16, "mlp_dim": 64, "dropout_rate": 0.1}
+MODEL_GIN = "\n".join(f"ModelConfig.{name} = {value}" for name, value in TINY.items())
 RESMEM_GIN = """
 include "configs/c4_t5_small.gin"
 include "tiny_model.gin"
@@ -125,8 +123,7 @@ def test_what_t5x_trained_goes_through_build_index_and_evaluate(folder, model_di
 
 def test_t5x_goes_on_from_a_checkpoint_of_the_built_in_trainer(folder, tiny_run, tmp_path):
     shutil.copytree(tiny_run / "checkpoints", tmp_path / "model")
-    log = t5x_train(folder, tmp_path / "model", "--gin.TRAIN_STEPS=31")
-    assert "30" in re.findall(r"Restoring.*checkpoint_(\d+)", log) or "checkpoint_30" in log
+    t5x_train(folder, tmp_path / "model", "--gin.TRAIN_STEPS=31")
     before, after = load_model(tmp_path / "model"), tmp_path / "model/checkpoint_31"
     assert after.exists()
     built_in = load_model(tiny_run / "checkpoints").parameters

@@ -8,6 +8,7 @@ import pytest
 
 from beam_pipelines import datastore as pipeline
 from beam_pipelines.datastore import build_datastore
+from beam_pipelines.runner import LOCAL_RUNNER
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.main import main
@@ -53,7 +54,7 @@ def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
     before = files(tiny_copy)
     shutil.rmtree(tiny_copy / "datastore")
     (tiny_copy / "stages/build.json").unlink()
-    build_datastore(tiny_copy, **SETTINGS, pipeline_options=f"--runner={pipeline.LOCAL_RUNNER} --direct_num_workers=1")
+    build_datastore(tiny_copy, **SETTINGS, pipeline_options=f"--runner={LOCAL_RUNNER} --direct_num_workers=1")
     for shard in range(3):
         list(_encode_again(tiny_copy, shard))
     assert {k: v[0] for k, v in files(tiny_copy).items()} == {k: v[0] for k, v in before.items()}
