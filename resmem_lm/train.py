@@ -91,7 +91,9 @@ def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple
     """Parameters and optimiser state of T5X's tree; `optimizer_state` gives the structure."""
     parameters, state = train_state["target"], train_state["state"]
     moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in ("v", "v_row", "v_col")}
-    return parameters, optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
+    optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
+    # The one step has become several counts: an array that is donated twice would crash the process.
+    return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
 @stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",))
