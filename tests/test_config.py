@@ -202,9 +202,9 @@ def test_a_missing_file_is_named(tmp_path):
     ("binding", "culprit_and_mend"),
     [
         ("TXT='a.txt'", "TXT is unknown: did you mean TEXT?"),
-        ("QUX=3", "QUX is unknown: known are MEMORY_SHARDS, STEPS, TEXT"),
+        ("QUX=3", "QUX is unknown: known are CHECKPOINT, MEMORY_SHARDS, STEPS, TEXT"),
         ("scope/STEPS=3", "scope/STEPS is unknown: did you mean STEPS?"),
-        ("scope/train.steps=3", "scope/train.steps is unknown: known are MEMORY_SHARDS, STEPS, TEXT"),
+        ("scope/train.steps=3", "scope/train.steps is unknown: known are CHECKPOINT, MEMORY_SHARDS, STEPS, TEXT"),
         ("train.batchsize=3", "in train, batchsize is unknown: did you mean batch_size?"),
         ("search.qux=3", "in search, qux is unknown: known are neighbors, recall_queries"),
         ("ModelConfig.num_layer=3", "in ModelConfig, num_layer is unknown: did you mean num_layers?"),
@@ -294,9 +294,9 @@ def test_fields_that_are_not_set_are_named():
 
 @pytest.mark.parametrize("name", ["steps", "model"])
 def test_a_setting_that_is_not_set_is_named(name):
-    values = {"steps": "3", "model": "@Part()", "learning_rate": "1.0", "batch_size": "8", "sequence_length": "256"}
+    values = {"steps": "3", "model": "@ModelConfig()", "learning_rate": "1.0", "batch_size": "8", "sequence_length": "256"}
     del values[name]
-    config.parse(["gin/models/mini.gin"], [f"train.{key}={value}" for key, value in values.items() if key != "model"])
+    config.parse(["gin/models/mini.gin"], [f"train.{key}={value}" for key, value in values.items()])
     assert message(config.parameters, train) == f"train.{name} is not set: set it in a gin file or with --gin.train.{name}=..."
 
 

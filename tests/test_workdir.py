@@ -85,7 +85,7 @@ def test_a_changed_setting_is_refused_with_its_old_and_new_value(tmp_path, finis
     if finished:
         work.stage(tmp_path, size=3)
     else:
-        work.before_output = RuntimeError()
+        work.after_output = RuntimeError()
         with pytest.raises(RuntimeError):
             work.stage(tmp_path, size=3)
     calls = work.calls
@@ -95,6 +95,16 @@ def test_a_changed_setting_is_refused_with_its_old_and_new_value(tmp_path, finis
             f"take another --workdir, or delete {tmp_path / 'first'} and {tmp_path / 'stages' / 'first.json'}"
         )
     assert work.calls == calls
+
+
+def test_a_setting_with_which_a_stage_failed_before_it_wrote_anything_can_be_mended(tmp_path):
+    work = Work()
+    work.before_output = RuntimeError()
+    with pytest.raises(RuntimeError):
+        work.stage(tmp_path, size=3)
+    work.before_output = None
+    assert work.stage(tmp_path, size=4) == {"result": "same"}
+    assert "make_things.size = 4, now it is 3" in message(work.stage, tmp_path, size=3)
 
 
 def test_a_setting_changed_from_or_to_its_default_is_refused(tmp_path):
