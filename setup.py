@@ -5,8 +5,10 @@ Beam takes this file too: --pipeline_options="--setup_file=./setup.py".
 
 from setuptools import setup
 
+FOLDERS = {f"resmem_lm.{folder.replace('/', '.')}": folder for folder in ("configs", "gin", "gin/models", "gin/t5x")}
+
 setup(
-    packages=["beam_pipelines", "resmem_lm", "resmem_lm.configs", "resmem_lm.gin", "resmem_lm.gin.models"],
-    package_dir={"resmem_lm.configs": "configs", "resmem_lm.gin": "gin", "resmem_lm.gin.models": "gin/models"},
-    package_data={"resmem_lm": ["*.html", "py.typed"], "resmem_lm.configs": ["*.gin"], "resmem_lm.gin.models": ["*.gin"]},
+    packages=["beam_pipelines", "resmem_lm", *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={"resmem_lm": ["*.html", "py.typed"], **dict.fromkeys(FOLDERS, ["*.gin"])},
 )

@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ class Place(NamedTuple):
 
 def _named(url: str | None, text: str) -> Document:
     """A document under a name that does not depend on where it was read."""
+    if url:
+        url = url.encode(errors="replace").decode()  # JSON can spell half of a surrogate pair, which no file can hold
     return Document(f"{url}#{digest(text)}" if url else digest(text), text)
 
 
@@ -49,12 +51,13 @@ def _tfds_document(record: dict[str, Any]) -> Document:
     return _named(url.decode() or None, record["text"].decode())
 
 
-def read_text(pipeline: beam.Pipeline, text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> beam.PCollection:
-    """The documents of files (see `text_files`), or of "tfds:c4/en:3.1.0/train": dataset, version and split."""
+def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Callable[[beam.Pipeline], beam.PCollection]:
+    """What reads the documents of files (see `text_files`), or of "tfds:c4/en:3.1.0/train": dataset, version and split."""
     if not (isinstance(text, str) and text.startswith(TFDS)):
         files = [str(path.absolute()) for path in text_files(text)]
-        return pipeline | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(_file_documents)
+        return lambda p: p | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(_file_documents)
     try:
+        import tensorflow as tf
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(f"{text} needs TensorFlow Datasets ({error}): pip install 'resmem_lm[c4]', or give C4's JSON-lines files") from None
@@ -69,7 +72,10 @@ def read_text(pipeline: beam.Pipeline, text: str | list[str] | tuple[str, ...], 
         ) from None
     if split not in builder.info.splits:
         raise UserError(f"{text}: {folder} has no split {split!r}: take one of {', '.join(builder.info.splits)}")
-    return pipeline | "Read" >> tfds.beam.ReadFromTFDS(builder, split=split) | "Decode" >> beam.Map(_numpy_document)
+    if "text" not in builder.info.features:
+        raise UserError(f"{text}: its records have no `text`, only {', '.join(builder.info.features)}: take another dataset")
+    tf.config.set_visible_devices([], "GPU")  # or TensorFlow would take the memory that JAX needs
+    return lambda pipeline: pipeline | "Read" >> tfds.beam.ReadFromTFDS(builder, split=split) | "Decode" >> beam.Map(_numpy_document)
 
 
 def _numpy_document(record: dict[str, Any]) -> Document:
@@ -89,19 +95,25 @@ def place_held_out(document: Document, validation_fraction: float, shards: int) 
 class PlaceTrain(beam.DoFn):
     """Documents whose `position` is below `fraction`, with their places; near-duplicates of held-out ones lose theirs."""
 
-    def __init__(self, folder: str, fraction: float, shards: int, threshold: float) -> None:
-        self.folder, self.fraction, self.shards, self.threshold = Path(folder), fraction, shards, threshold
+    def __init__(self, folder: str, fraction: float, shards: int, threshold: float, held_out: int) -> None:
+        self.folder, self.fraction, self.shards, self.threshold, self.held_out = Path(folder), fraction, shards, threshold, held_out
         self._shared = Shared()
 
     def setup(self) -> None:
         """Reads the held-out documents once a process."""
 
         def signatures() -> Signatures:
-            held_out = Signatures(self.threshold)
+            held_out, found = Signatures(self.threshold), 0
             for split in ("validation", "test"):
                 for path in sorted(self.folder.glob(f"{split}-*-of-*.jsonl")):
                     for document in read_shard(path):
                         held_out.add(minhash(document.text))
+                        found += 1
+            if found != self.held_out:  # or held-out text would enter the datastore, and nobody would know
+                raise UserError(
+                    f"a worker sees {found} of {self.held_out} held-out documents in {self.folder}: "
+                    "take a --workdir on a disk that all workers share"
+                )
             return held_out
 
         self._held_out = self._shared.acquire(signatures)
@@ -158,6 +170,12 @@ def _counts(folder: Path) -> Counter[str]:
     return counts
 
 
+def _check_not_empty(split: str, counts: Counter[str], text: str | list[str] | tuple[str, ...], share: str) -> None:
+    if not counts[split]:
+        like = f" ({counts['near_duplicate']} are like held-out ones)" if split == "train" and counts["near_duplicate"] else ""
+        raise UserError(f"{text!r} leaves no {split} documents{like}: change sample_documents.{share}")
+
+
 @stage(name="documents", output="documents", free=("pipeline_options", "tfds_data_dir"))
 def sample_documents(
     workdir: Path,
@@ -175,7 +193,8 @@ def sample_documents(
     """Writes WORKDIR/documents: `fraction` of the train text, and all of the held-out text, as validation and test.
 
     A train document that is a near-duplicate of a held-out one is dropped. Train documents are otherwise only compared for equal
-    texts within a shard, and so are held-out ones: a corpus of this size is taken as its makers deduplicated it.
+    texts within a shard, and so are held-out ones: a corpus of this size is taken as its makers deduplicated it,
+    and validation and test may hold near-duplicates of each other. Beam's in-process runner keeps the sampled text in memory (1% of C4: 8 GB).
 
     Args:
         train: files, directories or globs as `prepare_documents.text`, or "tfds:c4/en:3.1.0/train".
@@ -202,26 +221,27 @@ def sample_documents(
     if min(shards, query_shards) < 1:
         raise UserError(f"sample_documents.shards = {shards}, query_shards = {query_shards}: take 1 or more")
     shards_of = {"train": shards, "validation": query_shards, "test": query_shards}
+    # Both, before either is read.
+    read_held_out, read_train = source(held_out, tfds_data_dir), source(train, tfds_data_dir)
     with new_directory(workdir / "documents") as temporary:
         folder = temporary.absolute()
         with progress("documents", total=2, unit="texts") as bar:
             bar.update(0, "held-out text")
             with open_pipeline(pipeline_options) as pipeline:
-                documents = read_text(pipeline, held_out, tfds_data_dir)
-                placed = documents | beam.Map(lambda d: (place_held_out(d, validation_fraction, query_shards), d))
+                placed = read_held_out(pipeline) | beam.Map(lambda d: (place_held_out(d, validation_fraction, query_shards), d))
                 _write(placed, str(folder), shards_of)
             counts = _counts(folder)
+            for split in ("validation", "test"):  # before the train text, which takes hours
+                _check_not_empty(split, counts, held_out, "validation_fraction")
+            held_out_count = counts["validation"] + counts["test"]
             bar.update(1, "train text")
             with open_pipeline(pipeline_options) as pipeline:
-                documents = read_text(pipeline, train, tfds_data_dir)
-                placed = documents | beam.ParDo(PlaceTrain(str(folder), fraction, shards, duplicate_threshold))
+                placed = read_train(pipeline) | beam.ParDo(PlaceTrain(str(folder), fraction, shards, duplicate_threshold, held_out_count))
                 _write(placed, str(folder), shards_of)
             counts += _counts(folder)
             bar.update(2)
+        _check_not_empty("train", counts, train, "fraction")
         for split in SPLITS:
-            if not counts[split]:
-                share = "fraction" if split == "train" else "validation_fraction"
-                raise UserError(f"{train if split == 'train' else held_out!r} leaves no {split} documents: change sample_documents.{share}")
             for shard in range(shards_of[split]):
                 shard_path(folder, split, shard, shards_of[split]).touch()
         for orphan in folder.glob(".tmp-*"):  # of attempts that a runner gave up

@@ -18,8 +18,10 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
     """A pipeline that runs when the block ends; UserError for what a worker reported as one."""
     arguments = shlex.split(options)
     if not any(argument.startswith("--runner") for argument in arguments):
-        # Two units of work at a time: what runs on one core for one (selection, files) runs beside the products of the other.
-        arguments += [f"--runner={LOCAL_RUNNER}", "--direct_running_mode=multi_threading", "--direct_num_workers=2"]
+        arguments.append(f"--runner={LOCAL_RUNNER}")
+        if not any(argument.startswith("--direct_") for argument in arguments):
+            # Two units of work at a time: what runs on one core for one (selection, files) runs beside the products of the other.
+            arguments += ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
     try:
         with beam.Pipeline(options=PipelineOptions(arguments)) as pipeline:
             yield pipeline

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import re
 import tempfile
 from pathlib import Path
@@ -298,6 +299,12 @@ def test_a_setting_that_is_not_set_is_named(name):
     del values[name]
     config.parse(["gin/models/mini.gin"], [f"train.{key}={value}" for key, value in values.items()])
     assert message(config.parameters, train) == f"train.{name} is not set: set it in a gin file or with --gin.train.{name}=..."
+
+
+@pytest.mark.skipif(importlib.util.find_spec("seqio") is not None, reason="SeqIO is installed here")
+def test_a_file_for_t5x_without_t5x_is_told():
+    said = message(config.parse, ["gin/t5x/pretrain_t5_small_c4.gin"], [])
+    assert "needs seqio: it is for `python -m t5x.train` (docs/c4.md says how to install it)" in said
 
 
 def test_a_name_that_is_used_but_not_defined_is_told(tmp_path):

@@ -23,7 +23,10 @@ def run(*arguments, workdir):
         ([DEMO, "--gin.train.step=3"], "--gin.train.step=3: in train, step is unknown: did you mean steps?"),
         ([DEMO, "--gin.TEXT=a.txt"], "--gin.TEXT=a.txt: a is no value: values are written as in Python, strings in quotes"),
         ([DEMO, "--gin.STEPS='many'"], "train.steps = 'many' is of the wrong kind: it must be int"),
-        (["--gin_file=gin/models/mini.gin", "--gin.train.model=@ModelConfig()"], "train.steps is not set: set it in a gin file or with --gin.train.steps=..."),
+        (
+            ["--gin_file=gin/models/mini.gin", "--gin.train.model=@ModelConfig()"],
+            "train.steps is not set: set it in a gin file or with --gin.train.steps=...",
+        ),
         ([DEMO, "--steps=3"], "unknown argument --steps=3: settings are given as --gin.NAME=VALUE (see resmem train --help)"),
         ([DEMO, "--gin.STEPS"], "unknown argument --gin.STEPS: settings are given as --gin.NAME=VALUE (see resmem train --help)"),
         ([DEMO, "stray"], "unknown argument stray: settings are given as --gin.NAME=VALUE (see resmem train --help)"),
@@ -79,9 +82,7 @@ def test_every_setting_is_checked_before_the_first_stage_goes_on(tmp_path, capsy
     complete = (workdir / "config.gin").read_bytes()
     assert run("train", *settings, "--gin.make_vocabulary.size=20", workdir=workdir) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        f"resmem: {workdir} was made with make_vocabulary.size = 8, now it is 20: take another --workdir, or delete "
-    )
+    assert error.startswith(f"resmem: {workdir} was made with make_vocabulary.size = 8, now it is 20: take another --workdir, or delete ")
     assert error.count("\n") == 1
     assert (workdir / "stages" / "documents.json").read_bytes() == record
     assert (workdir / "config.gin").read_bytes() == complete

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from beam_pipelines import documents as pipeline
 from beam_pipelines.documents import sample_documents
 from resmem_lm.documents import position, read_shard, shard_paths
 from resmem_lm.duplicates import minhash
@@ -102,6 +103,23 @@ def test_a_line_that_is_wrong_is_named(c4, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"test": "bad"}\n')
     with pytest.raises(UserError, match=r'bad.jsonl, line 2 has no field "text"'):
         sample(c4, tmp_path / "run", train=str(tmp_path / "bad.jsonl"))
+
+
+def test_half_of_a_surrogate_pair_in_a_url_is_no_hindrance(c4, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "A page.", "url": "http://site/\ud83d"}) + "\n")
+    sample(c4, tmp_path / "run", train=str(tmp_path / "a.jsonl"), fraction=1.0)
+    assert [d.id.partition("#")[0] for d in documents_of(tmp_path / "run", "train")] == ["http://site/?"]
+
+
+def test_a_held_out_split_without_documents_is_told_before_the_train_text_is_read(c4, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("not JSON\n")
+    with pytest.raises(UserError, match="leaves no test documents"):
+        sample(c4, tmp_path / "run", train=str(tmp_path / "bad.jsonl"), validation_fraction=1.0)
+
+
+def test_a_worker_that_does_not_see_the_held_out_documents_stops(tmp_path):
+    with pytest.raises(UserError, match="a worker sees 0 of 40 held-out documents"):
+        pipeline.PlaceTrain(str(tmp_path / "nowhere"), 1.0, 4, 0.7, held_out=40).setup()
 
 
 @pytest.mark.skipif(HAS_TFDS, reason="TFDS is installed here")
