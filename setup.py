@@ -10,5 +10,5 @@ FOLDERS = {f"resmem_lm.{folder.replace('/', '.')}": folder for folder in ("confi
 setup(
     packages=["beam_pipelines", "resmem_lm", *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"resmem_lm": ["*.html", "py.typed"], **dict.fromkeys(FOLDERS, ["*.gin"])},
+    package_data={"resmem_lm": ["*.html", "py.typed"], **{folder: ["*.gin"] for folder in FOLDERS}},
 )

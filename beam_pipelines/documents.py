@@ -194,7 +194,7 @@ def sample_documents(
 
     A train document that is a near-duplicate of a held-out one is dropped. Train documents are otherwise only compared for equal
     texts within a shard, and so are held-out ones: a corpus of this size is taken as its makers deduplicated it,
-    and validation and test may hold near-duplicates of each other. Beam's in-process runner keeps the sampled text in memory (1% of C4: 8 GB).
+    and validation and test may hold near-duplicates of each other. Beam's in-process runner keeps the sampled text in memory (8 GB of C4).
 
     Args:
         train: files, directories or globs as `prepare_documents.text`, or "tfds:c4/en:3.1.0/train".

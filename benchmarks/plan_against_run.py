@@ -15,7 +15,7 @@ from resmem_lm import config
 from resmem_lm.evaluate import evaluate
 from resmem_lm.main import import_stages, stages_of
 from resmem_lm.plan import plan
-from resmem_lm.rehearsal import file_bytes
+from resmem_lm.sizes import file_bytes
 from resmem_lm.workdir import read_json
 
 
@@ -29,22 +29,25 @@ def main() -> None:
     config.parse(arguments.gin_file, [argument.removeprefix("--gin.") for argument in rest])
     stages = stages_of("run")
     settings = {stage.__name__: config.parameters(stage) for stage in stages}
+    took = {stage.name: read_json(stage.record_path(arguments.workdir)).get("seconds", 0.0) for stage in stages}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("documents", "vocabulary", "stages"):
             shutil.copytree(arguments.workdir / name, Path(folder) / name)
-        made = plan(Path(folder), settings, stages[:2], **config.parameters(plan))
+        made = plan(Path(folder), **(config.parameters(plan) | {"settings": settings, "text_stages": stages[:2]}))
+        copy = Path(folder) / "copy"
+        shutil.copytree(arguments.workdir, copy, copy_function=lambda source, target: Path(target).symlink_to(Path(source).absolute()))
+        (copy / "results.json").unlink()
+        begin = time.monotonic()
+        evaluate.function(copy, **settings["evaluate"])
+        print(f"\nevaluate here: {time.monotonic() - begin:.1f} s; in the run:")
     run = file_bytes(arguments.workdir)
-    print(f"{'file':45}{'plan':>15}{'run':>15}  ratio")
-    for name, size in made.bytes.items():
-        print(f"{name:45}{size:15,}{run.get(name, 0):15,}  {size / max(run.get(name, 0), 1):.4f}")
-    print(f"{'together':45}{sum(made.bytes.values()):15,}{sum(run.values()):15,}  {sum(made.bytes.values()) / sum(run.values()):.4f}")
-    begin = time.monotonic()
-    evaluate.function(arguments.workdir, **settings["evaluate"])  # its time is not in its own results
-    took = {"evaluate": time.monotonic() - begin}
-    took |= {name: read_json(arguments.workdir / "stages" / f"{name}.json")["seconds"] for name in made.seconds if name != "evaluate"}
-    print(f"{'stage':45}{'plan, s':>15}{'run, s':>15}  ratio")
-    for name, seconds in made.seconds.items():
-        print(f"{name:45}{seconds:15.1f}{took[name]:15.1f}  {seconds / took[name]:.2f}")
+    kinds = {name: (size, run[name]) for name, size in made.bytes.items()}
+    kinds["all of these"] = sum(size for size, _ in kinds.values()), sum(size for _, size in kinds.values())
+    kinds["WORKDIR"] = kinds["all of these"][0], sum(run.values())
+    for name, (planned, size) in kinds.items():
+        print(f"{name:32}{planned:15,}{size:15,}  {planned / size:.4f}")
+    for name, stage in made.stages.items():
+        print(f"{name:32}{stage.seconds:15.1f}{took[name]:15.1f}  {stage.seconds / took[name]:.2f}")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,16 @@ STAGES = {
 PLAN_NUMBERS = {
     "rows": "tokens in the datastore; else those of WORKDIR's text are counted",
     "queries": "tokens of validation and test; likewise",
-    "documents": "documents of all splits; likewise",
-    "tokens_per_second": "encoded by one worker of the build; else measured, as the rates below",
-    "train_tokens_per_second": "in training",
-    "queries_per_second": "encoded and searched in one index shard",
-    "index_rows_per_second": "in building the index",
-    "workers": "that share the build",
-    "memory_gib": "that one index shard may take",
+    "documents": "documents of rows and queries; likewise",
+    "bytes_per_token": "of documents that are not counted",
+    "workers": "that share the work",
+    "memory_gib": "of one worker; else this machine's",
+    "train_tokens_per_second": "in training; else measured, as the rates below",
+    "tokens_per_second": "of windows, context included, encoded by one worker of the build",
+    "index_rows_per_second": "put into the index by one worker",
+    "query_tokens_per_second": "of windows, encoded for the search",
+    "queries_per_second": "looked up in one shard of the index",
+    "evaluated_queries_per_second": "in the evaluation",
 }
 
 
@@ -94,12 +97,13 @@ def stages_of(command: str) -> list[Any]:
 
 def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     from resmem_lm import config
-    from resmem_lm.plan import plan
     from resmem_lm.results import table
     from resmem_lm.workdir import read_json, write_bytes
 
     workdir: Path = arguments.workdir
     import_stages()
+    from resmem_lm.plan import plan
+
     if not arguments.gin_file:
         raise UserError("no --gin_file: give one, such as --gin_file=configs/demo.gin")
     config.parse(arguments.gin_file, bindings)
@@ -107,7 +111,7 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     settings = {stage.__name__: config.parameters(stage) for stage in everything}
     if arguments.command == "plan":
         given = {name: value for name in PLAN_NUMBERS if (value := getattr(arguments, name)) is not None}
-        plan(arguments.workdir, settings, everything[:2], **(config.parameters(plan) | given))
+        plan(workdir, **(config.parameters(plan) | given | {"settings": settings, "text_stages": everything[:2]}))
         return
     pipeline_options = getattr(arguments, "pipeline_options", "")
     for values in settings.values():
