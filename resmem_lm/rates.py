@@ -38,7 +38,7 @@ from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
 from resmem_lm.workdir import write_json
 
-ENOUGH = 3.0  # seconds by which a longer run must outlast the shortest
+ENOUGH = 8.0  # seconds by which a longer run must outlast the shortest: compiling the same program varies by one or two
 FEW_QUERIES, MANY_QUERIES = 256, 4096
 QUERY_RATES = ("query_tokens_per_second", "queries_per_second", "evaluated_queries_per_second")
 TRAIN_TOKENS = 2048  # in a step of the rehearsal: the batch of an accelerator would take a processor minutes
@@ -187,6 +187,7 @@ class _Rehearsal:
     def _workdir(self, name: str, tokens: dict[str, list[int]], shared: Path) -> Path:
         """A work directory with shards of so many tokens, which has everything else of `shared`."""
         workdir = self.folder / name
+        shutil.rmtree(workdir, ignore_errors=True)  # of an earlier run of the same size
         (workdir / "documents").mkdir(parents=True)
         texts = itertools.cycle(self.pool)
         for split, shards in tokens.items():
@@ -377,7 +378,8 @@ def _least(function: Callable[[], Any], times: int = 3) -> float:
 
 def _line(run: Callable[[int], float], small: int, limit: int) -> tuple[float, float, int]:
     """Runs at growing sizes until the difference tells; seconds once and for each unit, and the largest size."""
-    shortest, size = run(small), 4 * small
+    # The first run of a process also imports and allocates.
+    shortest, size = min(run(small), run(small)), 4 * small
     while True:
         longer = max(run(size) - shortest, 1e-3)
         each = longer / (size - small)
