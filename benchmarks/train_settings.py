@@ -6,7 +6,6 @@ WORKDIR is one whose documents and vocabulary are made (`resmem train`); nothing
 """
 
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -19,15 +18,10 @@ from resmem_lm import config
 from resmem_lm.main import import_stages
 from resmem_lm.model import init_parameters
 from resmem_lm.packing import batches, pack, split_tokens
+from resmem_lm.rates import processor
 from resmem_lm.vocabulary import load_vocabulary
 
 VALIDATION_ROWS = 16
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

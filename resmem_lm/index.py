@@ -96,13 +96,13 @@ class ScannIndex:
         self._searcher = _scann().load_searcher(str(folder))
 
     def search(
-        self, queries: Float[np.ndarray, "queries emb"], k: int, leaves_to_search: int | None = None
+        self, queries: Float[np.ndarray, "queries emb"], k: int
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        """See `Index.search`. None searches as many leaves as the index was built for."""
+        """See `Index.search`."""
 
         def some(block: Float[np.ndarray, "queries emb"]) -> tuple[np.ndarray, np.ndarray]:
             count = min(max(self.candidates, k), self.datastore.rows)
-            rows, scores = self._searcher.search_batched_parallel(block, final_num_neighbors=count, leaves_to_search=leaves_to_search)
+            rows, scores = self._searcher.search_batched_parallel(block, final_num_neighbors=count)
             # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
             rows = np.where(np.isnan(scores), -1, rows.astype(np.int64))
             return nearest(self.datastore, block, rows, k)
