@@ -30,22 +30,24 @@ def build_tfds(json_lines: Path, data_dir: Path) -> None:
     """The TFDS dataset c4/en:3.1.0 in `data_dir`, from the files of `write_json_lines`. Needs TFDS."""
     import tensorflow_datasets as tfds
 
-    class C4(tfds.core.GeneratorBasedBuilder):
-        name = "c4"
-        VERSION = tfds.core.Version("3.1.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", version="3.1.0")]  # noqa: RUF012 - TFDS's own form
+    with tfds.core.registered.skip_registering():  # or a second call would find the name taken
 
-        def _info(self):
-            features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("text", "timestamp", "url")})
-            return tfds.core.DatasetInfo(builder=self, features=features)
+        class C4(tfds.core.GeneratorBasedBuilder):
+            name = "c4"
+            VERSION = tfds.core.Version("3.1.0")
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", version="3.1.0")]  # noqa: RUF012 - TFDS's own form
 
-        def _split_generators(self, _):
-            return {split: self._generate_examples(split) for split in ("train", "validation")}
+            def _info(self):
+                features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("text", "timestamp", "url")})
+                return tfds.core.DatasetInfo(builder=self, features=features)
 
-        def _generate_examples(self, split):
-            for path in sorted(json_lines.glob(f"c4-{split}.*.json.gz")):
-                with gzip.open(path, "rt", encoding="utf-8") as file:
-                    for number, line in enumerate(file):
-                        yield f"{path.name}-{number}", json.loads(line)
+            def _split_generators(self, _):
+                return {split: self._generate_examples(split) for split in ("train", "validation")}
+
+            def _generate_examples(self, split):
+                for path in sorted(json_lines.glob(f"c4-{split}.*.json.gz")):
+                    with gzip.open(path, "rt", encoding="utf-8") as file:
+                        for number, line in enumerate(file):
+                            yield f"{path.name}-{number}", json.loads(line)
 
     C4(data_dir=data_dir, config="en").download_and_prepare()
