@@ -1,8 +1,10 @@
 """A corpus in C4's schema (text, timestamp, url), as its JSON lines and as a TFDS dataset."""
 
+import functools
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import sentences
 
@@ -26,28 +28,34 @@ def write_json_lines(folder: Path, train: int = 200, validation: int = 40) -> No
             file.writelines(json.dumps(record) + "\n" for record in part)
 
 
-def build_tfds(json_lines: Path, data_dir: Path) -> None:
-    """The TFDS dataset c4/en:3.1.0 in `data_dir`, from the files of `write_json_lines`. Needs TFDS."""
+@functools.cache
+def builder() -> Any:
+    """TFDS's class of the dataset, made once: it keeps the name."""
     import tensorflow_datasets as tfds
 
-    with tfds.core.registered.skip_registering():  # or a second call would find the name taken
+    class C4(tfds.core.GeneratorBasedBuilder):
+        name = "c4"
+        VERSION = tfds.core.Version("3.1.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", version="3.1.0")]  # noqa: RUF012 - TFDS's own form
 
-        class C4(tfds.core.GeneratorBasedBuilder):
-            name = "c4"
-            VERSION = tfds.core.Version("3.1.0")
-            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", version="3.1.0")]  # noqa: RUF012 - TFDS's own form
+        def _info(self):
+            features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("text", "timestamp", "url")})
+            return tfds.core.DatasetInfo(builder=self, features=features)
 
-            def _info(self):
-                features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("text", "timestamp", "url")})
-                return tfds.core.DatasetInfo(builder=self, features=features)
+        def _split_generators(self, _):
+            return {split: self._generate_examples(split) for split in ("train", "validation")}
 
-            def _split_generators(self, _):
-                return {split: self._generate_examples(split) for split in ("train", "validation")}
+        def _generate_examples(self, split):
+            for path in sorted(self.json_lines.glob(f"c4-{split}.*.json.gz")):
+                with gzip.open(path, "rt", encoding="utf-8") as file:
+                    for number, line in enumerate(file):
+                        yield f"{path.name}-{number}", json.loads(line)
 
-            def _generate_examples(self, split):
-                for path in sorted(json_lines.glob(f"c4-{split}.*.json.gz")):
-                    with gzip.open(path, "rt", encoding="utf-8") as file:
-                        for number, line in enumerate(file):
-                            yield f"{path.name}-{number}", json.loads(line)
+    return C4
 
-    C4(data_dir=data_dir, config="en").download_and_prepare()
+
+def build_tfds(json_lines: Path, data_dir: Path) -> None:
+    """The TFDS dataset c4/en:3.1.0 in `data_dir`, from the files of `write_json_lines`. Needs TFDS."""
+    instance = builder()(data_dir=data_dir, config="en")
+    instance.json_lines = json_lines
+    instance.download_and_prepare()
