@@ -47,8 +47,8 @@ def _file_documents(path: str) -> Iterator[Document]:
 
 
 def _tfds_document(record: dict[str, Any]) -> Document:
-    url = record.get("url", b"")
-    return _named(url.decode() or None, record["text"].decode())
+    text, url = (value.numpy() if hasattr(value, "numpy") else value for value in (record["text"], record.get("url", b"")))
+    return _named(url.decode() or None, text.decode())
 
 
 def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Callable[[beam.Pipeline], beam.PCollection]:
@@ -75,11 +75,7 @@ def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Calla
     if "text" not in builder.info.features:
         raise UserError(f"{text}: its records have no `text`, only {', '.join(builder.info.features)}: take another dataset")
     tf.config.set_visible_devices([], "GPU")  # or TensorFlow would take the memory that JAX needs
-    return lambda pipeline: pipeline | "Read" >> tfds.beam.ReadFromTFDS(builder, split=split) | "Decode" >> beam.Map(_numpy_document)
-
-
-def _numpy_document(record: dict[str, Any]) -> Document:
-    return _tfds_document({key: value.numpy() if hasattr(value, "numpy") else value for key, value in record.items()})
+    return lambda pipeline: pipeline | "Read" >> tfds.beam.ReadFromTFDS(builder, split=split) | "Decode" >> beam.Map(_tfds_document)
 
 
 def place_held_out(document: Document, validation_fraction: float, shards: int) -> Place:
