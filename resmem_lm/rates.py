@@ -39,7 +39,7 @@ from resmem_lm.windows import WindowSpec, window_rows
 from resmem_lm.workdir import write_json
 
 ENOUGH = 8.0  # seconds by which a longer run must outlast the shortest: compiling the same program varies by one or two
-FEW_QUERIES, MANY_QUERIES = 256, 4096
+FEW_QUERIES, MANY_QUERIES = 256, 16384
 QUERY_RATES = ("query_tokens_per_second", "queries_per_second", "evaluated_queries_per_second")
 TRAIN_TOKENS = 2048  # in a step of the rehearsal: the batch of an accelerator would take a processor minutes
 KMEANS_ROUNDS = 12  # ScaNN's own default: each sampled row is compared with every leaf so often
@@ -303,9 +303,10 @@ class _Rehearsal:
                 write_json(workdir / "stages" / f"{name}.json", {"finished": True, "seconds": 0, "result": {"documents": {}}})
             return self._seconds("evaluate", evaluate.function, workdir, **self.settings["evaluate"])
 
-        seconds = [run(workdir) for workdir in (few, mixed, many)]
+        # The first compiles, which the others are spared.
+        first, *seconds = [run(workdir) for workdir in (few, few, mixed, many)]
         each = [max(longer - shorter, 1e-3) / (queries - FEW_QUERIES) for shorter, longer in itertools.pairwise(seconds)]
-        self.costs.validation = Cost(max(0.0, seconds[0] - FEW_QUERIES * sum(each)), each[0])
+        self.costs.validation = Cost(max(0.0, first - FEW_QUERIES * sum(each)), each[0])
         self.costs.test = Cost(0.0, each[1])
 
     def _tree(self) -> None:
@@ -313,7 +314,9 @@ class _Rehearsal:
         self.say("measure index")
         emb, candidates = self.model.emb_dim, self.settings["build_index"]["candidates"]
         block = scann_parameters(SMALL, emb)["block"]
-        few, many, leaves, more_leaves = 24_000, 72_000, 100, 1600
+        # The sample is as large as it will be: k-means takes more rounds in a larger one.
+        few = int(np.clip(self.settings["build_index"]["training_rows"], 1.2 * SMALL, 100_000))
+        many, leaves, more_leaves = 2 * few, 100, 1600
         keys = np.random.default_rng(0).normal(size=(many, emb)).astype(np.float32)
         keys /= np.linalg.norm(keys, axis=1, keepdims=True)
         queries = keys[:QUERY_BLOCK]
@@ -332,18 +335,18 @@ class _Rehearsal:
 
             return _least(run, times=4) / len(queries)
 
-        build(few, few // 3, leaves)  # for the first, ScaNN starts its threads
-        small, base = build(few, few // 3, leaves)
-        _, sampled = build(few, few, leaves)
-        _, rows = build(many, few // 3, leaves)
-        leafy, leaved = build(few, few // 3, more_leaves)
-        product = max(0.0, leaved - base) / ((more_leaves - leaves) * (KMEANS_ROUNDS * (few // 3) + few))
+        _, sampled = build(few, few // 2, leaves)  # twice: for the first, ScaNN starts its threads
+        _, sampled = build(few, few // 2, leaves)
+        small, base = build(few, few, leaves)
+        _, rows = build(many, few, leaves)
+        leafy, leaved = build(few, few, more_leaves)
+        product = max(0.0, leaved - base) / ((more_leaves - leaves) * (KMEANS_ROUNDS * few + few))
         compared, fewer = query(small, leaves * 8 // 10), query(small, leaves // 10)
         compared_row = max(0.0, compared - fewer) / (few * 0.7)
         query_leaf = max(0.0, query(leafy, more_leaves // 10) - fewer) / (more_leaves - leaves)
         self.costs.tree = TreeCosts(
             row=max(0.0, (rows - base) / (many - few) - product * leaves),
-            sampled_row=max(0.0, (sampled - base) / (few - few // 3) - product * leaves * KMEANS_ROUNDS),
+            sampled_row=max(0.0, (base - sampled) / (few - few // 2) - product * leaves * KMEANS_ROUNDS),
             leaf_product=product,
             query=max(0.0, fewer - query_leaf * leaves - compared_row * few / 10),
             compared_row=compared_row,
