@@ -1,79 +1,80 @@
 """Documents -> datastore, as a Beam pipeline.
 
-One linear chain, in which no array crosses a stage: each shard of the train split is read, cut into windows, encoded and
-published by one worker; only its number goes on; the manifest is written last. A shard is published when it is finished and
-not in a later step, because runners finish a whole step before the next: a build that is killed would lose all of it. A
-shard that an earlier run finished is not made again.
+One unit of work is a shard of documents: it is read, cut into windows, encoded and published by one worker; the manifest is written when
+all are there. A shard is published when it is finished and not in a later step, because runners finish a whole step before the next: a
+build that is killed would lose all of it. A shard that an earlier run finished is not made again.
 """
 
-import contextlib
 import os
-import shutil
-import threading
-import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from beam_pipelines.runner import open_pipeline
+from beam_pipelines.runner import run_units
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import Binding, damaged_files, document_line, open_datastore, shard_folder
-from resmem_lm.documents import Document, read_shard, shard_path, shard_paths
-from resmem_lm.encode import Encoder, residual_head
+from resmem_lm.datastore import Binding, document_line, open_datastore, shard_name
+from resmem_lm.documents import Document, read_shard, shard_paths
+from resmem_lm.encode import Encoder, Head, residual_head
 from resmem_lm.errors import UserError
-from resmem_lm.progress import progress
+from resmem_lm.published import Record, publish, record_of, remove_orphans
+from resmem_lm.storage import AnyPath, read_json, sha256, to_path, write_json
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.windows import WindowSpec
-from resmem_lm.workdir import Record, disk_errors, read_json, sha256, stage, write_json
+from resmem_lm.workdir import disk_errors, stage
+
+COUNTERS = ("documents", "tokens", "windows", "window_tokens", "computed_tokens")
 
 
-class _Worker:
+class Unit(NamedTuple):
+    """A shard of documents, and the name of the shard that it becomes."""
+
+    documents: str
+    name: str
+
+
+class EncodingWorker:
     """What a worker process keeps for all of its shards."""
 
-    def __init__(self, workdir: Path, binding: Binding) -> None:
+    def __init__(self, workdir: AnyPath, binding: Binding, head: Head | None = None) -> None:
         self.vocabulary: Vocabulary = load_vocabulary(workdir)
-        model = load_model(workdir / "checkpoints")
-        if (model.fingerprint, self.vocabulary.sha256) != (binding.model, binding.vocabulary):
-            raise UserError(f"{workdir}: the checkpoint or the vocabulary changed while the datastore was built: build it again")
-        self.encoder = Encoder(model, binding.window, residual_head(model, binding.entries, binding.temperatures))
+        self.model = load_model(workdir / "checkpoints")
+        if (self.model.fingerprint, self.vocabulary.sha256) != (binding.model, binding.vocabulary):
+            raise UserError(f"{workdir}: the checkpoint or the vocabulary changed while it was in use: build the datastore again")
+        self.encoder = Encoder(self.model, binding.window, head or residual_head(self.model, binding.entries, binding.temperatures))
 
 
 class EncodeShard(beam.DoFn):
-    """Shard number -> the finished shard's folder, and its number again."""
+    """Encodes a shard of documents and publishes it."""
 
-    def __init__(self, workdir: str, binding: Binding, shards: int, split_shards: int) -> None:
-        self.workdir, self.binding, self.shards, self.split_shards = Path(workdir), binding, shards, split_shards
+    def __init__(self, workdir: str, binding: Binding) -> None:
+        self.workdir, self.binding = workdir, binding
         self._shared = Shared()
-        self._counters = {name: Metrics.counter("resmem", name) for name in ("documents", "tokens", "shards")}
+        self._counters = {name: Metrics.counter("resmem", name) for name in COUNTERS}
 
     def setup(self) -> None:
         """Loads the model once a process."""
-        self._worker = self._shared.acquire(lambda: _Worker(self.workdir, self.binding))
+        self._worker = self._shared.acquire(lambda: EncodingWorker(to_path(self.workdir), self.binding))
 
-    def process(self, shard: int) -> Iterator[int]:
-        """Encodes one shard in a folder whose name no other attempt uses, and publishes it by one rename."""
-        final = shard_folder(self.workdir / "datastore", shard, self.shards)
-        attempt = final.with_name(f".tmp-{uuid.uuid4().hex}")
-        documents = read_shard(shard_path(self.workdir / "documents", "train", shard, self.split_shards))
-        tokens = self._worker.vocabulary.encode_documents(documents)
-        with disk_errors(attempt):
-            attempt.mkdir()
-            try:
-                _write_documents(attempt / "documents.jsonl", documents, tokens)
-                _write_arrays(attempt, shard, tokens, self._worker.encoder)
-                files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(attempt.iterdir())}
-                write_json(attempt / "shard.json", {"binding": self.binding.to_json(), "rows": sum(map(len, tokens)), "files": files})
-                _publish(attempt, final)
-            finally:
-                shutil.rmtree(attempt, ignore_errors=True)
-        self._counters["documents"].inc(len(documents))
-        self._counters["tokens"].inc(sum(map(len, tokens)))
-        self._counters["shards"].inc()
-        yield shard
+    def process(self, unit: Unit) -> Iterator[str]:
+        """The shard's name, when it is published."""
+        workdir, made_from = to_path(self.workdir), self.binding.to_json() | {"documents": unit.documents}
+        folder = workdir / "datastore"
+        if not record_of(folder, unit.name, made_from):  # a runner may repeat what is finished
+            documents = read_shard(workdir / "documents" / unit.documents)
+            tokens = self._worker.vocabulary.encode_documents(documents)
+            with disk_errors(folder), publish(folder, unit.name, made_from) as attempt:
+                _write_documents(attempt.folder / "documents.jsonl", documents, tokens)
+                counts = write_arrays(attempt.folder, tokens, self._worker.encoder, unit.documents)
+                attempt.facts |= {"rows": counts["tokens"], "counts": counts}
+            for name, counter in self._counters.items():
+                counter.inc(counts[name])
+        yield unit.name
 
 
 def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndarray]) -> None:
@@ -84,26 +85,35 @@ def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndar
             first_row += len(document_tokens)
 
 
-def _write_arrays(folder: Path, shard: int, tokens: list[np.ndarray], encoder: Encoder) -> None:
+def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, source: str) -> dict[str, int]:
+    """Writes what the encoder's head makes of some documents, an array a file, row by row; returns counts.
+
+    Args:
+        folder: to write into.
+        tokens: of each document.
+        encoder: whose head gives a named tuple of arrays.
+        source: what the documents were read from, for messages.
+    """
     arrays: dict[str, np.ndarray] = {}
+    rows = sum(map(len, tokens))
     if not tokens:  # fewer documents than shards: files without rows, as wide as any
         _, encoded = next(encoder([np.zeros(1, np.int32)]))
         for name, value in encoded._asdict().items():
             np.save(folder / f"{name}.npy", value[:0])
-    for positions, encoded in encoder(tokens):
+    counts = Counter({"documents": len(tokens), "tokens": rows} | dict.fromkeys(COUNTERS[2:], 0))
+    for positions, encoded in encoder(tokens, counts):
         for name, value in encoded._asdict().items():
             if name not in arrays:
-                arrays[name] = _create(folder / f"{name}.npy", (sum(map(len, tokens)), *value.shape[1:]), value.dtype)
+                arrays[name] = create_array(folder / f"{name}.npy", (rows, *value.shape[1:]), value.dtype)
             if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise UserError(
-                    f"{name} of train shard {shard} has numbers that {value.dtype} cannot hold: the checkpoint may have diverged"
-                )
+                raise UserError(f"{name} of {source} has numbers that {value.dtype} cannot hold: the checkpoint may have diverged")
             arrays[name][positions] = value
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]
+    return dict(counts)
 
 
-def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A mapped .npy file whose blocks are all allocated, so that a full disk is an error here and not a crash later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
@@ -112,55 +122,42 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return array
 
 
-def _publish(attempt: Path, final: Path) -> None:
-    try:
-        attempt.rename(final)
-    except OSError:
-        # Another attempt at the same shard was first; its rows are as good.
-        if not (final / "shard.json").exists():
-            raise
+def units_of(workdir: AnyPath, shards: int | None) -> list[Unit]:
+    """The shards of documents that the datastore remembers: the first so many of the train split, and all that were added."""
+    train, added = (shard_paths(workdir, split) for split in ("train", "added"))
+    count = len(train) if shards is None else shards
+    if not 1 <= count <= len(train):
+        raise UserError(f"build_datastore.shards = {shards}, but the train split has {len(train)}: take 1 to {len(train)}, or None for all")
+    units = [Unit(path.name, shard_name(number, count)) for number, path in enumerate(train[:count])]
+    return units + [Unit(path.name, path.name.removesuffix(".jsonl")) for path in added]
 
 
-def _is_finished(folder: Path, binding: Binding) -> bool:
-    """Whether a shard is whole and was made by the same model, vocabulary and settings."""
-    if not (folder / "shard.json").exists():
-        return False
-    record = read_json(folder / "shard.json")
-    return record["binding"] == binding.to_json() and not list(damaged_files(folder, record["files"], checksums=True))
+def encode_units(workdir: AnyPath, binding: Binding, units: list[Unit], pipeline_options: str) -> None:
+    """Publishes what is not yet published of the units, and writes the manifest of all."""
+    folder = workdir / "datastore"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def made_from(unit: Unit) -> Record:
+        return binding.to_json() | {"documents": unit.documents}
+
+    finished = {unit.name: record for unit in units if (record := record_of(folder, unit.name, made_from(unit)))}
+    remove_orphans(folder, finished.values())
+    names = [unit.name for unit in units]
+    todo = [unit for unit in units if unit.name not in finished]
+    run_units("Build", todo, EncodeShard(str(workdir.absolute()), binding), pipeline_options, published=folder, names=names)
+    write_manifest(folder, binding, [read_json(folder / f"{name}.json") for name in names])
 
 
-def write_manifest(workdir: str, binding: Binding, shards: int) -> None:
-    """Binds the finished shards together; their order is that of their numbers."""
-    folder = Path(workdir) / "datastore"
+def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> None:
+    """Binds published shards together; what else is published in the folder is removed."""
     with disk_errors(folder):
-        records = [read_json(shard_folder(folder, shard, shards) / "shard.json") for shard in range(shards)]
-        manifest = {"rows": sum(r["rows"] for r in records), "shards": [{"rows": r["rows"], "files": r["files"]} for r in records]}
-        write_json(folder / "manifest.json", binding.to_json() | manifest)
-
-
-@contextlib.contextmanager
-def _shown(folder: Path, shards: int) -> Iterator[None]:
-    """Shows how many shards have their record, whichever process writes them."""
-    done, over = len(list(folder.glob("shard-*"))), threading.Event()
-    with progress("build", total=shards, done=done, unit="shards") as bar:
-
-        def watch() -> None:
-            while not over.wait(1.0):
-                bar.update(len(list(folder.glob("shard-*"))))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            bar.update(len(list(folder.glob("shard-*"))))
+        write_json(folder / "manifest.json", binding.to_json() | {"rows": sum(r["rows"] for r in records), "shards": records})
+        remove_orphans(folder, records)
 
 
 @stage(name="build", after=("documents", "vocabulary", "train"), output="datastore", free=("pipeline_options",))
 def build_datastore(
-    workdir: Path,
+    workdir: AnyPath,
     *,
     window_length: int = 256,
     window_context: int = 64,
@@ -180,18 +177,13 @@ def build_datastore(
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
     Returns:
-        The manifest's checksum, the number of rows and the bytes on disk.
+        The manifest's checksum, the number of rows, the bytes on disk, and what was counted on the way.
 
     Raises:
         UserError: no space left, a checkpoint of another vocabulary, or what a worker reported.
     """
     if 1.0 not in temperatures:
         raise UserError(f"build_datastore.temperatures = {temperatures} must have 1.0 among them: residuals are kept at T = 1")
-    folder = workdir / "datastore"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for orphan in folder.glob(".tmp-*"):
-        shutil.rmtree(orphan)
     binding = Binding(
         model=load_model(workdir / "checkpoints").fingerprint,
         vocabulary=load_vocabulary(workdir).sha256,
@@ -199,24 +191,13 @@ def build_datastore(
         temperatures=tuple(float(t) for t in temperatures),
         entries=entries,
     )
-    split_shards = len(shard_paths(workdir, "train"))
-    shards = split_shards if shards is None else shards
-    if not 1 <= shards <= split_shards:
-        raise UserError(
-            f"build_datastore.shards = {shards}, but the train split has {split_shards}: take 1 to {split_shards}, or None for all"
-        )
-    todo = [shard for shard in range(shards) if not _is_finished(shard_folder(folder, shard, shards), binding)]
-    for shard in todo:
-        shutil.rmtree(shard_folder(folder, shard, shards), ignore_errors=True)
-    place = str(workdir.absolute())
-    with _shown(folder, shards), open_pipeline(pipeline_options) as pipeline:
-        _ = (
-            pipeline
-            | "Shards" >> beam.Create(todo)
-            | "Spread shards" >> beam.Reshuffle()
-            | "Encode shards" >> beam.ParDo(EncodeShard(place, binding, shards, split_shards))
-            | "Wait for all" >> beam.combiners.ToList()
-            | "Write manifest" >> beam.Map(lambda _: write_manifest(place, binding, shards))
-        )
+    encode_units(workdir, binding, units_of(workdir, shards), pipeline_options)
+    return describe(workdir)
+
+
+def describe(workdir: AnyPath) -> Record:
+    """The result of the stage `build`."""
+    folder = workdir / "datastore"
     datastore = open_datastore(folder)
-    return {"manifest": sha256(folder / "manifest.json"), "rows": datastore.rows, "bytes": datastore.bytes}
+    counts = {name: sum(shard["counts"][name] for shard in datastore.shards) for name in COUNTERS}
+    return {"manifest": sha256(folder / "manifest.json"), "rows": datastore.remembered_rows, "bytes": datastore.bytes, "counts": counts}

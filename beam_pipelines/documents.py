@@ -4,23 +4,32 @@ The output is that of `resmem_lm.documents.prepare_documents`. What is taken, an
 the number of workers, on the order of files, or on whether the text came from TFDS or from JSON lines.
 """
 
-import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
 from beam_pipelines.runner import open_pipeline
-from resmem_lm.documents import SPLITS, Document, digest, position, read_records, read_shard, shard_path, text_files
+from resmem_lm.documents import (
+    SPLITS,
+    Document,
+    digest,
+    position,
+    read_records,
+    read_shard,
+    shard_content,
+    shard_name,
+    text_files,
+    write_manifest,
+)
 from resmem_lm.duplicates import Signatures, minhash
 from resmem_lm.errors import UserError
 from resmem_lm.progress import progress
-from resmem_lm.workdir import Record, disk_errors, new_directory, read_json, sha256, stage, write_json
+from resmem_lm.storage import AnyPath, read_json, remove, to_path, write_bytes, write_json
+from resmem_lm.workdir import Record, disk_errors, stage
 
 TFDS = "tfds:"
 COUNTS = "counts.json"
@@ -41,7 +50,7 @@ def _named(url: str | None, text: str) -> Document:
 
 
 def _file_documents(path: str) -> Iterator[Document]:
-    for _, record in read_records(Path(path)):
+    for _, record in read_records(to_path(path)):
         url = record.get("url")
         yield _named(url if isinstance(url, str) else None, record["text"])
 
@@ -92,7 +101,7 @@ class PlaceTrain(beam.DoFn):
     """Documents whose `position` is below `fraction`, with their places; near-duplicates of held-out ones lose theirs."""
 
     def __init__(self, folder: str, fraction: float, shards: int, threshold: float, held_out: int) -> None:
-        self.folder, self.fraction, self.shards, self.threshold, self.held_out = Path(folder), fraction, shards, threshold, held_out
+        self.folder, self.fraction, self.shards, self.threshold, self.held_out = folder, fraction, shards, threshold, held_out
         self._shared = Shared()
 
     def setup(self) -> None:
@@ -101,7 +110,7 @@ class PlaceTrain(beam.DoFn):
         def signatures() -> Signatures:
             held_out, found = Signatures(self.threshold), 0
             for split in ("validation", "test"):
-                for path in sorted(self.folder.glob(f"{split}-*-of-*.jsonl")):
+                for path in to_path(self.folder).glob(f"{split}-*-of-*.jsonl"):
                     for document in read_shard(path):
                         held_out.add(minhash(document.text))
                         found += 1
@@ -129,7 +138,7 @@ class WriteShard(beam.DoFn):
     """(place, its documents) -> numbers of documents by split or by reason for which they were dropped."""
 
     def __init__(self, folder: str, shards: dict[str, int]) -> None:
-        self.folder, self.shards = Path(folder), shards
+        self.folder, self.shards = folder, shards
 
     def process(self, element: tuple[Place, Iterable[Document]]) -> Iterator[tuple[str, int]]:
         """Sorts by position and writes, each text once."""
@@ -139,12 +148,9 @@ class WriteShard(beam.DoFn):
             return
         # The first id stays, so the choice among equal texts does not depend on their order.
         by_text = {document.text: document for document in sorted(documents, reverse=True)}
-        final = shard_path(self.folder, place.split, place.shard, self.shards[place.split])
-        attempt = final.with_name(f".tmp-{uuid.uuid4().hex}")
-        with disk_errors(attempt), attempt.open("w", encoding="utf-8") as file:
-            for document in sorted(by_text.values(), key=lambda document: digest(document.text)):
-                file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
-        attempt.replace(final)
+        path = to_path(self.folder) / shard_name(place.split, place.shard, self.shards[place.split])
+        with disk_errors(path):
+            write_bytes(path, shard_content(sorted(by_text.values(), key=lambda document: digest(document.text))).encode())
         yield place.split, len(by_text)
         yield "duplicate", len(documents) - len(by_text)
 
@@ -156,11 +162,11 @@ def _write(placed: beam.PCollection, folder: str, shards: dict[str, int]) -> Non
         | "Write shards" >> beam.ParDo(WriteShard(folder, shards))
         | "Count" >> beam.CombinePerKey(sum)
         | "Wait for all" >> beam.combiners.ToList()
-        | "Write counts" >> beam.Map(lambda counts: write_json(Path(folder) / COUNTS, dict(counts)))
+        | "Write counts" >> beam.Map(lambda counts: write_json(to_path(folder) / COUNTS, dict(counts)))
     )
 
 
-def _counts(folder: Path) -> Counter[str]:
+def _counts(folder: AnyPath) -> Counter[str]:
     counts: Counter[str] = Counter(read_json(folder / COUNTS))
     (folder / COUNTS).unlink()
     return counts
@@ -174,7 +180,7 @@ def _check_not_empty(split: str, counts: Counter[str], text: str | list[str] | t
 
 @stage(name="documents", output="documents", free=("pipeline_options", "tfds_data_dir"))
 def sample_documents(
-    workdir: Path,
+    workdir: AnyPath,
     *,
     train: str | list[str] | tuple[str, ...] | None = None,
     held_out: str | list[str] | tuple[str, ...] | None = None,
@@ -219,8 +225,9 @@ def sample_documents(
     shards_of = {"train": shards, "validation": query_shards, "test": query_shards}
     # Both, before either is read.
     read_held_out, read_train = source(held_out, tfds_data_dir), source(train, tfds_data_dir)
-    with new_directory(workdir / "documents") as temporary:
-        folder = temporary.absolute()
+    folder = workdir.absolute() / "documents"
+    remove(folder)
+    try:
         with progress("documents", total=2, unit="texts") as bar:
             bar.update(0, "held-out text")
             with open_pipeline(pipeline_options) as pipeline:
@@ -237,11 +244,13 @@ def sample_documents(
             counts += _counts(folder)
             bar.update(2)
         _check_not_empty("train", counts, train, "fraction")
-        for split in SPLITS:
-            for shard in range(shards_of[split]):
-                shard_path(folder, split, shard, shards_of[split]).touch()
-        for orphan in folder.glob(".tmp-*"):  # of attempts that a runner gave up
-            orphan.unlink()
-        checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        written = {path.name for path in folder.glob("*.jsonl")}
+        for name in (shard_name(split, shard, shards_of[split]) for split in SPLITS for shard in range(shards_of[split])):
+            if name not in written:
+                write_bytes(folder / name, b"")
+        checksums = write_manifest(folder)
+    except BaseException:
+        remove(folder)
+        raise
     names = (*SPLITS, "empty", "duplicate", "near_duplicate")
     return {"documents": {name: counts[name] for name in names}, "checksums": checksums}

@@ -16,7 +16,7 @@ from resmem_lm.evaluate import evaluate
 from resmem_lm.main import import_stages, stages_of
 from resmem_lm.plan import plan
 from resmem_lm.sizes import file_bytes
-from resmem_lm.workdir import read_json
+from resmem_lm.storage import read_json
 
 
 def main() -> None:

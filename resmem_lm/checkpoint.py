@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from resmem_lm.errors import UserError
 from resmem_lm.model import Decoder, ModelConfig, init_parameters
-from resmem_lm.workdir import read_json, write_json
+from resmem_lm.storage import AnyPath, local_path, read_json, write_json
 
 STATE = "state"
 
@@ -64,21 +64,21 @@ def checkpoint_manager(directory: Path, *, keep: int = 2) -> Any:
     return ocp.CheckpointManager(directory.absolute(), options=options, item_names=(STATE,))
 
 
-def save_config(directory: Path, config: ModelConfig, vocabulary: str) -> None:
+def save_config(directory: AnyPath, config: ModelConfig, vocabulary: str) -> None:
     """Writes the model's shape and the checksum of its vocabulary beside its checkpoints."""
     write_json(directory / "model.json", {"config": dataclasses.asdict(config), "vocabulary": vocabulary})
 
 
-def load_model(directory: Path) -> Model:
+def load_model(directory: AnyPath) -> Model:
     """The newest checkpoint of `directory`. Raises UserError if there is none or it does not fit its model.json."""
     config = ModelConfig(**read_json(directory / "model.json")["config"])
-    return Model(config, read_parameters(newest_checkpoint(directory), config))
+    return Model(config, read_parameters(local_path(newest_checkpoint(directory)), config))
 
 
-def newest_checkpoint(path: Path) -> Path:
+def newest_checkpoint(path: AnyPath) -> AnyPath:
     """`path`, if it is a checkpoint, or the one of the highest step in it. Raises UserError if there is none."""
 
-    def is_checkpoint(folder: Path) -> bool:
+    def is_checkpoint(folder: AnyPath) -> bool:
         return (folder / STATE).is_dir() or (folder / "checkpoint").is_file()
 
     found = {int(name[1]): folder for folder in path.glob("checkpoint_*") if (name := re.fullmatch(r"checkpoint_(\d+)", folder.name))}

@@ -1,11 +1,12 @@
 """The datastore: row-aligned .npy files per shard, bound to what made them by one manifest that is written last.
 
     datastore/manifest.json
-    datastore/shard-00003-of-00016/{keys,residual_ids,residual_values,tokens,...}.npy, documents.jsonl, shard.json
+    datastore/shard-00003-of-00016.json
+    datastore/shard-00003-of-00016.1f3a9c2e/{keys,residual_ids,residual_values,tokens,...}.npy, documents.jsonl
 
 Row i of every array of a shard belongs to the same token. A document's rows are consecutive and in order, so
-`documents.jsonl` (`id`, `first_row`, `rows`) tells where each row came from. NumPy alone can read all of it. A shard is a
-folder because one rename then publishes all of its files, or none.
+`documents.jsonl` (`id`, `first_row`, `rows`) tells where each row came from. NumPy alone can read all of it. Rows of forgotten
+documents stay where they are until `resmem compact`, but the manifest names them and nothing returns them.
 """
 
 import bisect
@@ -13,18 +14,19 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
+from resmem_lm.published import Record, damaged_files, folder_of
+from resmem_lm.sharded import ShardedArray
+from resmem_lm.storage import AnyPath, local_path, read_json
 from resmem_lm.windows import WindowSpec
-from resmem_lm.workdir import read_json, sha256
 
-FORMAT = "resmem-datastore-1"
+FORMAT = "resmem-datastore-2"
 KEY_POSITION = "last layer, after the pre-MLP LayerNorm, before the MLP"
 ARRAYS = DatastoreRows._fields
 
@@ -45,9 +47,9 @@ class Binding:
         return value
 
 
-def shard_folder(folder: Path, shard: int, shards: int) -> Path:
-    """shard-00003-of-00016: it exists when all of its files do."""
-    return folder / f"shard-{shard:05d}-of-{shards:05d}"
+def shard_name(shard: int, shards: int) -> str:
+    """shard-00003-of-00016."""
+    return f"shard-{shard:05d}-of-{shards:05d}"
 
 
 def document_line(name: str, first_row: int, rows: int) -> str:
@@ -55,24 +57,38 @@ def document_line(name: str, first_row: int, rows: int) -> str:
     return json.dumps({"id": name, "first_row": first_row, "rows": rows}) + "\n"
 
 
-def _mend(folder: Path) -> str:
-    return f"delete {folder.parent / 'stages' / 'build.json'} and run `resmem build` again: it makes damaged shards anew"
+def mend(folder: AnyPath, record: Record) -> str:
+    """What to do about a damaged shard."""
+    name = record["folder"].rpartition(".")[0]
+    return (
+        f"delete {folder / (name + '.json')} and {folder.parent / 'stages' / 'build.json'} and run `resmem build` again: "
+        "it makes this shard anew"
+    )
 
 
 class Datastore:
-    """An opened datastore: arrays over all shards, mapped and not read until asked for."""
+    """An opened datastore, or some consecutive shards of one: arrays over all shards, mapped and not read until asked for."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: AnyPath, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.shards: list[dict[str, Any]] = manifest["shards"]
+        self.shards: list[Record] = manifest["shards"]
         self.offsets = np.concatenate([[0], np.cumsum([shard["rows"] for shard in self.shards])])
         window = WindowSpec(**manifest["window"])
         self.binding = Binding(manifest["model"], manifest["vocabulary"], window, tuple(manifest["temperatures"]), manifest["entries"])
 
+    def part(self, first: int, shards: int) -> "Datastore":
+        """So many shards from the `first` on, whose rows are counted anew."""
+        return Datastore(self.folder, self.manifest | {"shards": self.shards[first : first + shards]})
+
     @property
     def rows(self) -> int:
-        """Tokens in all shards."""
+        """Tokens in all shards, forgotten ones included."""
         return int(self.offsets[-1])
+
+    @property
+    def remembered_rows(self) -> int:
+        """Tokens that can be neighbours."""
+        return self.rows - int(sum(end - begin for begin, end in self._forgotten))
 
     @property
     def bytes(self) -> int:
@@ -80,64 +96,72 @@ class Datastore:
         return sum(file["bytes"] for shard in self.shards for file in shard["files"].values())
 
     @functools.cached_property
-    def _arrays(self) -> dict[str, list[np.ndarray]]:
-        def load(name: str, shard: int) -> np.ndarray:
-            path = shard_folder(self.folder, shard, len(self.shards)) / f"{name}.npy"
-            array = np.load(path, mmap_mode="r" if self.shards[shard]["rows"] else None, allow_pickle=False)
-            if len(array) != self.shards[shard]["rows"]:
-                raise UserError(f"{path} has {len(array)} rows, its manifest says {self.shards[shard]['rows']}; {_mend(self.folder)}")
+    def _forgotten(self) -> Int[np.ndarray, "ranges 2"]:
+        """Ranges of forgotten rows, [begin, end), in order."""
+        ranges = [
+            (offset + first, offset + first + rows)
+            for offset, shard in zip(self.offsets, self.shards, strict=False)
+            for first, rows in sorted(shard.get("forgotten", []))
+            if rows
+        ]
+        return np.array(ranges, np.int64).reshape(-1, 2)
+
+    def is_forgotten(self, rows: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+        """Which of some rows are of forgotten documents."""
+        if not len(self._forgotten):
+            return np.zeros(rows.shape, bool)
+        place = np.searchsorted(self._forgotten[:, 0], rows, side="right") - 1
+        return (place >= 0) & (rows < self._forgotten[np.maximum(place, 0), 1])
+
+    @functools.cache  # noqa: B019 - a datastore lives as long as its command
+    def array(self, name: str) -> ShardedArray:
+        """One array over all shards."""
+
+        def load(shard: Record) -> np.ndarray:
+            path = local_path(folder_of(self.folder, shard) / f"{name}.npy")
+            array: np.ndarray = np.load(path, mmap_mode="r" if shard["rows"] else None, allow_pickle=False)
+            if len(array) != shard["rows"]:
+                raise UserError(f"{path} has {len(array)} rows, its manifest says {shard['rows']}; {mend(self.folder, shard)}")
             return array
 
-        return {name: [load(name, shard) for shard in range(len(self.shards))] for name in ARRAYS}
+        return ShardedArray([load(shard) for shard in self.shards])
 
     def shard_arrays(self, name: str) -> list[Shaped[np.ndarray, "rows ..."]]:
         """One array as its shards hold it."""
-        return self._arrays[name]
+        return self.array(name).parts
 
     def take(self, name: str, rows: Int[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """The given rows of one array, by their numbers through all shards."""
-        arrays = self._arrays[name]
-        flat = rows.reshape(-1)
-        found = np.empty((len(flat), *arrays[0].shape[1:]), arrays[0].dtype)
-        shards = np.searchsorted(self.offsets, flat, side="right") - 1
-        for shard in np.unique(shards):
-            mine = np.flatnonzero(shards == shard)
-            found[mine] = arrays[shard][flat[mine] - self.offsets[shard]]
-        return found.reshape(*rows.shape, *found.shape[1:])
+        return self.array(name)[rows]
 
     @functools.cache  # noqa: B019 - a datastore lives as long as its command
     def documents(self, shard: int) -> list[dict[str, Any]]:
         """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
-        with (shard_folder(self.folder, shard, len(self.shards)) / "documents.jsonl").open(encoding="utf-8") as file:
+        with (folder_of(self.folder, self.shards[shard]) / "documents.jsonl").open("r", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    def locate(self, row: int) -> tuple[int, int, int]:
-        """Where a row came from: shard, number of the document in it, and the token's position in the document."""
+    def locate(self, row: int) -> tuple[int, str, int]:
+        """Where a row came from: its shard, its document's id, and the token's position in the document."""
         shard = int(np.searchsorted(self.offsets, row, side="right") - 1)
         inside = row - int(self.offsets[shard])
         documents = self.documents(shard)
         number = bisect.bisect_right(documents, inside, key=lambda document: document["first_row"]) - 1
-        return shard, number, inside - documents[number]["first_row"]
+        return shard, documents[number]["id"], inside - documents[number]["first_row"]
 
     def damaged(self, *, checksums: bool) -> Iterator[str]:
-        """See `damaged_files`, for all shards."""
-        for number, shard in enumerate(self.shards):
-            yield from damaged_files(shard_folder(self.folder, number, len(self.shards)), shard["files"], checksums=checksums)
+        """A line for each file that is not as the manifest says, and what to do about it."""
+        for shard in self.shards:
+            for problem in damaged_files(self.folder, shard, checksums=checksums):
+                yield f"{problem}; {mend(self.folder, shard)}"
+
+    def check_arrays(self, *names: str) -> None:
+        """Reads some arrays and compares their checksums; UserError if one was altered."""
+        for shard in self.shards:
+            for problem in damaged_files(self.folder, shard, checksums=True, names=[f"{name}.npy" for name in names]):
+                raise UserError(f"{problem}; {mend(self.folder, shard)}")
 
 
-def damaged_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> Iterator[str]:
-    """A line for every file that is missing, of another size or (if asked) of another content than was recorded."""
-    for name, expected in files.items():
-        path = folder / name
-        if not path.exists():
-            yield f"{path} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            yield f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
-        elif checksums and sha256(path) != expected["sha256"]:
-            yield f"{path} was altered: its checksum is not that of the manifest"
-
-
-def open_datastore(folder: Path, *, model: str | None = None, vocabulary: str | None = None, checksums: bool = False) -> Datastore:
+def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str | None = None, checksums: bool = False) -> Datastore:
     """Opens a finished datastore.
 
     Args:
@@ -161,5 +185,5 @@ def open_datastore(folder: Path, *, model: str | None = None, vocabulary: str | 
             command = "the checkpoint" if what == "model" else "the vocabulary"
             raise UserError(f"{folder} was made with another {what} than {command} in use: build it again, or use the one it was made with")
     for problem in datastore.damaged(checksums=checksums):
-        raise UserError(f"{problem}; {_mend(folder)}")
+        raise UserError(problem)
     return datastore

@@ -1,7 +1,7 @@
 """Text -> documents: read, drop duplicates, split by document into train, validation and test.
 
-`WORKDIR/documents/` holds JSON lines (`id`, `text`), one or more shards per split; a train shard becomes a shard of the
-datastore.
+`WORKDIR/documents/` holds JSON lines (`id`, `text`), one or more shards per split, and a manifest with their checksums. A train shard
+becomes a shard of the datastore; so do shards that were added later (`beam_pipelines.append`), in which the model was not trained.
 """
 
 import bisect
@@ -10,7 +10,6 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -21,11 +20,12 @@ from typing import Any, NamedTuple
 
 from backports import zstd
 
-from resmem_lm import docstrings
+from resmem_lm import docstrings, storage
 from resmem_lm.duplicates import mark_duplicates
 from resmem_lm.errors import UserError
 from resmem_lm.progress import progress
-from resmem_lm.workdir import Record, new_directory, sha256, stage
+from resmem_lm.storage import AnyPath, children, files_below, new_directory, read_json, sha256, write_json
+from resmem_lm.workdir import Record, stage
 
 SPLITS = ("train", "validation", "test")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -41,7 +41,7 @@ class Document(NamedTuple):
     text: str
 
 
-def _kind(path: Path) -> str | None:
+def _kind(path: AnyPath) -> str | None:
     suffixes = path.suffixes
     if suffixes and suffixes[-1].lower() in COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -49,21 +49,20 @@ def _kind(path: Path) -> str | None:
     return "text" if suffix in TEXT_SUFFIXES else "lines" if suffix in LINES_SUFFIXES else None
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+@contextlib.contextmanager
+def _open(path: AnyPath) -> Iterator[Any]:
     openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
-    opened: io.BufferedIOBase = openers.get(path.suffix.lower(), open)(path, "rb")
-    return opened
+    with path.open("rb") as raw, openers.get(path.suffix.lower(), lambda file, _: contextlib.nullcontext(file))(raw, "rb") as file:
+        yield file
 
 
-def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
+def text_files(text: str | list[str] | tuple[str, ...]) -> list[AnyPath]:
     """The files that `text` names: files, directories (searched through) and globs, in a stable order."""
     known = ", ".join((*TEXT_SUFFIXES, *LINES_SUFFIXES))
-    found: list[Path] = []
+    found: list[AnyPath] = []
     for pattern in [text] if isinstance(text, str) else text:
-        # A name is taken as it is before it is taken as a glob: "notes[1].txt" may be a file.
-        names = [pattern] if pattern and Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        matches = [Path(name) for name in names]
-        inside = [f for m in matches if m.is_dir() for f in sorted(m.rglob("*")) if f.is_file() and _kind(f)]
+        matches = _matches(pattern)
+        inside = [f for m in matches if m.is_dir() for f in files_below(m) if _kind(f)]
         files = [m for m in matches if m.is_file()]
         for file in files:
             if _kind(file) is None:
@@ -74,15 +73,23 @@ def text_files(text: str | list[str] | tuple[str, ...]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_file(path: Path) -> Iterator[Document]:
+def _matches(pattern: str) -> list[AnyPath]:
+    if "://" in pattern:
+        return storage.glob(pattern)
+    # A name is taken as it is before it is taken as a glob: "notes[1].txt" may be a file.
+    names = [pattern] if pattern and Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+    return [Path(name) for name in names]
+
+
+def read_file(path: AnyPath) -> Iterator[Document]:
     """The documents of one file, empty ones included. Raises UserError naming the file and the line that is wrong."""
     for place, record in read_records(path):
         yield Document(place, record["text"])
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place in the file, record with a `text`) of everything in one file. Raises UserError as `read_file` does."""
-    name = os.fsencode(path).decode("utf-8", "replace")
+    name = os.fsencode(str(path)).decode("utf-8", "replace")
     try:
         with _open(path) as file:
             if _kind(path) == "text":
@@ -166,25 +173,38 @@ def assign_splits(documents: Iterable[Document], *, validation_fraction: float, 
         yield split, document
 
 
-def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
+def shard_name(split: str, shard: int, shards: int) -> str:
     """The file of one shard, named as everywhere in this project: train-00003-of-00016.jsonl."""
-    return folder / f"{split}-{shard:05d}-of-{shards:05d}.jsonl"
+    return f"{split}-{shard:05d}-of-{shards:05d}.jsonl"
 
 
-def shard_paths(workdir: Path, split: str) -> list[Path]:
-    """The shards of a split in WORKDIR/documents, in order."""
-    return sorted((workdir / "documents").glob(f"{split}-*-of-*.jsonl"))
+def shard_paths(workdir: AnyPath, split: str) -> list[AnyPath]:
+    """The shards of a split in WORKDIR/documents, in order; of the split "added" those that were added later."""
+    folder = workdir / "documents"
+    return [folder / name for name in read_json(folder / "manifest.json")["files"] if name.startswith(f"{split}-")]
 
 
-def read_shard(path: Path) -> list[Document]:
+def read_shard(path: AnyPath) -> list[Document]:
     """The documents of one shard that `prepare_documents` wrote."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("r", encoding="utf-8") as file:
         return [Document(**json.loads(line)) for line in file]
+
+
+def shard_content(documents: Iterable[Document]) -> str:
+    """The content of a shard."""
+    return "".join(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
+
+
+def write_manifest(folder: AnyPath) -> Record:
+    """Writes manifest.json: size and checksum of every shard in `folder`, in the order of splits and numbers; returns the checksums."""
+    files = children(folder, "*-*-of-*.jsonl")
+    write_json(folder / "manifest.json", {"files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}})
+    return {name: facts["sha256"] for name, facts in read_json(folder / "manifest.json")["files"].items()}
 
 
 @stage(name="documents", output="documents")
 def prepare_documents(
-    workdir: Path,
+    workdir: AnyPath,
     *,
     text: str | list[str] | tuple[str, ...] = EMBEDDED,
     validation_fraction: float = 0.02,
@@ -234,7 +254,7 @@ def prepare_documents(
         shards_of = {split: shards if split == "train" else 1 for split in SPLITS}
         with contextlib.ExitStack() as opened:
             files = {
-                (split, shard): opened.enter_context(shard_path(folder, split, shard, shards_of[split]).open("w", encoding="utf-8"))
+                (split, shard): opened.enter_context((folder / shard_name(split, shard, shards_of[split])).open("w", encoding="utf-8"))
                 for split in SPLITS
                 for shard in range(shards_of[split])
             }
@@ -244,12 +264,12 @@ def prepare_documents(
                 bar.update(sum(counts.values()))
                 shard = counts[split] % shards_of[split]
                 counts[split] += 1
-                files[split, shard].write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
+                files[split, shard].write(shard_content([document]))
         if not all(counts[split] for split in SPLITS):
             total = sum(counts[split] for split in SPLITS)
             raise UserError(
                 f"{text!r} has {total} different documents for {len(SPLITS)} splits "
                 f"({counts['empty']} more are empty, {counts['duplicate']} repeat others): give at least {len(SPLITS)}"
             )
-        checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        checksums = write_manifest(folder)
     return {"documents": counts, "checksums": checksums}

@@ -1,5 +1,6 @@
 """Windows -> (key, sparse residual, token), and for queries (key, hidden state)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -63,9 +64,16 @@ def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -
     return head
 
 
-def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> tuple[Array, Array]:
+class QueryRows(NamedTuple):
+    """What a search needs of some tokens."""
+
+    keys: Float[Array, "rows emb"]
+    hidden: Float[Array, "rows emb"]
+
+
+def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> QueryRows:
     """Keys and last hidden states of emitted tokens in float32; logits are made from the latter when neighbours are known."""
-    return keys.astype(jnp.float32), hidden.astype(jnp.float32)
+    return QueryRows(keys.astype(jnp.float32), hidden.astype(jnp.float32))
 
 
 def _first(output: Any, count: int) -> Any:
@@ -85,9 +93,18 @@ class Encoder:
 
         self._head = jax.jit(select)
 
-    def __call__(self, documents: list[Int[np.ndarray, "_"]]) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
-        """Yields (positions, the head's output for them): every token of the documents once, in no set order."""
+    def __call__(
+        self, documents: list[Int[np.ndarray, "_"]], counts: Counter[str] | None = None
+    ) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
+        """Yields (positions, the head's output for them): every token of the documents once, in no set order.
+
+        Adds to `counts` the windows, their tokens (context included), and the tokens computed (padding included).
+        """
         for batch in window_rows(documents, self.spec, ROWS):
+            if counts is not None:
+                counts["windows"] += int(batch.segment_ids.max(axis=1).sum())
+                counts["window_tokens"] += int((batch.segment_ids > 0).sum())
+                counts["computed_tokens"] += batch.tokens.size
             inputs = shift_right(batch.tokens, batch.segment_ids)
             keys, hidden = self._hidden(self.parameters, inputs, batch.segment_ids)
             places = np.flatnonzero(batch.emitted)

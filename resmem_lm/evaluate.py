@@ -9,7 +9,6 @@ import importlib.metadata
 import itertools
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -25,9 +24,11 @@ from resmem_lm.examples import mended_tokens
 from resmem_lm.progress import progress
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.search import QUERY_SPLITS, Queries, open_queries
-from resmem_lm.workdir import Record, read_json, sha256, stage, write_json
+from resmem_lm.storage import AnyPath, read_json, sha256, write_json
+from resmem_lm.workdir import Record, stage
 
 BLOCK = 256
+PROBABILITY_BLOCK = 2**16
 BOOTSTRAP_SAMPLES = 2000
 
 
@@ -108,11 +109,13 @@ class SplitScorer:
             some = slice(start, min(start + BLOCK, count))
             padded = np.concatenate([np.arange(some.start, some.stop), np.full(BLOCK - (some.stop - some.start), start)])
             rows = np.maximum(q.rows[padded], 0)
-            candidates = Candidates(q.candidate_ids[padded], q.candidate_logits[padded], q.bound[padded], q.log_partition[padded])
+            candidates = Candidates(
+                *(jnp.asarray(array[padded]) for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition))
+            )
             ids, values = (self.datastore.take(name, rows) for name in ("residual_ids", "residual_values"))
             neighbors = Neighbors(
-                q.distances[padded],
-                q.neighbor_tokens[padded].astype(np.int32),
+                jnp.asarray(q.distances[padded]),
+                jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
                 jnp.asarray(residuals_at(q.candidate_ids[padded], ids, values)),
                 jnp.asarray(self.datastore.take("target_log_probability", rows)),
                 jnp.asarray(self.datastore.take("log_partition", rows)),
@@ -180,10 +183,17 @@ class SplitScorer:
     def target_probability(self, setting: Setting) -> Float[np.ndarray, " queries"]:
         """What DeepNet (lambda = 0) or kNN-LM gives the true token."""
         q, number = self.queries, self.temperatures.index(setting.temperature)
-        base = np.exp(q.target_logits.astype(np.float64) / setting.temperature - q.log_partition[:, number])
-        weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[:, : setting.k]), setting.sigma))
-        knn = np.sum(weights * (q.neighbor_tokens[:, : setting.k] == q.tokens[:, None]), axis=1)
-        return (1 - setting.lambda_) * base + setting.lambda_ * knn
+
+        def block(some: Int[np.ndarray, " some"]) -> Float[np.ndarray, " some"]:
+            base = np.exp(q.target_logits[some].astype(np.float64) / setting.temperature - q.log_partition[some][:, number])
+            weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[some][:, : setting.k]), setting.sigma))
+            knn = np.sum(weights * (q.neighbor_tokens[some][:, : setting.k] == q.tokens[some, None]), axis=1)
+            return (1 - setting.lambda_) * base + setting.lambda_ * knn
+
+        count = len(q.tokens)
+        return np.concatenate(
+            [block(np.arange(start, min(start + PROBABILITY_BLOCK, count))) for start in range(0, count, PROBABILITY_BLOCK)]
+        )
 
 
 def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
@@ -237,7 +247,7 @@ def describe(
 
 @stage(name="evaluate", after=("search", "build", "train"), output="results.json", redo=True)
 def evaluate(
-    workdir: Path,
+    workdir: AnyPath,
     *,
     ks: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 50),
     sigmas: tuple[float, ...] | list[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -305,8 +315,9 @@ def evaluate(
             }
             deepnet, mended = found[methods["deepnet"]][0], found[methods["resmem"]][0]
             results["examples"] = mended_tokens(workdir, scorer.queries, datastore, methods["resmem"], deepnet, mended)
-    results["datastore"] = {"rows": datastore.rows, "bytes_per_row": datastore.bytes / datastore.rows}
-    results["index"] = read_json(workdir / "index" / "index.json")
+    results["datastore"] = {"rows": datastore.remembered_rows, "bytes_per_row": datastore.bytes / datastore.rows}
+    index = read_json(workdir / "index" / "index.json")
+    results["index"] = {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])}
     results["model"] = read_json(workdir / "checkpoints" / "model.json")["config"]
     records = {
         name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary", "train", "build", "index", "search")
@@ -330,7 +341,7 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _describe_split(workdir: Path, split: str, scorer: SplitScorer, methods: dict[str, Setting], found: dict[Setting, Any]) -> Record:
+def _describe_split(workdir: AnyPath, split: str, scorer: SplitScorer, methods: dict[str, Setting], found: dict[Setting, Any]) -> Record:
     lengths, targets = np.asarray(scorer.queries.document_lengths), np.asarray(scorer.queries.tokens)
     deepnet = found[methods["deepnet"]][0]
     described = {name: describe(setting, found[setting], deepnet, targets, lengths) for name, setting in methods.items()}
@@ -338,4 +349,5 @@ def _describe_split(workdir: Path, split: str, scorer: SplitScorer, methods: dic
     for name in ("deepnet", "knnlm"):
         # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0: no perplexity.
         described[name]["perplexity"] = float(np.exp(-np.mean(np.log(scorer.target_probability(methods[name])))))
-    return {**read_json(workdir / "neighbors" / "neighbors.json")[split], "methods": described}
+    facts = read_json(workdir / "neighbors" / "neighbors.json")[split]
+    return {name: facts[name] for name in ("tokens", "documents", "recall_at_k")} | {"methods": described}

@@ -1,7 +1,6 @@
 """Tokens that ResMem mends, in the form of the paper's Figure 2, with the neighbours that decided them."""
 
 import functools
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +8,10 @@ from jaxtyping import Int
 
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import Datastore
-from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.documents import read_shard
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.search import Queries, query_documents
+from resmem_lm.storage import AnyPath
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record
 
@@ -22,17 +22,16 @@ EXAMPLES = 10
 class _Texts:
     """Contexts of tokens, from the documents themselves."""
 
-    def __init__(self, workdir: Path, vocabulary: Vocabulary) -> None:
+    def __init__(self, workdir: AnyPath, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._train = shard_paths(workdir, "train")
-        self._shard = functools.lru_cache(maxsize=4)(lambda shard: read_shard(self._train[shard]))
+        self._documents = functools.lru_cache(maxsize=4)(lambda name: {d.id: d for d in read_shard(workdir / "documents" / name)})
 
     def context(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
         return self.vocabulary.decode(tokens[max(0, position - CONTEXT_TOKENS) : position])
 
     def neighbor(self, datastore: Datastore, row: int) -> Record:
-        shard, number, position = datastore.locate(row)
-        document = self._shard(shard)[number]
+        shard, name, position = datastore.locate(row)
+        document = self._documents(datastore.shards[shard]["made_from"]["documents"])[name]
         tokens = self.vocabulary.encode(document.text)
         return {
             "document": document.id,
@@ -42,7 +41,7 @@ class _Texts:
 
 
 def mended_tokens(
-    workdir: Path,
+    workdir: AnyPath,
     q: Queries,
     datastore: Datastore,
     setting: Setting,
@@ -61,13 +60,14 @@ def mended_tokens(
         number = int(np.searchsorted(first, query, side="right") - 1)
         tokens = vocabulary.encode(documents[number].text)
         target = int(q.tokens[query])
-        weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[query : query + 1, : setting.k]), setting.sigma))[0]
-        order = np.argsort(-weights * (q.neighbor_tokens[query, : setting.k] == target), kind="stable")[:3]
-        order = order[q.rows[query, order] >= 0]
+        rows, distances, neighbor_tokens = (array[query[None]][0] for array in (q.rows, q.distances, q.neighbor_tokens))
+        weights = np.asarray(neighbor_weights(jnp.asarray(distances[None, : setting.k]), setting.sigma))[0]
+        order = np.argsort(-weights * (neighbor_tokens[: setting.k] == target), kind="stable")[:3]
+        order = order[rows[order] >= 0]
         neighbors = [
             {
-                **texts.neighbor(datastore, int(q.rows[query, i])),
-                "distance": float(q.distances[query, i]),
+                **texts.neighbor(datastore, int(rows[i])),
+                "distance": float(distances[i]),
                 "weight": float(weights[i]),
             }
             for i in order

@@ -1,4 +1,4 @@
-"""Datastore -> index of its keys: ScaNN (approximate) or exact, behind one `search`.
+"""Datastore -> index of its keys: ScaNN (approximate) or exact, behind one `search`; in shards that each fit a worker's memory.
 
 Both return neighbours by true L2 distance between the query and the stored key: ScaNN only proposes candidates, whose
 distances are then computed from the datastore itself.
@@ -7,17 +7,18 @@ distances are then computed from the datastore itself.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.datastore import Datastore
 from resmem_lm.errors import UserError
+from resmem_lm.published import Record, damaged_files, folder_of
 from resmem_lm.resmem import largest
-from resmem_lm.workdir import Record, new_directory, read_json, sha256, stage, write_json
+from resmem_lm.storage import AnyPath, local_path, read_json
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
 QUERY_BLOCK = 1024
@@ -26,12 +27,17 @@ SMALL = 20_000  # rows below which ScaNN compares everything: a tree would cost 
 
 @runtime_checkable
 class Index(Protocol):
-    """The index seam."""
+    """The index seam: some shards of a datastore, whose rows count from 0."""
+
+    datastore: Datastore
 
     def search(
         self, queries: Float[np.ndarray, "queries emb"], k: int
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        """Rows and L2 distances of the k nearest keys of each query, nearest first."""
+        """Rows and L2 distances of the k nearest keys of each query, nearest first; row -1, infinitely far, where there are fewer.
+
+        Rows of forgotten documents are never among them.
+        """
 
 
 @jax.jit
@@ -43,10 +49,11 @@ def nearest(
     datastore: Datastore, queries: Float[np.ndarray, "queries emb"], candidates: Int[np.ndarray, "queries n"], k: int
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
     """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
+    if candidates.shape[1] < k:
+        candidates = np.pad(candidates, ((0, 0), (0, k - candidates.shape[1])), constant_values=-1)
     found = np.array(_distances(queries, datastore.take("keys", np.maximum(candidates, 0))))
     found[candidates < 0] = np.inf
-    order = np.lexsort((candidates, found), axis=1)[:, :k]
-    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(found, order, axis=1)
+    return merge_nearest([(candidates, found)], k)
 
 
 class ExactIndex:
@@ -64,23 +71,28 @@ class ExactIndex:
         for shard, keys in enumerate(self.datastore.shard_arrays("keys")):
             for start in range(0, len(keys), EXACT_BLOCK):
                 block = jnp.asarray(keys[start : start + EXACT_BLOCK], jnp.float32)
+                remembered = jnp.asarray(~self.datastore.is_forgotten(self.datastore.offsets[shard] + start + np.arange(len(block))))
                 count = min(k, len(block))
                 for begin in range(0, len(queries), QUERY_BLOCK):
                     some = slice(begin, begin + QUERY_BLOCK)
-                    scores, places = _block_search(jnp.asarray(queries[some]), block, count)
+                    scores, places = _block_search(jnp.asarray(queries[some]), block, remembered, count)
                     best_scores[some, k : k + count] = scores
                     best_rows[some, k : k + count] = np.asarray(places) + self.datastore.offsets[shard] + start
                 order = np.argsort(-best_scores, axis=1, kind="stable")
                 best_scores[:, :k] = np.take_along_axis(best_scores, order[:, :k], axis=1)
                 best_rows[:, :k] = np.take_along_axis(best_rows, order[:, :k], axis=1)
                 best_scores[:, k:], best_rows[:, k:] = -np.inf, -1
+        best_rows[np.isneginf(best_scores)] = -1  # forgotten
         return _in_blocks(lambda q, rows: nearest(self.datastore, q, rows, k), queries, best_rows[:, :k])
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _block_search(queries: Float[Array, "queries emb"], keys: Float[Array, "keys emb"], k: int) -> tuple[Array, Array]:
+def _block_search(
+    queries: Float[Array, "queries emb"], keys: Float[Array, "keys emb"], remembered: Bool[Array, " keys"], k: int
+) -> tuple[Array, Array]:
     # For one query, the order of q.z - |z|^2 / 2 is that of the distance.
-    return largest(queries @ keys.T - jnp.sum(jnp.square(keys), axis=-1) / 2, k)
+    offsets = jnp.where(remembered, -jnp.sum(jnp.square(keys), axis=-1) / 2, -jnp.inf)
+    return largest(queries @ keys.T + offsets, k)
 
 
 def _in_blocks(function: Callable[..., tuple[np.ndarray, np.ndarray]], *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,14 +112,20 @@ class ScannIndex:
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
 
-        def some(block: Float[np.ndarray, "queries emb"]) -> tuple[np.ndarray, np.ndarray]:
-            count = min(max(self.candidates, k), self.datastore.rows)
-            rows, scores = self._searcher.search_batched_parallel(block, final_num_neighbors=count)
-            # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
-            rows = np.where(np.isnan(scores), -1, rows.astype(np.int64))
-            return nearest(self.datastore, block, rows, k)
+        return _in_blocks(lambda block: nearest(self.datastore, block, self._candidates(block, k), k), queries)
 
-        return _in_blocks(some, queries)
+    def _candidates(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Int[np.ndarray, "queries n"]:
+        """As many rows as wanted, and more where forgotten ones are among them."""
+        count, rows = min(max(self.candidates, k), self.datastore.rows), self.datastore.rows
+        while True:
+            found, scores = self._searcher.search_batched_parallel(queries, final_num_neighbors=count)
+            # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
+            found = np.where(np.isnan(scores), -1, found.astype(np.int64))
+            forgotten = self.datastore.is_forgotten(found) & (found >= 0)
+            enough = (count - forgotten.sum(axis=1) >= max(self.candidates, k)) | (found < 0).any(axis=1)
+            if count == rows or not forgotten.any() or enough.all():
+                return np.where(forgotten, -1, found)
+            count = min(rows, 2 * count)
 
 
 def _scann() -> Any:
@@ -124,33 +142,51 @@ def scann_parameters(rows: int, dimensions: int) -> dict[str, int]:
     return {"leaves": leaves, "leaves_to_search": min(leaves, max(40, leaves // 16)), "block": max(2, -(-dimensions // 256))}
 
 
-@stage(name="index", after=("build",), output="index")
-def build_index(workdir: Path, *, kind: Literal["scann", "exact"] = "scann", candidates: int = 200, training_rows: int = 100_000) -> Record:
-    """Writes WORKDIR/index.
+def group_shards(shard_rows: list[int], most: int) -> list[tuple[int, int]]:
+    """(first, number) of consecutive shards of the datastore that together have at most `most` rows; a larger shard stands alone.
 
-    Args:
-        kind: "scann", or "exact" where ScaNN cannot be installed or every comparison is wanted.
-        candidates: neighbours that ScaNN proposes for each query; the nearest by true distance are kept.
-        training_rows: rows from which ScaNN learns its tree and codes.
-
-    Returns:
-        The datastore's checksum, the kind and its parameters.
-
-    Raises:
-        UserError: ScaNN cannot be imported, or the datastore is damaged.
+    Shards that are added later do not change the groups before the last.
     """
-    folder = workdir / "datastore"
-    datastore = open_datastore(folder, checksums=True)
-    facts: Record = {"kind": kind, "datastore": sha256(folder / "manifest.json"), "candidates": candidates}
-    with new_directory(workdir / "index") as temporary:
-        if kind == "scann":
-            facts |= _build_scann(datastore, temporary, candidates, training_rows)
-        write_json(temporary / "index.json", facts)
-    return facts
+    groups: list[tuple[int, int]] = []
+    room = 0
+    for shard, rows in enumerate(shard_rows):
+        if groups and rows <= room:
+            groups[-1] = (groups[-1][0], groups[-1][1] + 1)
+            room -= rows
+        else:
+            groups.append((shard, 1))
+            room = most - rows
+    return groups
 
 
-def _build_scann(datastore: Datastore, folder: Path, candidates: int, training_rows: int) -> Record:
-    keys = np.concatenate([np.asarray(shard, np.float32) for shard in datastore.shard_arrays("keys")])
+def index_bytes(rows: int, dimensions: int) -> int:
+    """Of ScaNN's files: codes and leaf of every row, centres of leaves and codes; or all keys where there are few."""
+    if rows < SMALL:
+        return rows * dimensions * 4 + 400
+    parameters = scann_parameters(rows, dimensions)
+    blocks = -(-dimensions // parameters["block"])
+    return rows * (4 + blocks) + parameters["leaves"] * (8 * dimensions + 20) + 112 * dimensions + 1000
+
+
+def index_memory(rows: int, dimensions: int, training_rows: int) -> int:
+    """That ScaNN's build takes: the keys in float32 twice, its files, and its sample twice."""
+    return 8 * rows * dimensions + index_bytes(rows, dimensions) + 8 * min(rows, training_rows) * dimensions
+
+
+def largest_index(memory: int, dimensions: int, training_rows: int) -> int:
+    """The most rows whose index is built within `memory`; 0 if none."""
+    low, high = 0, memory // (8 * dimensions) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if index_memory(middle, dimensions, training_rows) <= memory else (low, middle)
+    return low
+
+
+def build_scann(datastore: Datastore, folder: Path, candidates: int, training_rows: int) -> Record:
+    """Writes ScaNN's files of some shards of a datastore; returns the measure and the tree's parameters."""
+    keys = np.empty((datastore.rows, datastore.array("keys").shape[1]), np.float32)
+    for begin, shard in zip(datastore.offsets, datastore.shard_arrays("keys"), strict=False):
+        keys[begin : begin + len(shard)] = shard
     norms = np.linalg.norm(keys[:: max(1, len(keys) // 100_000)], axis=1)
     # Inner products search three times faster, and order as distances do where all keys have nearly one norm.
     facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}
@@ -170,20 +206,44 @@ def scann_searcher(keys: Float[np.ndarray, "rows emb"], facts: Record, candidate
     return tree.score_ah(facts["block"], anisotropic_quantization_threshold=0.2, training_sample_size=sample).build()
 
 
-def open_index(workdir: Path, datastore: Datastore) -> Index:
-    """The index of a work directory; UserError if it was made from another datastore or is damaged."""
+def index_manifest(workdir: AnyPath, datastore: Datastore) -> Record:
+    """What stands in index.json; UserError if the index was made from another datastore or is damaged."""
     folder = workdir / "index"
     facts = read_json(folder / "index.json")
-    if facts["datastore"] != sha256(datastore.folder / "manifest.json"):
+    if [shard["folder"] for shard in datastore.shards] != [name for shard in facts["shards"] for name in shard["made_from"]["folders"]]:
         raise UserError(
-            f"{folder} was made from another datastore: delete it and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
+            f"{folder} was made from another datastore: run `resmem index`; if that changes nothing, "
+            f"delete {folder} and {workdir / 'stages' / 'index.json'} first"
         )
-    if facts["kind"] == "exact":
-        return ExactIndex(datastore)
+    for shard in facts["shards"]:
+        for problem in damaged_files(folder, shard):
+            raise UserError(f"{problem}: {_mend(workdir)}")
+    return facts
+
+
+def _mend(workdir: AnyPath) -> str:
+    return f"delete {workdir / 'index'} and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
+
+
+def open_index(workdir: AnyPath, datastore: Datastore, manifest: Record, shard: int) -> tuple[Index, int]:
+    """One shard of the index, and the datastore's row that is its row 0. UserError if it cannot be read."""
+    counts = [len(record["made_from"]["folders"]) for record in manifest["shards"]]
+    first = sum(counts[:shard])
+    part, record = datastore.part(first, counts[shard]), manifest["shards"][shard]
+    if manifest["kind"] == "exact":
+        return ExactIndex(part), int(datastore.offsets[first])
+    folder = folder_of(workdir / "index", record)
     try:
-        return ScannIndex(datastore, folder, facts["candidates"])
+        return ScannIndex(part, local_path(folder), manifest["candidates"]), int(datastore.offsets[first])
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder} cannot be read ({reason}): delete it and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
-        ) from None
+        raise UserError(f"{folder} cannot be read ({reason}): {_mend(workdir)}") from None
+
+
+def merge_nearest(
+    found: list[tuple[Int[np.ndarray, "queries n"], Float[np.ndarray, "queries n"]]], k: int
+) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    """The k nearest of what several shards of the index found, equal ones by row; -1, infinitely far, where there are fewer."""
+    rows, distances = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.lexsort((rows, distances), axis=1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)

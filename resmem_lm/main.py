@@ -4,11 +4,12 @@ resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...
 """
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
+import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from resmem_lm.errors import UserError
@@ -22,13 +23,18 @@ STAGES = {
     "run": "all of these, one after another",
     "plan": "what all of these will take: rows, bytes, memory and time, from a rehearsal on this machine",
 }
+KEEPING = {
+    "verify": "check every file and row of a work directory against its records",
+    "forget": "forget documents: none of their rows is a neighbour any more",
+    "compact": "take the rows of forgotten documents out of the files",
+}
 PLAN_NUMBERS = {
     "rows": "tokens in the datastore; else those of WORKDIR's text are counted",
     "queries": "tokens of validation and test; likewise",
     "documents": "documents of rows and queries; likewise",
     "bytes_per_token": "of documents that are not counted",
     "workers": "that share the work",
-    "memory_gib": "of one worker; else this machine's",
+    "memory_gib": "of one worker; else build_index.memory_gib",
     "train_tokens_per_second": "in training; else measured, as the rates below",
     "tokens_per_second": "of windows, context included, encoded by one worker of the build",
     "index_rows_per_second": "put into the index by one worker",
@@ -44,19 +50,34 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text, epilog="Any setting: --gin.NAME=VALUE, strings in quotes.")
         command.add_argument("--gin_file", action="append", default=[], help="a gin file; may be given again")
-        command.add_argument("--workdir", required=name != "plan", type=Path, help="where everything is written")
+        command.add_argument("--workdir", required=name != "plan", help="where everything is written")
         if name == "plan":
             for number, meaning in PLAN_NUMBERS.items():
                 command.add_argument(f"--{number}", type=float, help=meaning)
-        if name in ("train", "build", "run"):
+        if name in ("train", "build", "index", "evaluate", "run"):
             command.add_argument("--pipeline_options", default="", help='Beam\'s own options, such as "--runner=..."')
+        if name in ("index", "evaluate", "run"):
+            command.add_argument("--index_memory_gib", type=float, help="of one worker: what a shard of the index may take to build")
+        if name == "build":
+            command.add_argument(
+                "--append", action="append", metavar="TEXT", help="add the documents of these files to a finished datastore"
+            )
+    for name, text in KEEPING.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == "verify":
+            command.add_argument("workdir")
+        else:
+            command.add_argument("--workdir", required=True)
+        if name == "forget":
+            command.add_argument("--document", help="a document's id")
+            command.add_argument("--source", help="a file, folder or address from which documents came")
     return parser
 
 
 def import_stages() -> None:
     """Imports every stage, so that gin knows every name."""
     logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
-    for module in ("beam_pipelines.datastore", "beam_pipelines.documents"):
+    for module in ("beam_pipelines.append", "beam_pipelines.documents", "beam_pipelines.search"):
         importlib.import_module(module)
     logging.disable(logging.NOTSET)
     for module in ("evaluate", "plan", "report", "take_checkpoint"):  # which import the others
@@ -67,12 +88,12 @@ def stages_of(command: str) -> list[Any]:
     """The stages of a command under the parsed configuration, with those before them that it also runs."""
     from beam_pipelines.datastore import build_datastore
     from beam_pipelines.documents import sample_documents
+    from beam_pipelines.index import build_index
+    from beam_pipelines.search import search
     from resmem_lm.config import is_set
     from resmem_lm.documents import prepare_documents
     from resmem_lm.evaluate import evaluate
-    from resmem_lm.index import build_index
     from resmem_lm.report import write_report
-    from resmem_lm.search import search
     from resmem_lm.take_checkpoint import take_checkpoint
     from resmem_lm.train import train
     from resmem_lm.vocabulary import make_vocabulary
@@ -97,10 +118,12 @@ def stages_of(command: str) -> list[Any]:
 
 def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
     from resmem_lm import config
+    from resmem_lm.lock import locked
     from resmem_lm.results import table
-    from resmem_lm.workdir import read_json, write_bytes
+    from resmem_lm.storage import read_json, to_path, write_bytes
+    from resmem_lm.workdir import seal_config
 
-    workdir: Path = arguments.workdir
+    workdir: Any = to_path(arguments.workdir) if arguments.workdir else None
     import_stages()
     from resmem_lm.plan import plan
 
@@ -114,22 +137,83 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
         plan(workdir, **(config.parameters(plan) | given | {"settings": settings, "text_stages": everything[:2]}))
         return
     pipeline_options = getattr(arguments, "pipeline_options", "")
+    if pipeline_options:
+        from beam_pipelines.runner import check_options
+
+        check_options(shlex.split(pipeline_options))
     for values in settings.values():
         if "pipeline_options" in values and pipeline_options:
             values["pipeline_options"] = pipeline_options
+    if getattr(arguments, "index_memory_gib", None) is not None:
+        settings["build_index"]["memory_gib"] = arguments.index_memory_gib
+    if getattr(arguments, "append", None):
+        _append(workdir, arguments.append, pipeline_options)
+        return
     chosen = stages_of(arguments.command)
     for stage in everything:
         stage.check(workdir, **settings[stage.__name__])
-    try:
-        write_bytes(workdir / "config.gin", config.operative(settings).encode())
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}): make room there or name another directory") from None
-    for stage in chosen:
-        stage(workdir, **settings[stage.__name__])
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(workdir))
+            write_bytes(workdir / "config.gin", config.operative(settings).encode())
+            seal_config(workdir)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written ({error.strerror}): make room there or name another directory"
+            ) from None
+        for stage in chosen:
+            result = stage(workdir, **settings[stage.__name__])
+            if stage.name == "build":
+                print(_counted(result["counts"], read_json(workdir / "stages" / "documents.json")["result"]["documents"]), file=sys.stderr)
     if arguments.command in ("evaluate", "report", "run"):
         print(table(read_json(workdir / "results.json")))
     if arguments.command in ("report", "run"):
         print(f"Report: {workdir / 'report.html'}")
+
+
+def _counted(counts: dict[str, int], documents: dict[str, int]) -> str:
+    """What the build went through, in a line."""
+    skipped = ", ".join(
+        f"{documents[why]:,} {why.replace('_', '-')}" for why in ("empty", "duplicate", "near_duplicate") if why in documents
+    )
+    padding = 1 - counts["window_tokens"] / max(1, counts["computed_tokens"])
+    return (
+        f"build: {counts['tokens']:,} tokens of {counts['documents']:,} documents in {counts['windows']:,} windows; "
+        f"{padding:.1%} of the computed tokens were padding; documents skipped: {skipped}"
+    )
+
+
+def _append(workdir: Any, text: list[str], pipeline_options: str) -> None:
+    from beam_pipelines.append import append
+
+    found = append(workdir, text, pipeline_options=pipeline_options)
+    print(
+        f"{found['added']:,} documents added; {found['duplicate']:,} are there already or nearly so, {found['empty']:,} are empty. "
+        f"{found['rows']:,} rows now: `resmem evaluate` after `resmem index` uses them."
+    )
+
+
+def _keep(arguments: argparse.Namespace) -> int:
+    """The commands that need no configuration."""
+    from resmem_lm.storage import to_path
+
+    import_stages()
+    workdir: Any = to_path(arguments.workdir)
+    if arguments.command == "verify":
+        from resmem_lm.verify import verify
+
+        problems = verify(workdir)
+        print("\n".join(problems) if problems else f"{workdir}: all is well")
+        return 1 if problems else 0
+    from resmem_lm.forget import compact, forget
+
+    if arguments.command == "forget":
+        found = forget(workdir, document=arguments.document, source=arguments.source)
+        print(f"{found['documents']:,} documents forgotten, {found['rows']:,} rows; `resmem compact` takes them out of the files")
+    else:
+        found = compact(workdir)
+        print(f"{found['shards']:,} shards written anew: {found['rows_before']:,} rows before, {found['rows']:,} now")
+    return 0
 
 
 def _use_huge_pages() -> None:
@@ -147,11 +231,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, or 2 after one line about what the user can mend."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
+        takes_settings = arguments.command not in KEEPING
+        unknown = [argument for argument in rest if not (takes_settings and argument.startswith("--gin.") and "=" in argument)]
         if unknown:
             raise UserError(
                 f"unknown argument {unknown[0]}: settings are given as --gin.NAME=VALUE (see resmem {arguments.command} --help)"
             )
+        if arguments.command in KEEPING:
+            return _keep(arguments)
         _execute(arguments, [argument.removeprefix("--gin.") for argument in rest])
     except UserError as error:
         print(f"resmem: {error}", file=sys.stderr)

@@ -5,7 +5,6 @@ documents apart.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TypedDict
 
 import grain
@@ -14,6 +13,7 @@ from jaxtyping import Int
 
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.model import shift_right
+from resmem_lm.storage import AnyPath
 from resmem_lm.vocabulary import Vocabulary
 
 
@@ -25,7 +25,7 @@ class Batch(TypedDict):
     decoder_segment_ids: Int[np.ndarray, "batch length"]
 
 
-def split_tokens(workdir: Path, split: str, vocabulary: Vocabulary) -> Iterator[Int[np.ndarray, " tokens"]]:
+def split_tokens(workdir: AnyPath, split: str, vocabulary: Vocabulary) -> Iterator[Int[np.ndarray, " tokens"]]:
     """The tokens of every document of a split."""
     for shard in shard_paths(workdir, split):
         yield from vocabulary.encode_documents(read_shard(shard))

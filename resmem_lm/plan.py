@@ -6,35 +6,31 @@ Bytes follow from `resmem_lm.sizes`, times from what `resmem_lm.rates` measures 
 """
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gin
 
+from beam_pipelines.index import PROCESS_BYTES
 from resmem_lm import docstrings
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import BOOTSTRAP_SAMPLES
-from resmem_lm.index import SMALL
-from resmem_lm.rates import Cost, Costs, measure, processor, total_memory
+from resmem_lm.index import SMALL, group_shards, index_bytes, index_memory, largest_index
+from resmem_lm.rates import Cost, Costs, measure, processor
 from resmem_lm.sizes import (
     Counts,
     Settings,
     assume,
     checkpoint_bytes,
     count,
-    index_bytes,
-    index_memory,
-    largest_index,
     model_of,
     query_bytes,
     sizes,
 )
-from resmem_lm.workdir import read_json
+from resmem_lm.storage import AnyPath, local_path, read_json
 
 Number = int | float
 
-PROCESS_BYTES = 2**30  # libraries and compiled programs, where nothing was measured
 TEXT_CHARACTERS = 1_500_000  # on which to measure
 TOKENS_PER_DOCUMENT = 450  # C4's
 METHODS = 50  # whose predictions `evaluate` holds at a time, with curves over k and sigma
@@ -68,7 +64,7 @@ class Plan(NamedTuple):
 
 @gin.register(module="resmem_lm", denylist=["workdir", "settings", "text_stages"])
 def plan(
-    workdir: Path | None = None,
+    workdir: AnyPath | None = None,
     settings: Any = None,
     text_stages: Any = (),
     *,
@@ -96,7 +92,7 @@ def plan(
         documents: of rows and queries together; 450 tokens each if None and not counted.
         bytes_per_token: of documents, where they are not counted.
         workers: processes, each as fast as the one measured, that share what can be shared.
-        memory_gib: of one worker, which says how many rows a shard of the index has. None is this machine's.
+        memory_gib: of one worker, which says how many rows a shard of the index has. None is `build_index.memory_gib`.
         train_tokens_per_second: in `train`.
         tokens_per_second: of windows, context included, in `build`, by one worker.
         index_rows_per_second: in `index`, by one worker.
@@ -121,23 +117,24 @@ def plan(
             raise UserError(f"plan.{name} = {value:g}: take a number above 0")
     counts, counted = _counts(workdir, settings, text_stages, rows, queries, documents, bytes_per_token)
 
-    memory = total_memory() if memory_gib is None else int(memory_gib * 2**30)
+    memory = int((settings["build_index"]["memory_gib"] if memory_gib is None else memory_gib) * 2**30)
     index_rows = [counts.rows]
     if settings["build_index"]["kind"] == "scann":
         emb, training_rows = model_of(settings).emb_dim, settings["build_index"]["training_rows"]
-        most = largest_index(memory - PROCESS_BYTES, emb, training_rows)
-        if most < min(counts.rows, settings["search"]["neighbors"]):
+        most, largest = largest_index(memory - PROCESS_BYTES, emb, training_rows), max(shard.tokens for shard in counts.shards)
+        if most < largest:
+            needed = (index_memory(largest, emb, training_rows) + PROCESS_BYTES) / 2**30
             raise UserError(
-                f"plan.memory_gib = {memory / 2**30:g} holds an index of {most} rows, fewer than search.neighbors: "
-                f"take more than {PROCESS_BYTES / 2**30:g}"
+                f"plan.memory_gib = {memory / 2**30:g} holds an index of {most} rows, the largest shard of the datastore has {largest}: "
+                f"take {needed + 0.05:.1f}, or more shards of documents"
             )
-        shards = -(-counts.rows // most)
-        index_rows = [(counts.rows + shard) // shards for shard in range(shards)]
+        rows_of = [shard.tokens for shard in counts.shards]
+        index_rows = [sum(rows_of[first : first + shards]) for first, shards in group_shards(rows_of, most)]
 
     wanted = {name for name, rate in given.items() if rate is None and (name != "train_tokens_per_second" or "train" in settings)}
     costs = Costs()
     if wanted:
-        vocabulary = workdir / "vocabulary" / "vocabulary.model" if workdir else None
+        vocabulary = local_path(workdir / "vocabulary" / "vocabulary.model") if workdir else None
         costs = measure(settings, _some_text(workdir), vocabulary, wanted)
     files = sizes(settings, counts, index_rows=index_rows, checkpoint=checkpoint_bytes(settings))
     times, rates = _times(settings, counts, files, index_rows, costs, given)
@@ -155,7 +152,7 @@ def plan(
 
 
 def _counts(
-    workdir: Path | None,
+    workdir: AnyPath | None,
     settings: Settings,
     text_stages: Any,
     rows: Number | None,
@@ -179,7 +176,7 @@ def _counts(
     return assume(settings, rows=int(rows), queries=int(queries), documents=int(documents), bytes_per_token=bytes_per_token), False
 
 
-def _some_text(workdir: Path | None) -> list[Document]:
+def _some_text(workdir: AnyPath | None) -> list[Document]:
     """Text to measure on: that of the work directory, or docstrings."""
     if workdir:
         documents = (document for path in shard_paths(workdir, "train") for document in read_shard(path))

@@ -9,7 +9,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
@@ -25,18 +24,20 @@ import orbax.checkpoint as ocp
 import sentencepiece
 
 from beam_pipelines.datastore import build_datastore
+from beam_pipelines.index import build_index
+from beam_pipelines.search import search
 from resmem_lm.checkpoint import STATE, checkpoint_manager, save_config
 from resmem_lm.datastore import open_datastore
-from resmem_lm.documents import Document, read_shard, shard_path
+from resmem_lm.documents import Document, read_shard, shard_name, shard_paths, write_manifest
 from resmem_lm.encode import ROWS
 from resmem_lm.evaluate import evaluate
-from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, build_index, nearest, open_index, scann_parameters, scann_searcher
+from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, index_manifest, nearest, open_index, scann_parameters, scann_searcher
 from resmem_lm.model import ModelConfig, init_parameters
-from resmem_lm.search import QUERY_SPLITS, search
+from resmem_lm.search import QUERY_SPLITS
+from resmem_lm.storage import local_path, read_json, write_json
 from resmem_lm.train import optimizer, to_train_state, train
 from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
-from resmem_lm.workdir import write_json
 
 ENOUGH = 8.0  # seconds by which a longer run must outlast the shortest: compiling the same program varies by one or two
 FEW_QUERIES, MANY_QUERIES = 256, 16384
@@ -178,7 +179,7 @@ class _Rehearsal:
         if wanted & {"tokens_per_second", *QUERY_RATES}:
             workdir = self._build()
             if wanted & set(QUERY_RATES):
-                build_index.function(workdir, **self.settings["build_index"])
+                build_index.function(workdir, **self.settings["build_index"] | {"pipeline_options": "", "memory_gib": 1024.0})
                 self._search(workdir, wanted)
         if wanted & {"index_rows_per_second", "queries_per_second"} and self.settings["build_index"]["kind"] == "scann":
             self._tree()
@@ -192,7 +193,7 @@ class _Rehearsal:
         texts = itertools.cycle(self.pool)
         for split, shards in tokens.items():
             for shard, wanted in enumerate(shards):
-                with shard_path(workdir / "documents", split, shard, len(shards)).open("w", encoding="utf-8") as file:
+                with (workdir / "documents" / shard_name(split, shard, len(shards))).open("w", encoding="utf-8") as file:
                     number = 0
                     while wanted > 0:
                         text, length = next(texts)
@@ -203,6 +204,7 @@ class _Rehearsal:
         for path in itertools.chain(shared.iterdir(), (shared / "documents").glob("train-*")):
             if path != shared / "documents" and not (workdir / path.relative_to(shared)).exists():
                 (workdir / path.relative_to(shared)).symlink_to(path)
+        write_manifest(workdir / "documents")
         return workdir
 
     def _seconds(self, stage: str, function: Callable[..., Any], workdir: Path, **settings: Any) -> float:
@@ -242,7 +244,7 @@ class _Rehearsal:
             seconds = self._seconds("build", build_datastore.function, workdir, **settings)
             computed[batches] = sum(
                 window_tokens(self.vocabulary.encode_documents(read), self.window)
-                for read in map(read_shard, sorted((workdir / "documents").glob("train*")))
+                for read in map(read_shard, shard_paths(workdir, "train"))
             )
             return seconds
 
@@ -257,7 +259,7 @@ class _Rehearsal:
     def _search(self, shared: Path, wanted: set[str]) -> None:
         settings, datastore = self.settings["search"], open_datastore(shared / "datastore")
         k = min(settings["neighbors"], datastore.rows)
-        index = open_index(shared, datastore)
+        index, _ = open_index(shared, datastore, index_manifest(shared, datastore), 0)
         keys = np.concatenate([np.asarray(shard[: 2 * QUERY_BLOCK], np.float32) for shard in datastore.shard_arrays("keys")])
         keys = keys[: 2 * QUERY_BLOCK]
         searched = _least(lambda: index.search(keys, k)) / len(keys)
@@ -277,9 +279,11 @@ class _Rehearsal:
 
         def run(queries: int) -> float:
             workdir = workdirs[queries] = self._workdir(f"search-{queries}", {split: [queries] for split in QUERY_SPLITS}, shared)
-            seconds = self._seconds("search", search.function, workdir, **settings | {"neighbors": k, "recall_queries": 1})
+            seconds = self._seconds(
+                "search", search.function, workdir, **settings | {"neighbors": k, "recall_queries": 1, "pipeline_options": ""}
+            )
             computed[queries] = sum(
-                window_tokens(self.vocabulary.encode_documents(read_shard(shard_path(workdir / "documents", split, 0, 1))), self.window)
+                window_tokens(self.vocabulary.encode_documents(read_shard(shard_paths(workdir, split)[0])), self.window)
                 for split in QUERY_SPLITS
             )
             return seconds - searched * len(QUERY_SPLITS) * queries
@@ -294,9 +298,11 @@ class _Rehearsal:
     def _evaluate(self, few: Path, many: Path, queries: int) -> None:
         mixed = self.folder / "mixed"
         shutil.copytree(few, mixed, symlinks=True)
-        shutil.copytree(many / "neighbors" / "validation", mixed / "neighbors" / "validation", dirs_exist_ok=True)
-        validation = next((many / "documents").glob("validation*"))
-        shutil.copy(validation, mixed / "documents" / validation.name)
+        facts = {workdir: read_json(workdir / "neighbors" / "neighbors.json") for workdir in (few, many)}
+        for record in facts[many]["validation"]["shards"]:
+            shutil.copytree(many / "neighbors" / record["folder"], mixed / "neighbors" / record["folder"])
+        write_json(mixed / "neighbors" / "neighbors.json", facts[few] | {"validation": facts[many]["validation"]})
+        shutil.copy(local_path(shard_paths(many, "validation")[0]), local_path(shard_paths(mixed, "validation")[0]))
 
         def run(workdir: Path) -> float:
             for name in ("documents", "vocabulary", "train", "build", "index", "search"):
@@ -402,8 +408,3 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
-def total_memory() -> int:
-    """Bytes of memory in this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,14 +8,15 @@ from typing import Any
 import jinja2
 
 from resmem_lm.results import HEADER, METHODS, percent, rows
-from resmem_lm.workdir import Record, read_json, sha256, stage, write_bytes
+from resmem_lm.storage import AnyPath, read_json, sha256, write_bytes
+from resmem_lm.workdir import Record, stage
 
 MARKERS = "s^oD"
 INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
 
 
 @stage(name="report", after=("evaluate",), output="report.html", redo=True)
-def write_report(workdir: Path) -> Record:
+def write_report(workdir: AnyPath) -> Record:
     """Writes WORKDIR/report.html from results.json and config.gin: the same bytes whenever these are the same.
 
     Returns:

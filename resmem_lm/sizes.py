@@ -1,7 +1,6 @@
 """Bytes of every kind of file, and memory of the index, from amounts of text and the shapes that the code itself gives."""
 
 import itertools
-import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -11,15 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beam_pipelines.datastore import COUNTERS
 from resmem_lm.candidates import choose_candidates
 from resmem_lm.checkpoint import Model, save_config
-from resmem_lm.datastore import ARRAYS, Binding, document_line
+from resmem_lm.datastore import ARRAYS, Binding, document_line, shard_name
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import ROWS, residual_head, token_dtype
-from resmem_lm.index import SMALL, scann_parameters
+from resmem_lm.index import index_bytes
 from resmem_lm.model import ModelConfig, init_parameters
 from resmem_lm.rates import bytes_of, save_fresh_checkpoint, window_tokens
 from resmem_lm.search import BASE_CANDIDATES, QUERY_SPLITS, Queries
+from resmem_lm.storage import AnyPath, files_below, inside, sealed
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 
@@ -44,6 +45,7 @@ class Counts(NamedTuple):
 
     shards: tuple[Split, ...]  # of the datastore
     queries: dict[str, Split]
+    query_shards: int  # of both splits together
     train_tokens: int
     document_bytes: int
     vocabulary_bytes: int
@@ -70,11 +72,11 @@ def model_of(settings: Settings) -> ModelConfig:
     return model
 
 
-def count(workdir: Path, settings: Settings) -> Counts:
+def count(workdir: AnyPath, settings: Settings) -> Counts:
     """Counts the text of a work directory whose documents and vocabulary are made."""
     vocabulary, window = load_vocabulary(workdir), window_of(settings)
 
-    def counted(paths: list[Path]) -> Split:
+    def counted(paths: list[AnyPath]) -> Split:
         documents = [document for path in paths for document in read_shard(path)]
         tokens = vocabulary.encode_documents(documents)
         lengths = [len(document) for document in tokens]
@@ -87,9 +89,10 @@ def count(workdir: Path, settings: Settings) -> Counts:
     return Counts(
         shards=tuple(train if chosen is None else train[:chosen]),
         queries={split: counted(shard_paths(workdir, split)) for split in QUERY_SPLITS},
+        query_shards=sum(len(shard_paths(workdir, split)) for split in QUERY_SPLITS),
         train_tokens=sum(shard.tokens for shard in train),
-        document_bytes=bytes_of(workdir / "documents"),
-        vocabulary_bytes=bytes_of(workdir / "vocabulary"),
+        document_bytes=sum(path.stat().st_size for path in files_below(workdir / "documents")),
+        vocabulary_bytes=sum(path.stat().st_size for path in files_below(workdir / "vocabulary")),
     )
 
 
@@ -117,6 +120,7 @@ def assume(settings: Settings, *, rows: int, queries: int, documents: int, bytes
             "validation": split(validation, documents - of_rows - round((queries - validation) / mean)),
             "test": split(queries - validation, round((queries - validation) / mean)),
         },
+        query_shards=2 * text.get("query_shards", 1),
         train_tokens=rows * text["shards"] // shards,
         document_bytes=round((rows * text["shards"] / shards + queries) * bytes_per_token),
         vocabulary_bytes=242_000 + 17 * pieces,  # SentencePiece's table of normal forms, and each piece
@@ -145,29 +149,6 @@ def query_bytes(model: ModelConfig, k: int, temperatures: int) -> dict[str, int]
     )
 
 
-def index_bytes(rows: int, dimensions: int) -> int:
-    """Of ScaNN's files: codes and leaf of every row, centres of leaves and codes; or all keys where there are few."""
-    if rows < SMALL:
-        return rows * dimensions * 4 + 400
-    parameters = scann_parameters(rows, dimensions)
-    blocks = -(-dimensions // parameters["block"])
-    return rows * (4 + blocks) + parameters["leaves"] * (8 * dimensions + 20) + 112 * dimensions + 1000
-
-
-def index_memory(rows: int, dimensions: int, training_rows: int) -> int:
-    """That ScaNN's build takes: the keys in float32 twice, its files, and its sample twice."""
-    return 8 * rows * dimensions + index_bytes(rows, dimensions) + 8 * min(rows, training_rows) * dimensions
-
-
-def largest_index(memory: int, dimensions: int, training_rows: int) -> int:
-    """The most rows whose index is built within `memory`; 0 if none."""
-    low, high = 0, memory // (8 * dimensions) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if index_memory(middle, dimensions, training_rows) <= memory else (low, middle)
-    return low
-
-
 def sizes(settings: Settings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
     """Bytes of each kind of file of a work directory, but for a few hundred kB of records, metrics and the report."""
     model, build = model_of(settings), settings["build_datastore"]
@@ -177,26 +158,29 @@ def sizes(settings: Settings, counts: Counts, *, index_rows: list[int], checkpoi
         files[f"datastore/{name}.npy"] = counts.rows * arrays[name] + NPY_HEADER * len(counts.shards)
     files["datastore/documents.jsonl"] = sum(shard.record_bytes for shard in counts.shards)
     files["datastore/*.json"] = sum(_datastore_records(settings, counts, arrays))
-    files["index"] = sum(index_bytes(rows, model.emb_dim) for rows in index_rows if settings["build_index"]["kind"] == "scann") + 200
+    files["index"] = sum(index_bytes(rows, model.emb_dim) for rows in index_rows if settings["build_index"]["kind"] == "scann")
     k = settings["search"]["neighbors"]
     each = query_bytes(model, k, len(build["temperatures"]))
     for name in Queries._fields:
         lengths = 8 * sum(split.documents for split in counts.queries.values())
-        files[f"neighbors/{name}.npy"] = (counts.all_queries * each[name] if name in each else lengths) + NPY_HEADER * len(counts.queries)
+        files[f"neighbors/{name}.npy"] = (counts.all_queries * each[name] if name in each else lengths) + NPY_HEADER * counts.query_shards
     return files
 
 
 def _datastore_records(settings: Settings, counts: Counts, arrays: dict[str, int]) -> Iterator[int]:
-    """Bytes of every shard.json and of the manifest."""
+    """Bytes of every shard's record and of the manifest."""
     build, checksum = settings["build_datastore"], "0" * 64
     binding = Binding(checksum, checksum, window_of(settings), tuple(float(t) for t in build["temperatures"]), build["entries"]).to_json()
     shards = []
-    for shard in counts.shards:
+    for number, shard in enumerate(counts.shards):
+        name = shard_name(number, len(counts.shards))
         content = {f"{name}.npy": NPY_HEADER + shard.tokens * arrays[name] for name in ARRAYS} | {"documents.jsonl": shard.record_bytes}
         files = {name: {"bytes": size, "sha256": checksum} for name, size in content.items()}
-        shards.append({"rows": shard.tokens, "files": files})
-        yield len(json.dumps({"binding": binding} | shards[-1], indent=2)) + 1
-    yield len(json.dumps(binding | {"rows": counts.rows, "shards": shards}, indent=2)) + 1
+        numbers = dict.fromkeys(COUNTERS, shard.tokens)
+        made_from = binding | {"documents": f"{name.replace('shard', 'train')}.jsonl"}
+        shards.append({"folder": f"{name}.{'0' * 8}", "made_from": made_from, "rows": shard.tokens, "counts": numbers, "files": files})
+        yield len(sealed(shards[-1]))
+    yield len(sealed(binding | {"rows": counts.rows, "shards": shards}))
 
 
 def checkpoint_bytes(settings: Settings) -> int:
@@ -211,12 +195,13 @@ def checkpoint_bytes(settings: Settings) -> int:
         return one * min(saves, KEPT_CHECKPOINTS) + bytes_of(directory) - one
 
 
-def file_bytes(workdir: Path) -> dict[str, int]:
+def file_bytes(workdir: AnyPath) -> dict[str, int]:
     """Bytes of each kind of file of a finished run, as `sizes` names them."""
     found: dict[str, int] = {}
-    for path in sorted(path for path in workdir.rglob("*") if path.is_file()):
-        kind = path.relative_to(workdir).parts[0]
-        if kind in ("datastore", "neighbors"):
-            kind += "/*.json" if path.suffix == ".json" else f"/{path.name}"
+    for path in files_below(workdir):
+        kind = inside(path, workdir).split("/")[0]
+        if kind in ("datastore", "neighbors", "index"):
+            record, is_array = path.suffix == ".json" and path.parent == workdir / kind, kind != "index"
+            kind += "/*.json" if record else f"/{path.name}" if is_array else ""
         found[kind] = found.get(kind, 0) + path.stat().st_size
     return found

@@ -1,19 +1,18 @@
 """A checkpoint trained elsewhere, by T5X or by this package, in place of training here."""
 
-from pathlib import Path
-
 import orbax.checkpoint as ocp
 
 from resmem_lm.checkpoint import STATE, Model, checkpoint_manager, newest_checkpoint, read_parameters, save_config
 from resmem_lm.errors import UserError
 from resmem_lm.model import ModelConfig
+from resmem_lm.storage import AnyPath, local_path, new_directory, read_json, to_path
 from resmem_lm.train import check_vocabulary
 from resmem_lm.vocabulary import load_vocabulary
-from resmem_lm.workdir import Record, read_json, stage
+from resmem_lm.workdir import Record, stage
 
 
 @stage(name="train", after=("documents", "vocabulary"), output="checkpoints")
-def take_checkpoint(workdir: Path, *, model: ModelConfig, checkpoint: str | None = None) -> Record:
+def take_checkpoint(workdir: AnyPath, *, model: ModelConfig, checkpoint: str | None = None) -> Record:
     """Writes WORKDIR/checkpoints from the parameters of another checkpoint; WORKDIR then needs it no more.
 
     Args:
@@ -29,22 +28,19 @@ def take_checkpoint(workdir: Path, *, model: ModelConfig, checkpoint: str | None
     """
     if not checkpoint:
         raise UserError("take_checkpoint.checkpoint is not set: set it with --gin.CHECKPOINT=\"'...'\"")
-    if "://" in checkpoint:
-        raise UserError(f"take_checkpoint.checkpoint = {checkpoint!r} is no folder here: copy it (gcloud storage cp -r) and name the copy")
     vocabulary = load_vocabulary(workdir)
     check_vocabulary(vocabulary, model)
-    source = newest_checkpoint(Path(checkpoint))
+    source = newest_checkpoint(to_path(checkpoint))
     beside = source.parent / "model.json"
     if beside.exists() and read_json(beside)["vocabulary"] != vocabulary.sha256:
         raise UserError(
             f"{source} was trained with another vocabulary than {workdir / 'vocabulary'}: "
             f"set make_vocabulary.model = '{source.parent.parent / 'vocabulary' / 'vocabulary.model'}'"
         )
-    taken = Model(model, read_parameters(source, model))
-    directory = workdir / "checkpoints"
-    save_config(directory, model, vocabulary.sha256)
-    with checkpoint_manager(directory) as manager:
-        step = int(source.name.rpartition("_")[2]) if "_" in source.name else 0
-        if manager.latest_step() != step:
+    taken = Model(model, read_parameters(local_path(source), model))
+    step = int(source.name.rpartition("_")[2]) if "_" in source.name else 0
+    with new_directory(workdir / "checkpoints") as directory:
+        save_config(directory, model, vocabulary.sha256)
+        with checkpoint_manager(directory) as manager:
             manager.save(step, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave({"target": taken.parameters})}))
     return {"fingerprint": taken.fingerprint}

@@ -1,6 +1,9 @@
 """Pretraining of DeepNet with T5X's numerics: next-token cross-entropy with z-loss, Adafactor, packed documents."""
 
+import contextlib
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from resmem_lm.metrics import metrics
 from resmem_lm.model import Decoder, ModelConfig, init_parameters
 from resmem_lm.packing import Batch, batches, pack, split_tokens
 from resmem_lm.progress import progress
+from resmem_lm.storage import AnyPath, local_path, remove, upload
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record, stage
 
@@ -96,9 +100,9 @@ def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
-@stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",))
+@stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",), beside="metrics")
 def train(
-    workdir: Path,
+    workdir: AnyPath,
     *,
     model: ModelConfig,
     steps: int,
@@ -154,13 +158,39 @@ def train(
         return optax.apply_updates(parameters, updates), state, metrics
 
     update = jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated))
-    directory = workdir / "checkpoints"
-    save_config(directory, model, vocabulary.sha256)
     rows = batches(pack(list(split_tokens(workdir, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
-    with checkpoint_manager(directory) as manager:
-        begin, parameters, state = _restore_or_init(manager, model, adafactor, seed, replicated)
-        _loop(workdir, manager, update, parameters, state, rows, schedule, begin, steps, checkpoint_steps)
-    return {"fingerprint": load_model(directory).fingerprint}
+    with _local(workdir) as (here, saved):
+        directory = here / "checkpoints"
+        save_config(directory, model, vocabulary.sha256)
+        with checkpoint_manager(directory) as manager:
+            begin, parameters, state = _restore_or_init(manager, model, adafactor, seed, replicated)
+            _loop(here, manager, saved, update, parameters, state, rows, schedule, begin, steps, checkpoint_steps)
+        return {"fingerprint": load_model(directory).fingerprint}
+
+
+@contextlib.contextmanager
+def _local(workdir: AnyPath) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The work directory on this machine, and what to call when a checkpoint has been saved in it.
+
+    Orbax needs a folder here: in object storage, checkpoints are copied from there at the beginning and to there when saved.
+    """
+    if isinstance(workdir, Path):
+        yield workdir, lambda: None
+        return
+    with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
+        here = Path(scratch)
+        if (workdir / "checkpoints").exists():
+            upload(local_path(workdir / "checkpoints"), here / "checkpoints")
+
+        def saved() -> None:
+            for name in ("checkpoints", "metrics"):
+                upload(here / name, workdir / name)
+            for old in (workdir / "checkpoints").glob("checkpoint_*"):
+                if not (here / "checkpoints" / old.name).exists():
+                    remove(old)
+
+        yield here, saved
+        saved()
 
 
 def _restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int, sharding: Any) -> tuple[int, Any, Any]:
@@ -185,6 +215,7 @@ def _restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int
 def _loop(
     workdir: Path,
     manager: Any,
+    saved: Callable[[], None],
     update: Any,
     parameters: Any,
     state: Any,
@@ -225,3 +256,4 @@ def _loop(
             if finished % checkpoint_steps == 0 or finished == steps:
                 train_state = to_train_state(parameters, state, finished)
                 manager.save(finished, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(train_state)}))
+                saved()

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -10,7 +9,8 @@ from jaxtyping import Int
 
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.errors import UserError
-from resmem_lm.workdir import Record, sha256, stage, write_bytes
+from resmem_lm.storage import AnyPath, sha256, to_path, write_bytes
+from resmem_lm.workdir import Record, stage
 
 # Longer lines are passed over by the trainer (its limit is 4,192 bytes).
 TRAINING_LINE_CHARACTERS = 1000
@@ -20,9 +20,9 @@ MIN_TRAINING_LINES = 100  # SentencePiece refuses to draw so few
 class Vocabulary:
     """A SentencePiece model whose ids are T5's: 0 pads (and begins), 1 ends a document, 2 is unknown."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} is no SentencePiece model ({error}): give a .model file, or None to train one") from None
         self.sha256 = sha256(path)
@@ -49,12 +49,12 @@ class Vocabulary:
         return [self._processor.id_to_piece(int(i)).replace("▁", " ") if i < self.size else f"<{i}>" for i in ids]
 
 
-def load_vocabulary(workdir: Path) -> Vocabulary:
+def load_vocabulary(workdir: AnyPath) -> Vocabulary:
     """The vocabulary of a work directory."""
     return Vocabulary(workdir / "vocabulary" / "vocabulary.model")
 
 
-def _training_lines(workdir: Path) -> Iterator[str]:
+def _training_lines(workdir: AnyPath) -> Iterator[str]:
     for shard in shard_paths(workdir, "train"):
         for document in read_shard(shard):
             for line in document.text.splitlines():
@@ -63,7 +63,7 @@ def _training_lines(workdir: Path) -> Iterator[str]:
 
 
 @stage(name="vocabulary", after=("documents",), output="vocabulary")
-def make_vocabulary(workdir: Path, *, model: str | None = None, size: int = 4096, training_lines: int = 100_000) -> Record:
+def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4096, training_lines: int = 100_000) -> Record:
     """Writes WORKDIR/vocabulary/vocabulary.model.
 
     Args:
@@ -80,8 +80,8 @@ def make_vocabulary(workdir: Path, *, model: str | None = None, size: int = 4096
         )
     target = workdir / "vocabulary" / "vocabulary.model"
     if model is not None:
-        Vocabulary(Path(model))
-        write_bytes(target, Path(model).read_bytes())
+        Vocabulary(to_path(model))
+        write_bytes(target, to_path(model).read_bytes())
     else:
         trained = io.BytesIO()
         sentencepiece.set_random_generator_seed(0)

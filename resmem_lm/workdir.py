@@ -2,7 +2,8 @@
 
 `WORKDIR/stages/NAME.json` records a stage's settings, what it was made from and, once finished, its results. A
 stage whose record says finished is skipped; one whose settings or inputs have changed is refused, because its output
-cost hours, or (`redo=True`) made again, because it costs seconds.
+cost hours. A stage with `extend` makes what is new where its inputs have changed, and keeps the rest; one with `redo` is made again
+whatever has changed, because it costs seconds.
 """
 
 import contextlib
@@ -11,65 +12,19 @@ import errno
 import hashlib
 import inspect
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Generic, ParamSpec
 
 import gin
 
 from resmem_lm.errors import UserError
+from resmem_lm.lock import locked
+from resmem_lm.storage import AnyPath, files_below, inside, read_json, sha256, to_path, write_json
 
 P = ParamSpec("P")
 Record = dict[str, Any]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` so that readers see the old file or the whole new one."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` so that readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of `path` if the block succeeds, and vanishes if it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`; UserError if it was altered or is missing."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that writes it again") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run its stage again") from None
+WITH_MANIFEST = ("documents", "datastore", "index", "neighbors")
 
 
 def _plain(value: Any) -> Any:
@@ -80,7 +35,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
+def disk_errors(where: AnyPath) -> Iterator[None]:
     """Turns "no space left on device" into a UserError that names the place."""
     try:
         yield
@@ -96,36 +51,46 @@ def disk_errors(where: Path) -> Iterator[None]:
 class Stage(Generic[P]):
     """A stage function behind its record. Calling it runs, skips or refuses; the result is what the function returned.
 
-    The function takes `workdir: Path` first, keyword-only settings after it, and returns a JSON object that identifies
+    The function takes `workdir` first, keyword-only settings after it, and returns a JSON object that identifies
     its output (a checksum or the like), because later stages remember that as their input.
     """
 
     def __init__(
-        self, function: Callable[P, Record], *, name: str, after: tuple[str, ...], output: str, redo: bool, free: tuple[str, ...]
+        self,
+        function: Callable[P, Record],
+        *,
+        name: str,
+        after: tuple[str, ...],
+        output: str,
+        redo: bool = False,
+        extend: bool = False,
+        free: tuple[str, ...] = (),
+        beside: str = "",
     ) -> None:
-        self.function, self.name, self.after, self.output, self.redo, self.free = function, name, after, output, redo, free
+        self.function, self.name, self.after, self.output, self.free, self.beside = function, name, after, output, free, beside
+        self.redo, self.extend = redo, extend or redo
         self.__doc__, self.__name__, self.__module__ = function.__doc__, function.__name__, function.__module__
         self.signature = inspect.signature(function)
 
-    def record_path(self, workdir: Path) -> Path:
+    def record_path(self, workdir: AnyPath) -> AnyPath:
         """Where the stage's record lies."""
         return workdir / "stages" / f"{self.name}.json"
 
-    def _settings(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Path, Record]:
+    def _settings(self, *args: P.args, **kwargs: P.kwargs) -> tuple[AnyPath, Record]:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         settings = dict(bound.arguments)
-        workdir = Path(settings.pop("workdir"))
+        workdir = to_path(settings.pop("workdir"))
         return workdir, _plain({key: value for key, value in settings.items() if key not in self.free})
 
-    def _inputs(self, workdir: Path) -> Record:
+    def _inputs(self, workdir: AnyPath) -> Record:
         inputs = {}
         for name in self.after:
             path = workdir / "stages" / f"{name}.json"
             record = read_json(path) if path.exists() else {}
             if not record.get("finished"):
                 raise UserError(f"{workdir}: {self.name} needs the stage {name}, which has not finished: run it first")
-            inputs[name] = hashlib.sha256(json.dumps(record["result"], sort_keys=True).encode()).hexdigest()
+            inputs[name] = _digest(record["result"])
         return inputs
 
     def check(self, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -149,11 +114,15 @@ class Stage(Generic[P]):
         """Runs the stage unless it is finished; returns its result."""
         self.check(*args, **kwargs)
         workdir, settings = self._settings(*args, **kwargs)
+        with locked(workdir):
+            return self._run(workdir, settings, *args, **kwargs)
+
+    def _run(self, workdir: AnyPath, settings: Record, *args: P.args, **kwargs: P.kwargs) -> Record:
         path, inputs = self.record_path(workdir), self._inputs(workdir)
         if path.exists():
             record = read_json(path)
             changed = [name for name in inputs if record["inputs"].get(name) != inputs[name]]
-            if changed and not self.redo:
+            if changed and not self.extend:
                 raise UserError(
                     f"{workdir / self.output} was made from another {changed[0]} than {workdir} has now: "
                     f"take another --workdir, or delete {workdir / self.output} and {path}"
@@ -169,20 +138,62 @@ class Stage(Generic[P]):
         with disk_errors(workdir):
             write_json(path, record)
             result = _plain(self.function(*args, **kwargs))
-            write_json(path, record | {"finished": True, "seconds": time.monotonic() - start, "result": result})
+            facts = {"finished": True, "seconds": time.monotonic() - start, "result": result, "files": self.files(workdir)}
+            write_json(path, record | facts)
         return result
+
+    def files(self, workdir: AnyPath) -> Record:
+        """Size and checksum of the stage's files, where they have no manifest of their own."""
+        if self.output in WITH_MANIFEST:
+            return {}
+        outputs = [workdir / name for name in (self.output, self.beside) if name]
+        found = [file for output in outputs for file in ([output] if output.is_file() else files_below(output))]
+        return {inside(file, workdir): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in found}
+
+    def renew(self, workdir: AnyPath, result: Record) -> None:
+        """Replaces the result of a finished stage whose output another command has changed."""
+        path = self.record_path(workdir)
+        write_json(path, read_json(path) | {"result": _plain(result)})
+
+
+def seal_config(workdir: AnyPath) -> None:
+    """Records the checksum of config.gin, by which `resmem verify` knows it."""
+    config = workdir / "config.gin"
+    facts = {"bytes": config.stat().st_size, "sha256": sha256(config)}
+    write_json(workdir / "stages" / "config.json", {"finished": True, "files": {"config.gin": facts}})
+
+
+def finished(workdir: AnyPath, name: str) -> Record:
+    """The record of a finished stage; UserError if it is not."""
+    path = workdir / "stages" / f"{name}.json"
+    record = read_json(path) if path.exists() else {}
+    if not record.get("finished"):
+        raise UserError(f"{workdir}: the stage {name} has not finished: run it first")
+    return record
+
+
+def _digest(result: Record) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def stage(
-    *, name: str, output: str, after: tuple[str, ...] = (), redo: bool = False, free: tuple[str, ...] = ()
+    *,
+    name: str,
+    output: str,
+    after: tuple[str, ...] = (),
+    redo: bool = False,
+    extend: bool = False,
+    free: tuple[str, ...] = (),
+    beside: str = "",
 ) -> Callable[[Callable[P, Record]], Stage[P]]:
     """Makes a function the stage `name`, which needs the stages `after`, writes WORKDIR/`output` and is known to gin.
 
-    Settings named in `free` do not change the output (how often to save, where to run) and may differ between runs.
+    `beside` is another folder that it writes. Settings named in `free` do not change the output (how often to save, where to run) and
+    may differ between runs.
     """
 
     def wrap(function: Callable[P, Record]) -> Stage[P]:
         gin.register(function.__name__, module="resmem_lm", denylist=["workdir"])(function)
-        return Stage(function, name=name, after=after, output=output, redo=redo, free=free)
+        return Stage(function, name=name, after=after, output=output, redo=redo, extend=extend, free=free, beside=beside)
 
     return wrap

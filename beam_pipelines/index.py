@@ -1,0 +1,130 @@
+"""Datastore -> index, as a Beam pipeline: one shard of the index for as many shards of the datastore as a worker's memory holds."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+
+from beam_pipelines.runner import run_units
+from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
+from resmem_lm.published import Record, publish, record_of, remove_orphans
+from resmem_lm.storage import AnyPath, to_path, write_json
+from resmem_lm.workdir import disk_errors, stage
+
+PROCESS_BYTES = 2**30  # libraries and compiled programs
+
+
+class Unit(NamedTuple):
+    """Consecutive shards of the datastore, and the name of the shard of the index that they become."""
+
+    first: int
+    shards: int
+    name: str
+
+
+class OneAtATime:
+    """What the threads of a worker process share, so that one index is in memory and not one for each thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+class BuildShard(beam.DoFn):
+    """Builds a shard of the index and publishes it."""
+
+    def __init__(self, workdir: str, manifest: Record, settings: Record) -> None:
+        self.workdir, self.manifest, self.settings = workdir, manifest, settings
+        self._shared, self._rows = Shared(), Metrics.counter("resmem", "indexed_rows")
+
+    def setup(self) -> None:
+        """Takes the process's lock."""
+        self._turn = self._shared.acquire(OneAtATime)
+
+    def process(self, unit: Unit) -> Iterator[str]:
+        """The shard's name, when it is published."""
+        workdir = to_path(self.workdir)
+        part = Datastore(workdir / "datastore", self.manifest).part(unit.first, unit.shards)
+        made_from = source_of(part, self.settings)
+        with self._turn.lock:
+            if not record_of(workdir / "index", unit.name, made_from):
+                part.check_arrays("keys")
+                with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
+                    if self.settings["kind"] == "scann":
+                        attempt.facts |= build_scann(part, attempt.folder, self.settings["candidates"], self.settings["training_rows"])
+                    attempt.facts["rows"] = part.rows
+                self._rows.inc(part.rows)
+        yield unit.name
+
+
+def source_of(part: Datastore, settings: Record) -> Record:
+    """What a shard of the index is made from."""
+    return {**settings, "folders": [shard["folder"] for shard in part.shards]}
+
+
+@stage(name="index", after=("build",), output="index", extend=True, free=("pipeline_options",))
+def build_index(
+    workdir: AnyPath,
+    *,
+    kind: Literal["scann", "exact"] = "scann",
+    candidates: int = 200,
+    training_rows: int = 100_000,
+    memory_gib: float = 8.0,
+    pipeline_options: str = "",
+) -> Record:
+    """Writes WORKDIR/index. Where shards of the datastore were added or changed, only what holds them is made again.
+
+    Args:
+        kind: "scann", or "exact" where ScaNN cannot be installed or every comparison is wanted.
+        candidates: neighbours that each shard of the index proposes for a query; the nearest by true distance are kept.
+        training_rows: rows from which ScaNN learns its tree and codes.
+        memory_gib: of one worker process, which says how many rows a shard of the index has.
+        pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
+
+    Returns:
+        The datastore's shards, the kind and its parameters.
+
+    Raises:
+        UserError: ScaNN cannot be imported, the datastore is damaged, or the memory does not hold one of its shards.
+    """
+    datastore = open_datastore(workdir / "datastore")
+    settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows}
+    emb = datastore.array("keys").shape[1]
+    most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
+    largest = max(shard["rows"] for shard in datastore.shards)
+    if largest > most:
+        needed = (index_memory(largest, emb, training_rows) + PROCESS_BYTES) / 2**30
+        raise UserError(
+            f"build_index.memory_gib = {memory_gib:g} is too small for the largest shard of the datastore, of {largest} rows: take "
+            f"{needed + 0.05:.1f} (--index_memory_gib), or more shards of documents"
+        )
+    units = []
+    for first, shards in group_shards([shard["rows"] for shard in datastore.shards], most):
+        source = json.dumps(source_of(datastore.part(first, shards), settings))
+        units.append(Unit(first, shards, f"shard-{hashlib.sha256(source.encode()).hexdigest()[:12]}"))
+    folder = workdir / "index"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def published() -> list[Record | None]:
+        return [record_of(folder, unit.name, source_of(datastore.part(unit.first, unit.shards), settings)) for unit in units]
+
+    todo = [unit for unit, record in zip(units, published(), strict=True) if record is None]
+    run_units(
+        "Index",
+        todo,
+        BuildShard(str(workdir.absolute()), datastore.manifest, settings),
+        pipeline_options,
+        published=folder,
+        names=[unit.name for unit in units],
+    )
+    records = [record for record in published() if record]
+    facts: Record = {"kind": kind, "candidates": candidates}
+    write_json(folder / "index.json", facts | {"shards": records})
+    remove_orphans(folder, records)
+    return facts | {"shards": [{"rows": record["rows"], "made_from": record["made_from"]} for record in records]}

@@ -1,0 +1,308 @@
+"""Queries and index -> neighbours, as three Beam pipelines with files between them.
+
+Encode each shard of the queries' documents; look each up in each shard of the index; merge what the shards of the index found. An
+index shard is loaded once for as many query shards as possible, and a process holds one at a time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.metrics import Metrics
+from apache_beam.utils.shared import Shared
+from jaxtyping import Float, Int
+
+from beam_pipelines.datastore import EncodingWorker, write_arrays
+from beam_pipelines.index import OneAtATime
+from beam_pipelines.runner import run_units
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.encode import query_head
+from resmem_lm.errors import UserError
+from resmem_lm.index import ExactIndex, Index, index_manifest, merge_nearest, open_index
+from resmem_lm.published import Record, folder_of, publish, record_of, remove_orphans
+from resmem_lm.search import QUERY_SPLITS, common, describe_queries, load_array
+from resmem_lm.storage import AnyPath, read_json, remove, sha256, to_path, write_json
+from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.workdir import disk_errors, stage
+
+ENCODED, PARTS = "queries", "parts"  # folders of what is kept only until all is merged
+SEARCH_BLOCK = 4096
+
+Found = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
+
+
+class QueryShard(NamedTuple):
+    """A shard of a split's documents, and which of the split's tokens are its own."""
+
+    name: str
+    first: int
+    tokens: int
+    split_tokens: int
+
+
+class Lookup(NamedTuple):
+    """Query shards, and the shard of the index in which they are looked up."""
+
+    index_shard: int
+    queries: tuple[QueryShard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every worker of a search needs."""
+
+    workdir: str
+    datastore: Record  # its manifest
+    checksum: str  # of that
+    index: Record  # likewise
+    neighbors: int
+    recall_queries: int
+
+    def open(self) -> tuple[AnyPath, Datastore]:
+        """The folder of the neighbours, and the datastore."""
+        workdir = to_path(self.workdir)
+        return workdir / "neighbors", Datastore(workdir / "datastore", self.datastore)
+
+    def sample(self, query: QueryShard) -> Int[np.ndarray, " sample"]:
+        """The shard's share of the split's evenly spaced queries that are compared with exact search; none if the index is exact."""
+        if self.index["kind"] == "exact":
+            return np.zeros(0, np.int64)
+        spaced = np.linspace(0, query.split_tokens - 1, min(self.recall_queries, query.split_tokens)).astype(np.int64)
+        inside = spaced[(spaced >= query.first) & (spaced < query.first + query.tokens)]
+        return np.unique(inside) - query.first
+
+    def encoded_from(self) -> Record:
+        """What a shard's encoded queries are made from."""
+        return {name: self.datastore[name] for name in ("model", "vocabulary", "window")}
+
+    def found_from(self, query: QueryShard, index_shard: int) -> Record:
+        """What a shard's neighbours in one shard of the index are made from."""
+        index = self.index["shards"][index_shard]["folder"]
+        return {"datastore": self.checksum, "index": index, **self.merged_from(query)}
+
+    def merged_from(self, query: QueryShard) -> Record:
+        """What a shard's neighbours are made from."""
+        return {
+            **self.encoded_from(),
+            "datastore": self.checksum,
+            "kind": [self.index["kind"], self.index["candidates"]],
+            "neighbors": self.neighbors,
+            "recall_queries": self.recall_queries,
+            "tokens": [query.first, query.tokens, query.split_tokens],
+        }
+
+    def part_name(self, query: QueryShard, index_shard: int) -> str:
+        """Of a query shard's neighbours in one shard of the index."""
+        return f"{query.name}.{self.index['shards'][index_shard]['folder'].partition('.')[0]}"
+
+
+class EncodeQueries(beam.DoFn):
+    """Name of a shard of documents -> its tokens' keys and hidden states, published."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._shared, self._tokens = Shared(), Metrics.counter("resmem", "query_tokens")
+
+    def setup(self) -> None:
+        """Loads the model once a process."""
+        self._worker = self._shared.acquire(
+            lambda: EncodingWorker(to_path(self.settings.workdir), self.settings.open()[1].binding, query_head)
+        )
+
+    def process(self, name: str) -> Iterator[str]:
+        """The shard's name, when it is published."""
+        neighbors, _ = self.settings.open()
+        folder, made_from = neighbors / ENCODED, self.settings.encoded_from()
+        if not record_of(folder, name, made_from):
+            tokens = self._worker.vocabulary.encode_documents(read_shard(neighbors.parent / "documents" / f"{name}.jsonl"))
+            with disk_errors(folder), publish(folder, name, made_from) as attempt:
+                attempt.facts = write_arrays(attempt.folder, tokens, self._worker.encoder, name)
+                np.save(attempt.folder / "tokens.npy", np.concatenate([*tokens, np.zeros(0, np.int32)]))
+                np.save(attempt.folder / "document_lengths.npy", np.array([len(document) for document in tokens], np.int64))
+                self._tokens.inc(attempt.facts["tokens"])
+        yield name
+
+
+class _OpenIndex(OneAtATime):
+    """The shard of the index that a process holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._number: int | None = None
+        self._index: tuple[Index, int] | None = None
+
+    def get(self, settings: Settings, number: int) -> tuple[Index, int]:
+        """A shard of the index and its first row; call it with `lock` held."""
+        if self._number != number or self._index is None:
+            self._index = None  # before the next is loaded
+            neighbors, datastore = settings.open()
+            self._index, self._number = open_index(neighbors.parent, datastore, settings.index, number), number
+            self._index[0].datastore.check_arrays("keys")
+        return self._index
+
+
+class SearchShard(beam.DoFn):
+    """Looks query shards up in a shard of the index, and publishes the neighbours found there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._shared, self._searched = Shared(), Metrics.counter("resmem", "searched_tokens")
+
+    def setup(self) -> None:
+        """Takes the process's index."""
+        self._open = self._shared.acquire(_OpenIndex)
+
+    def process(self, unit: Lookup) -> Iterator[str]:
+        """The published names."""
+        neighbors, _ = self.settings.open()
+        for query in unit.queries:
+            name, made_from = self.settings.part_name(query, unit.index_shard), self.settings.found_from(query, unit.index_shard)
+            with self._open.lock:
+                if not record_of(neighbors / PARTS, name, made_from):
+                    index, first_row = self._open.get(self.settings, unit.index_shard)
+                    keys = _arrays(neighbors / ENCODED, query.name, "keys")[0]
+                    found = _search(index, keys, self.settings.neighbors, first_row)
+                    sample = keys[self.settings.sample(query)]
+                    exact = _search(ExactIndex(index.datastore), sample, self.settings.neighbors, first_row)
+                    with disk_errors(neighbors), publish(neighbors / PARTS, name, made_from) as attempt:
+                        for array, content in zip(("rows", "distances", "exact_rows", "exact_distances"), (*found, *exact), strict=True):
+                            np.save(attempt.folder / f"{array}.npy", content)
+                    self._searched.inc(len(keys))
+            yield name
+
+
+def _arrays(parent: AnyPath, name: str, *arrays: str) -> list[np.ndarray]:
+    folder = folder_of(parent, read_json(parent / f"{name}.json"))
+    return [load_array(folder / f"{array}.npy") for array in arrays]
+
+
+def _search(index: Index, keys: Float[np.ndarray, "queries emb"], k: int, first_row: int) -> Found:
+    rows, distances = np.full((len(keys), k), -1, np.int64), np.full((len(keys), k), np.inf, np.float32)
+    for start in range(0, len(keys), SEARCH_BLOCK):
+        some = slice(start, start + SEARCH_BLOCK)
+        rows[some], distances[some] = index.search(keys[some], k)
+    return np.where(rows < 0, -1, rows + first_row), distances
+
+
+class MergeNeighbors(beam.DoFn):
+    """Merges what the shards of the index found for a query shard, adds what DeepNet says, and publishes it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._shared, self._merged = Shared(), Metrics.counter("resmem", "merged_tokens")
+
+    def setup(self) -> None:
+        """Loads the model once a process."""
+        self._worker = self._shared.acquire(
+            lambda: EncodingWorker(to_path(self.settings.workdir), self.settings.open()[1].binding, query_head)
+        )
+
+    def process(self, query: QueryShard) -> Iterator[str]:
+        """The shard's name, when it is published."""
+        settings, (neighbors, datastore) = self.settings, self.settings.open()
+        made_from = settings.merged_from(query)
+        if not record_of(neighbors, query.name, made_from):
+            names = [settings.part_name(query, shard) for shard in range(len(settings.index["shards"]))]
+            rows, distances = _merged(neighbors, names, "rows", "distances", settings.neighbors)
+            exact, _ = _merged(neighbors, names, "exact_rows", "exact_distances", settings.neighbors)
+            tokens, hidden, lengths = _arrays(neighbors / ENCODED, query.name, "tokens", "hidden", "document_lengths")
+            neighbor_tokens = datastore.take("tokens", np.maximum(rows, 0))
+            parts = list(describe_queries(self._worker.model, datastore, hidden, tokens, neighbor_tokens))
+            if not parts:  # a shard without documents: arrays without rows, as wide as any
+                one = (np.zeros((1, hidden.shape[1]), np.float32), np.zeros(1, np.int32), np.zeros((1, settings.neighbors), np.int32))
+                parts = [tuple(array[:0] for array in part) for part in describe_queries(self._worker.model, datastore, *one)]
+            described = dict(
+                zip(
+                    ("target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition"),
+                    (np.concatenate(part) for part in zip(*parts, strict=True)),
+                    strict=True,
+                )
+            )
+            arrays = {"rows": rows, "distances": distances, "tokens": tokens, "neighbor_tokens": neighbor_tokens, **described}
+            with disk_errors(neighbors), publish(neighbors, query.name, made_from) as attempt:
+                for name, array in (arrays | {"document_lengths": lengths}).items():
+                    np.save(attempt.folder / f"{name}.npy", array)
+                sample = settings.sample(query)
+                found = {"sampled": int((exact >= 0).sum()), "recalled": common(rows[sample], exact)}
+                attempt.facts = {"tokens": len(tokens), "documents": len(lengths), **found}
+            self._merged.inc(len(tokens))
+        yield query.name
+
+
+def _merged(neighbors: AnyPath, names: list[str], rows: str, distances: str, k: int) -> Found:
+    """One after another, because all of them may be more than the memory holds."""
+    parts = ((found[0], found[1]) for found in (_arrays(neighbors / PARTS, name, rows, distances) for name in names))
+    return functools.reduce(lambda a, b: merge_nearest([a, b], k), parts)
+
+
+@stage(name="search", after=("build", "index"), output="neighbors", extend=True, free=("pipeline_options",))
+def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, pipeline_options: str = "") -> Record:
+    """Writes WORKDIR/neighbors for the validation and the test split.
+
+    Args:
+        neighbors: the largest k that can be chosen later (paper: 50).
+        recall_queries: queries of each split, evenly spaced, on which the index is compared with exact search.
+        pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
+
+    Returns:
+        Per split the number of tokens and documents, and the measured recall at k.
+
+    Raises:
+        UserError: more neighbours than rows, or a datastore or index made with another checkpoint.
+    """
+    fingerprint, vocabulary = load_model(workdir / "checkpoints").fingerprint, load_vocabulary(workdir)
+    datastore = open_datastore(workdir / "datastore", model=fingerprint, vocabulary=vocabulary.sha256)
+    if not 1 <= neighbors <= datastore.remembered_rows:
+        raise UserError(
+            f"search.neighbors = {neighbors}, but the datastore has {datastore.remembered_rows} rows: take 1 to {datastore.remembered_rows}"
+        )
+    settings = Settings(
+        str(workdir.absolute()),
+        datastore.manifest,
+        sha256(workdir / "datastore" / "manifest.json"),
+        index_manifest(workdir, datastore),
+        neighbors,
+        recall_queries,
+    )
+    folder = workdir / "neighbors"
+    for name in ("", ENCODED, PARTS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+    names = {split: [path.name.removesuffix(".jsonl") for path in shard_paths(workdir, split)] for split in QUERY_SPLITS}
+    every = [name for split in QUERY_SPLITS for name in names[split]]
+    todo = [name for name in every if not record_of(folder / ENCODED, name, settings.encoded_from())]
+    run_units("Encode queries", todo, EncodeQueries(settings), pipeline_options, published=folder / ENCODED, names=every)
+
+    queries = [query for split in QUERY_SPLITS for query in _query_shards(folder / ENCODED, names[split])]
+    merged = [query for query in queries if not record_of(folder, query.name, settings.merged_from(query))]
+    shards = range(len(settings.index["shards"]))
+    # In one process, each shard of the index once; on many workers, each pair is work of its own.
+    groups = [(query,) for query in merged] if pipeline_options else [tuple(merged)]
+    lookups = [Lookup(shard, group) for shard in shards for group in groups if group]
+    parts = [settings.part_name(query, shard) for shard in shards for query in merged]
+    run_units("Search", lookups, SearchShard(settings), pipeline_options, published=folder / PARTS, names=parts)
+    run_units("Merge", merged, MergeNeighbors(settings), pipeline_options, published=folder, names=every)
+
+    facts: Record = {"datastore": settings.checksum}
+    result: Record = {}
+    for split in QUERY_SPLITS:
+        records = [read_json(folder / f"{name}.json") for name in names[split]]
+        sampled, recalled = (sum(record[name] for record in records) for name in ("sampled", "recalled"))
+        result[split] = {name: sum(record[name] for record in records) for name in ("tokens", "documents")}
+        result[split]["recall_at_k"] = recalled / sampled if sampled else 1.0
+        facts[split] = result[split] | {"shards": records}
+    write_json(folder / "neighbors.json", facts)
+    remove_orphans(folder, [record for split in QUERY_SPLITS for record in facts[split]["shards"]])
+    for name in (ENCODED, PARTS):
+        remove(folder / name)
+    return result
+
+
+def _query_shards(encoded: AnyPath, names: list[str]) -> list[QueryShard]:
+    tokens = [read_json(encoded / f"{name}.json")["tokens"] for name in names]
+    return [QueryShard(name, sum(tokens[:number]), tokens[number], sum(tokens)) for number, name in enumerate(names)]

@@ -1,0 +1,151 @@
+"""Taking documents out of a datastore: `forget` at once for every reader, `compact` from the files.
+
+Rows of forgotten documents stay in their arrays, named in their shard's record, until `compact` writes the shards without them.
+The model keeps what it learned from the documents in training.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from resmem_lm.datastore import ARRAYS, Datastore, document_line, open_datastore
+from resmem_lm.documents import read_shard, shard_content, shard_paths, write_manifest
+from resmem_lm.errors import UserError
+from resmem_lm.lock import locked
+from resmem_lm.published import Record, folder_of, publish, remove_orphans
+from resmem_lm.storage import AnyPath, read_json, remove, write_bytes, write_json
+from resmem_lm.workdir import disk_errors, finished
+
+COPY_ROWS = 2**16
+MADE_FROM_ROWS = ("neighbors", "results.json", "report.html")
+STAGES_FROM_ROWS = ("search", "evaluate", "report")
+
+
+def forget(workdir: AnyPath, *, document: str | None = None, source: str | None = None) -> Record:
+    """Forgets documents: none of their rows is a neighbour any more, and their text is gone from WORKDIR/documents.
+
+    Cached neighbours, results and the report are removed, because they may show the documents. Killed and run again, it ends the same.
+
+    Args:
+        workdir: of a finished datastore.
+        document: a document's id.
+        source: a file, folder or address: the documents whose id is it, or begins with it and "#" or "/".
+
+    Returns:
+        Numbers of documents and rows that were forgotten now.
+
+    Raises:
+        UserError: no such document in the datastore, or another command is writing into the work directory.
+    """
+    if (document is None) == (source is None):
+        raise UserError("resmem forget: give either --document=ID or --source=...")
+
+    def is_meant(name: str) -> bool:
+        return name == document if source is None else name == source or name.startswith((f"{source}#", f"{source.rstrip('/')}/"))
+
+    with locked(workdir), disk_errors(workdir):
+        finished(workdir, "build")
+        datastore = open_datastore(workdir / "datastore")
+        meant = [[d for d in datastore.documents(shard) if is_meant(d["id"])] for shard in range(len(datastore.shards))]
+        if not any(meant):
+            what = f"document {document!r}" if source is None else f"source {source!r}"
+            raise UserError(
+                f"{workdir / 'datastore'} has no {what}: its documents.jsonl files have the ids; validation and test are not in it"
+            )
+        # What shows the rows goes first, so that a kill at any moment leaves nothing that returns them.
+        for name in STAGES_FROM_ROWS:
+            remove(workdir / "stages" / f"{name}.json")
+        for name in MADE_FROM_ROWS:
+            remove(workdir / name)
+        found = {"documents": 0, "rows": 0}
+        for record, documents in zip(datastore.shards, meant, strict=True):
+            known = [tuple(some) for some in record.get("forgotten", [])]
+            new = [(d["first_row"], d["rows"]) for d in documents if (d["first_row"], d["rows"]) not in known]
+            found = {"documents": found["documents"] + len(new), "rows": found["rows"] + sum(rows for _, rows in new)}
+            if new:
+                record["forgotten"] = sorted([*map(list, known), *map(list, new)])
+                write_json(workdir / "datastore" / f"{record['folder'].rpartition('.')[0]}.json", record)
+        write_json(workdir / "datastore" / "manifest.json", datastore.manifest)
+        _remove_text(workdir, {r["made_from"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}, is_meant)
+        renew_build(workdir)
+    return found
+
+
+def _remove_text(workdir: AnyPath, names: set[str], is_meant: Any) -> None:
+    for path in (path for split in ("train", "added") for path in shard_paths(workdir, split) if path.name in names):
+        documents = read_shard(path)
+        kept = [document for document in documents if not is_meant(document.id)]
+        if len(kept) < len(documents):
+            write_bytes(path, shard_content(kept).encode())
+    write_manifest(workdir / "documents")
+
+
+def renew_build(workdir: AnyPath) -> None:
+    """Tells the stages after it that the datastore is another now."""
+    from beam_pipelines.datastore import build_datastore, describe
+
+    build_datastore.renew(workdir, describe(workdir))
+
+
+def compact(workdir: AnyPath) -> Record:
+    """Writes every shard of the datastore that has forgotten rows anew without them. `resmem index` then makes what held them again.
+
+    Returns:
+        Numbers of shards and rows, before and after.
+
+    Raises:
+        UserError: the datastore is not finished or damaged, or another command is writing into the work directory.
+    """
+    with locked(workdir), disk_errors(workdir):
+        finished(workdir, "build")
+        folder = workdir / "datastore"
+        datastore = open_datastore(folder)
+        before, records, written = datastore.rows, [], 0
+        for shard, record in enumerate(datastore.shards):
+            on_disk = read_json(folder / f"{record['folder'].rpartition('.')[0]}.json")
+            if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
+                record = on_disk  # a compact that was killed had written it
+            elif record.get("forgotten"):
+                record, written = _without_forgotten(datastore, shard), written + 1
+            records.append(record)
+        if written or records != datastore.shards:
+            for name in STAGES_FROM_ROWS:
+                remove(workdir / "stages" / f"{name}.json")
+            for name in MADE_FROM_ROWS:
+                remove(workdir / name)
+        rows = sum(record["rows"] for record in records)
+        write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})
+        remove_orphans(folder, records)
+        renew_build(workdir)
+    return {"shards": written, "rows_before": before, "rows": rows}
+
+
+def _without_forgotten(datastore: Datastore, shard: int) -> Record:
+    part, record = datastore.part(shard, 1), datastore.shards[shard]
+    kept = np.flatnonzero(~part.is_forgotten(np.arange(part.rows)))
+    name = record["folder"].rpartition(".")[0]
+    part.check_arrays(*ARRAYS)
+    with publish(datastore.folder, name, record["made_from"]) as attempt:
+        for array in ARRAYS:
+            with (attempt.folder / f"{array}.npy").open("wb") as file:
+                whole = part.array(array)
+                header = {"descr": np.lib.format.dtype_to_descr(whole.parts[0].dtype), "fortran_order": False}
+                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(kept), *whole.shape[1:])})
+                for start in range(0, len(kept), COPY_ROWS):
+                    file.write(np.ascontiguousarray(whole[kept[start : start + COPY_ROWS]]).tobytes())
+        lines = list(_kept_lines(part, record))
+        (attempt.folder / "documents.jsonl").write_text("".join(lines), "utf-8")
+        counts = record["counts"] | {"documents": len(lines), "tokens": len(kept)}
+        attempt.facts |= {"rows": len(kept), "counts": counts, "compacted_from": record["folder"]}
+    return read_json(datastore.folder / f"{name}.json")
+
+
+def _kept_lines(part: Datastore, record: Record) -> Iterator[str]:
+    first, forgotten = 0, {begin for begin, rows in record["forgotten"] if rows}
+    path = folder_of(part.folder, record) / "documents.jsonl"
+    for document in map(json.loads, path.read_text("utf-8").splitlines()):
+        if document["first_row"] not in forgotten:
+            yield document_line(document["id"], first, document["rows"])
+            first += document["rows"]

@@ -1,0 +1,191 @@
+"""Where files lie: on this machine, or in object storage (gs://, s3://, ...) through fsspec. Every path goes through here.
+
+Object storage has neither rename nor mapped files. So whatever is published is published by writing one small file last, which is atomic
+in both places; and what must be mapped, or be read by a library that knows only files, is copied here first (`local_path`).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from resmem_lm.errors import UserError
+
+AnyPath = Path | UPath
+SEAL = "seal"
+
+
+def to_path(name: str | AnyPath) -> AnyPath:
+    """The path that a user or a worker names; UserError if fsspec has no such storage or lacks a package for it."""
+    if not isinstance(name, str):
+        return name
+    if "://" not in name:
+        return Path(name)
+    try:
+        path = UPath(name, use_listings_cache=False)  # other processes write there too
+        path.fs  # noqa: B018 - imports the storage's own package
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: {reason}: install the package of that storage (gcsfs for gs://, s3fs for s3://)") from None
+    return path
+
+
+def is_local(path: AnyPath) -> bool:
+    """Whether it lies in this machine's file system."""
+    return isinstance(path, Path)
+
+
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Writes `content` so that readers see the old file or the whole new one."""
+    if not isinstance(path, Path):
+        path.write_bytes(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return _text(value | {SEAL: hashlib.sha256(_text(value).encode()).hexdigest()}).encode()
+
+
+def write_json(path: AnyPath, value: dict[str, Any]) -> None:
+    """Writes `value`, as `write_bytes`, under a seal by which `read_json` tells whether a byte has changed since."""
+    write_bytes(path, sealed(value))
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """What `write_json` wrote; UserError if it was altered or is missing."""
+    try:
+        text = path.read_bytes().decode()
+        sealed = json.loads(text)
+        value = {name: content for name, content in sealed.items() if name != SEAL}
+        whole = sealed.get(SEAL) == hashlib.sha256(_text(value).encode()).hexdigest() and text == _text(sealed)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the stage that writes it again") from None
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run its stage again") from None
+    if not whole:
+        raise UserError(f"{path} is damaged (its seal does not fit its content): delete it and run its stage again")
+    return value
+
+
+def sha256(path: AnyPath) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        opened: Any = file  # fsspec's file too has what hashlib needs
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def remove(path: AnyPath) -> None:
+    """Removes a file, or a folder with all that it holds, if it is there."""
+    if isinstance(path, Path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)
+
+
+def files_below(folder: AnyPath) -> list[AnyPath]:
+    """Every file in a folder and its folders, in order."""
+    found: list[AnyPath] = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(found, key=str)
+
+
+def children(folder: AnyPath, pattern: str = "*") -> list[AnyPath]:
+    """What lies directly in a folder, by name; nothing if it is not there."""
+    found: list[AnyPath] = [path for path in folder.glob(pattern)] if folder.exists() else []  # noqa: C416 - mypy joins the two kinds
+    return sorted(found, key=str)
+
+
+def inside(file: AnyPath, folder: AnyPath) -> str:
+    """The path of a file from a folder above it, with slashes."""
+    return str(file).removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+
+
+def glob(pattern: str) -> list[AnyPath]:
+    """What a pattern in object storage names."""
+    path = to_path(pattern)
+    if isinstance(path, Path) or path.exists():
+        return [path]
+    return [to_path(path.fs.unstrip_protocol(name)) for name in sorted(path.fs.glob(path.path))]
+
+
+def upload(folder: Path, target: AnyPath) -> None:
+    """Copies the files of a local folder to `target`."""
+    for file in files_below(folder):
+        place = target / inside(file, folder)
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(str(file), place)
+        else:
+            place.fs.put_file(str(file), place.path)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="resmem-")
+
+
+def local_path(path: AnyPath) -> Path:
+    """The file or folder itself, or a copy of it on this machine that lives as long as the process."""
+    if isinstance(path, Path):
+        return path
+    files = [] if path.is_file() else files_below(path)
+    place = Path(_scratch().name, hashlib.sha256(str(path).encode()).hexdigest()[:16])
+    if not files:
+        return _copy(path, place / path.name)
+    for file in files:
+        _copy(file, place / inside(file, path))
+    return place
+
+
+def _copy(file: AnyPath, here: Path) -> Path:
+    assert isinstance(file, UPath)
+    known = here.with_name(f".{here.name}.{file.fs.ukey(file.path)}")  # another key means another content
+    if not known.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        temporary = here.with_name(f".{here.name}.{os.urandom(4).hex()}.tmp")
+        file.fs.get_file(file.path, str(temporary))
+        temporary.replace(here)
+        known.touch()
+    return here
+
+
+@contextlib.contextmanager
+def new_directory(path: AnyPath) -> Iterator[Path]:
+    """A temporary directory that takes the place of `path` if the block succeeds, and vanishes if it does not."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
+            yield Path(scratch)
+            remove(path)
+            upload(Path(scratch), path)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,227 @@
+"""Checks a whole work directory: every byte against the records, and every row against what it must be."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import ARRAYS, Datastore, mend, open_datastore
+from resmem_lm.documents import read_shard
+from resmem_lm.errors import UserError
+from resmem_lm.index import index_manifest
+from resmem_lm.progress import progress
+from resmem_lm.published import Record, damaged_files
+from resmem_lm.search import QUERY_SPLITS
+from resmem_lm.storage import AnyPath, children, files_below, inside, read_json, sha256
+from resmem_lm.vocabulary import Vocabulary, load_vocabulary
+
+ROWS = 2**15  # at a time
+RUN = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}
+PARTLY_WRITTEN = re.compile(r"\.tmp$|^\.lock$")
+
+
+def verify(workdir: AnyPath) -> list[str]:
+    """A line for each problem, with what to do about it; none if all is well.
+
+    Sizes and checksums of every file, finite numbers, ids within the vocabulary, residuals that are those of their token, and each
+    document's tokens once, against the documents' text. Files that no record knows are told, except those of a run that was killed.
+    """
+    return list(_problems(workdir))
+
+
+def _problems(workdir: AnyPath) -> Iterator[str]:
+    if not (workdir / "stages").exists():
+        raise UserError(f"{workdir} is no work directory: it has no stages/")
+    known = {".lock"}
+    stages = children(workdir / "stages", "*.json")
+    with progress("verify", total=len(stages), unit="stages") as bar:
+        for number, path in enumerate(stages):
+            name = path.name.removesuffix(".json")
+            known.add(f"stages/{path.name}")
+            bar.update(number, name)
+            try:
+                record = read_json(path)
+                known |= set(record.get("files", {}))
+                yield from _stage_files(workdir, name, record)
+                if record.get("finished") and name in CHECKS:
+                    yield from CHECKS[name](workdir, known)
+            except UserError as error:
+                yield str(error)
+            except (KeyError, TypeError, ValueError, OSError) as error:
+                yield f"{workdir}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {RUN.get(name, name)}` again"
+        bar.update(len(stages))
+    unfinished = any(folder in known for folder in ("neighbors/queries",))
+    for file in files_below(workdir):
+        if inside(file, workdir) not in known and not unfinished and not PARTLY_WRITTEN.search(file.name):
+            yield f"{file} is known to no record: it may be left from a run that was killed; delete it if it is not yours"
+
+
+def _stage_files(workdir: AnyPath, name: str, record: Record) -> Iterator[str]:
+    command = RUN.get(name, name)
+    for place, expected in record.get("files", {}).items():
+        path = workdir / place
+        what = (
+            "is missing"
+            if not path.exists()
+            else f"has {path.stat().st_size} bytes, its record says {expected['bytes']}"
+            if path.stat().st_size != expected["bytes"]
+            else "was altered: its checksum is not that of its record"
+            if sha256(path) != expected["sha256"]
+            else ""
+        )
+        if what:
+            again = f"delete it and {workdir / 'stages' / (name + '.json')}, and run `resmem {command}` again"
+            yield f"{path} {what}: {again if name != 'config' else 'any command writes it again'}"
+
+
+def _documents(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+    folder = workdir / "documents"
+    known.add("documents/manifest.json")
+    for name, expected in read_json(folder / "manifest.json")["files"].items():
+        known.add(f"documents/{name}")
+        path = folder / name
+        if not path.exists() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            yield f"{path} is missing or was altered: copy it from where this directory came from, or make the whole anew (resmem train)"
+
+
+def _vocabulary(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+    wanted = read_json(workdir / "stages" / "vocabulary.json")["result"]["sha256"]
+    if load_vocabulary(workdir).sha256 != wanted:
+        yield f"{workdir / 'vocabulary'} is another than its record says: make the whole anew (resmem train)"
+
+
+def _train(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+    if load_model(workdir / "checkpoints").fingerprint != read_json(workdir / "stages" / "train.json")["result"]["fingerprint"]:
+        yield f"{workdir / 'checkpoints'} holds another model than its record says: copy it again, or make the whole anew (resmem train)"
+
+
+def _know(workdir: AnyPath, known: set[str], folder: str, records: list[Record]) -> None:
+    for record in records:
+        known.add(f"{folder}/{record['folder'].rpartition('.')[0]}.json")
+        known |= {f"{folder}/{record['folder']}/{name}" for name in record["files"]}
+
+
+def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+    known.add("datastore/manifest.json")
+    vocabulary = load_vocabulary(workdir)
+    folder = workdir / "datastore"
+    manifest = read_json(folder / "manifest.json")
+    _know(workdir, known, "datastore", manifest["shards"])
+    damaged = list(Datastore(folder, manifest).damaged(checksums=True))
+    yield from damaged
+    for record in manifest["shards"]:
+        beside = folder / f"{record['folder'].rpartition('.')[0]}.json"
+        try:
+            if read_json(beside) != record:
+                yield f"{beside} says something else than the manifest: {mend(folder, record)}"
+        except UserError as error:
+            yield f"{error}; {mend(folder, record)}"
+    if damaged:
+        return
+    datastore = open_datastore(folder)
+    if sum(shard["rows"] for shard in datastore.shards) != manifest["rows"]:
+        yield f"{folder / 'manifest.json'} does not add up: its shards have {datastore.rows} rows, it says {manifest['rows']}"
+    if read_json(workdir / "stages" / "build.json")["result"]["manifest"] != sha256(folder / "manifest.json"):
+        yield f"{folder / 'manifest.json'} is another than its stage's record says: run the command again that was writing it"
+    vocab_size = load_model(workdir / "checkpoints").config.vocab_size
+    for shard, record in enumerate(datastore.shards):
+        part = datastore.part(shard, 1)
+        for problem in (*_rows(part, vocab_size), *_tokens(workdir, part, vocabulary)):
+            yield f"{folder / record['folder']}: {problem}; {mend(folder, record)}"
+
+
+def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
+    """Whether each row of a shard can be what it says."""
+    widths = {name: part.array(name).shape for name in ARRAYS}
+    if {shape[0] for shape in widths.values()} != {part.rows}:
+        yield f"its arrays have {sorted({shape[0] for shape in widths.values()})} rows, its record says {part.rows}"
+        return
+    for start in range(0, part.rows, ROWS):
+        some = np.arange(start, min(start + ROWS, part.rows))
+        rows = {name: part.take(name, some) for name in ARRAYS}
+        for name, values in rows.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                yield f"{name}, row {start + int(np.argwhere(~np.isfinite(values))[0][0])}: not a finite number"
+                return
+        for name in ("tokens", "residual_ids"):
+            if rows[name].size and rows[name].max() >= vocab_size:
+                yield f"{name}, row {start + int(np.argwhere(rows[name] >= vocab_size)[0][0])}: an id above the vocabulary of {vocab_size}"
+                return
+        is_token = rows["residual_ids"] == rows["tokens"][:, None]
+        of_token = np.sum(np.where(is_token, rows["residual_values"].astype(np.float32), 0), axis=1)
+        others = np.where(is_token, -np.inf, rows["residual_values"].astype(np.float32)).max(axis=1, initial=-np.inf)
+        wanted = -np.expm1(rows["target_log_probability"])  # r of the token: 1 - p
+        # Where the token's own entry is not among those kept, it is no larger than the largest that was dropped.
+        stored = is_token.any(axis=1)
+        wrong = np.where(stored, np.abs(of_token - wanted) > 2e-3, wanted > rows["dropped"] + 2e-3)
+        wrong |= (others > 0) | (is_token.sum(axis=1) > 1)
+        if wrong.any():
+            yield f"row {start + int(np.flatnonzero(wrong)[0])}: its residual is not that of its token"
+            return
+
+
+def _tokens(workdir: AnyPath, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:
+    """Whether a shard has each document's tokens once, as the text has them."""
+    entries, next_row = part.documents(0), 0
+    documents = {d.id: d for d in read_shard(workdir / "documents" / part.shards[0]["made_from"]["documents"])}
+    tokens = part.shard_arrays("tokens")[0]
+    forgotten = {first for first, rows in part.shards[0].get("forgotten", []) if rows}
+    if len({entry["id"] for entry in entries}) < len(entries):
+        yield "a document stands in it twice"
+    remembered = {entry["id"] for entry in entries if entry["first_row"] not in forgotten}
+    if remembered != set(documents):
+        yield f"its documents are not those of {part.shards[0]['made_from']['documents']}: {len(remembered ^ set(documents))} differ"
+        return
+    kept = [documents[entry["id"]] for entry in entries if entry["first_row"] not in forgotten]
+    encoded = dict(zip((d.id for d in kept), vocabulary.encode_documents(kept), strict=True))
+    for entry in entries:
+        if entry["first_row"] != next_row:
+            yield f"document {entry['id']!r} begins at row {entry['first_row']}, not at {next_row}"
+            return
+        next_row += entry["rows"]
+        if entry["first_row"] not in forgotten and not np.array_equal(tokens[entry["first_row"] : next_row], encoded[entry["id"]]):
+            yield f"document {entry['id']!r} has not the tokens of its text"
+            return
+    if next_row != part.rows:
+        yield f"its documents have {next_row} rows together, the arrays {part.rows}"
+
+
+def _index(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+    known.add("index/index.json")
+    records = read_json(workdir / "index" / "index.json")["shards"]
+    _know(workdir, known, "index", records)
+    mend_it = f"delete {workdir / 'index'} and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
+    for record in records:
+        for problem in damaged_files(workdir / "index", record, checksums=True):
+            yield f"{problem}: {mend_it}"
+        read_json(workdir / "index" / f"{record['folder'].rpartition('.')[0]}.json")
+    index_manifest(workdir, open_datastore(workdir / "datastore"))
+
+
+def _neighbors(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+    known.add("neighbors/neighbors.json")
+    facts = read_json(workdir / "neighbors" / "neighbors.json")
+    mend_it = f"delete {workdir / 'neighbors'} and {workdir / 'stages' / 'search.json'}, and run `resmem evaluate`"
+    records = [record for split in QUERY_SPLITS for record in facts[split]["shards"]]
+    _know(workdir, known, "neighbors", records)
+    if facts["datastore"] != sha256(workdir / "datastore" / "manifest.json"):
+        yield f"{workdir / 'neighbors'} was made from another datastore: run `resmem evaluate`"
+    rows = read_json(workdir / "datastore" / "manifest.json")["rows"]
+    for record in records:
+        damaged = list(damaged_files(workdir / "neighbors", record, checksums=True))
+        yield from (f"{problem}: {mend_it}" for problem in damaged)
+        read_json(workdir / "neighbors" / f"{record['folder'].rpartition('.')[0]}.json")
+        found = np.zeros(0) if damaged else np.load(workdir / "neighbors" / record["folder"] / "rows.npy", allow_pickle=False)
+        if found.size and not -1 <= found.min() <= found.max() < rows:
+            yield f"{workdir / 'neighbors' / record['folder']}/rows.npy names rows that the datastore has not: {mend_it}"
+
+
+CHECKS = {
+    "documents": _documents,
+    "vocabulary": _vocabulary,
+    "train": _train,
+    "build": _datastore,
+    "index": _index,
+    "search": _neighbors,
+}
