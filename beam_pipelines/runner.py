@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 
 from resmem_lm.errors import UserError
 from resmem_lm.progress import progress
-from resmem_lm.storage import AnyPath, is_local
+from resmem_lm.storage import AnyPath, children, is_local
 
 JOB_SERVERS = ("portable", "flink", "spark", "prism")
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -23,13 +23,7 @@ LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 @contextlib.contextmanager
 def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
     """A pipeline that runs when the block ends; UserError for an option that Beam does not know and for what a worker reported as one."""
-    arguments = shlex.split(options)
-    if not any(argument.startswith("--runner") for argument in arguments):
-        arguments.append(f"--runner={LOCAL_RUNNER}")
-        if not any(argument.startswith("--direct_") for argument in arguments):
-            # Two units of work at a time: what runs on one core for one (selection, files) runs beside the products of the other.
-            arguments += ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
-    check_options(arguments)
+    arguments = arguments_of(options)
     try:
         with beam.Pipeline(options=PipelineOptions(arguments)) as pipeline:
             yield pipeline
@@ -41,11 +35,26 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
         raise
 
 
-def check_options(arguments: list[str]) -> None:
-    """Raises UserError for a runner or an option that Beam does not know: Beam itself would go on without it.
+def arguments_of(options: str) -> list[str]:
+    """Beam's arguments, with the in-process runner where none is named.
 
-    The options of a job server are its own to know; they are not checked.
+    Raises UserError for a runner or an option that Beam does not know: Beam itself would go on without it. The options of a job server
+    are its own to know; they are not checked.
     """
+    try:
+        arguments = shlex.split(options)
+    except ValueError as error:
+        raise UserError(f"--pipeline_options={options}: {error}: mend the quotes") from None
+    if not any(argument.startswith("--runner") for argument in arguments):
+        arguments.append(f"--runner={LOCAL_RUNNER}")
+        if not any(argument.startswith("--direct_") for argument in arguments):
+            # Two units of work at a time: what runs on one core for one (selection, files) runs beside the products of the other.
+            arguments += ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
+    _check_options(arguments)
+    return arguments
+
+
+def _check_options(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     runner = PipelineOptions(arguments).view_as(StandardOptions).runner or ""
     known = {name.lower(): name for name in StandardOptions.KNOWN_RUNNER_NAMES}
@@ -98,7 +107,7 @@ def _shown(label: str, published: AnyPath, names: set[str]) -> Iterator[None]:
     """Shows how much of `names` is published, whichever process does it."""
 
     def count() -> int:
-        return sum(path.name.removesuffix(".json") in names for path in published.iterdir() if path.name.endswith(".json"))
+        return sum(path.name.removesuffix(".json") in names for path in children(published, "*.json"))
 
     over = threading.Event()
     with progress(label.lower(), total=len(names), done=count(), unit="shards") as bar:

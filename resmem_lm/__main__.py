@@ -2,6 +2,6 @@
 
 import sys
 
-from resmem_lm.main import main
+from resmem_lm.main import script
 
-sys.exit(main())
+sys.exit(script())

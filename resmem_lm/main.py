@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import logging
 import os
-import shlex
 import sys
 from typing import Any
 
@@ -138,9 +137,9 @@ def _execute(arguments: argparse.Namespace, bindings: list[str]) -> None:
         return
     pipeline_options = getattr(arguments, "pipeline_options", "")
     if pipeline_options:
-        from beam_pipelines.runner import check_options
+        from beam_pipelines.runner import arguments_of
 
-        check_options(shlex.split(pipeline_options))
+        arguments_of(pipeline_options)
     for values in settings.values():
         if "pipeline_options" in values and pipeline_options:
             values["pipeline_options"] = pipeline_options
@@ -249,7 +248,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _quiet_libraries() -> None:
+    """On a full disk Orbax logs the traceback of what it also raises, and leaves tasks behind, of which asyncio tells: we say one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def script() -> int:
     """The entry point of the installed command."""
     _use_huge_pages()
+    _quiet_libraries()
     return main()

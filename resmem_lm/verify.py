@@ -12,7 +12,7 @@ from resmem_lm.errors import UserError
 from resmem_lm.index import index_manifest
 from resmem_lm.progress import progress
 from resmem_lm.published import Record, damaged_files
-from resmem_lm.search import QUERY_SPLITS
+from resmem_lm.search import QUERY_SPLITS, load_array
 from resmem_lm.storage import AnyPath, children, files_below, inside, read_json, sha256
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 
@@ -212,7 +212,7 @@ def _neighbors(workdir: AnyPath, known: set[str]) -> Iterator[str]:
         damaged = list(damaged_files(workdir / "neighbors", record, checksums=True))
         yield from (f"{problem}: {mend_it}" for problem in damaged)
         read_json(workdir / "neighbors" / f"{record['folder'].rpartition('.')[0]}.json")
-        found = np.zeros(0) if damaged else np.load(workdir / "neighbors" / record["folder"] / "rows.npy", allow_pickle=False)
+        found = np.zeros(0) if damaged else load_array(workdir / "neighbors" / record["folder"] / "rows.npy")
         if found.size and not -1 <= found.min() <= found.max() < rows:
             yield f"{workdir / 'neighbors' / record['folder']}/rows.npy names rows that the datastore has not: {mend_it}"
 

@@ -10,18 +10,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beam_pipelines.datastore import build_datastore
+from beam_pipelines.index import build_index
+from beam_pipelines.search import search
 from resmem_lm import config
 from resmem_lm.documents import prepare_documents
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import evaluate
-from resmem_lm.index import build_index
+from resmem_lm.main import import_stages
 from resmem_lm.model import ModelConfig
-from resmem_lm.search import search
 from resmem_lm.train import train
 from resmem_lm.vocabulary import make_vocabulary
 
 REPOSITORY = Path(__file__).parent.parent
 DEMO = "configs/demo.gin"
+import_stages()  # the demo names more of them than are imported here
 STAGES = {stage.__name__: stage for stage in (prepare_documents, make_vocabulary, train, build_datastore, build_index, search, evaluate)}
 
 
@@ -85,7 +87,7 @@ def test_nothing_stays_of_what_was_read_before():
 
 def test_settings_that_are_not_set_have_their_defaults():
     config.parse([], [])
-    assert config.parameters(search) == {"neighbors": 50, "recall_queries": 500}
+    assert config.parameters(search) == {"neighbors": 50, "recall_queries": 500, "pipeline_options": ""}
 
 
 @pytest.mark.parametrize("value", ["'notes/*.txt'", "['a.txt', 'b']", "('a.txt',)", "'docstrings'"])
@@ -207,7 +209,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("scope/STEPS=3", "scope/STEPS is unknown: did you mean STEPS?"),
         ("scope/train.steps=3", "scope/train.steps is unknown: known are CHECKPOINT, MEMORY_SHARDS, STEPS, TEXT"),
         ("train.batchsize=3", "in train, batchsize is unknown: did you mean batch_size?"),
-        ("search.qux=3", "in search, qux is unknown: known are neighbors, recall_queries"),
+        ("search.qux=3", "in search, qux is unknown: known are neighbors, pipeline_options, recall_queries"),
         ("ModelConfig.num_layer=3", "in ModelConfig, num_layer is unknown: did you mean num_layers?"),
         ("trian.steps=3", "trian is unknown: did you mean train?"),
         ("train.model=@ModelConf()", "ModelConf is unknown: did you mean ModelConfig?"),

@@ -1,16 +1,21 @@
-import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import ARRAYS, open_datastore
+from resmem_lm.datastore import ARRAYS, Binding, Datastore, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import token_dtype
 from resmem_lm.errors import UserError
 from resmem_lm.model import Decoder, shift_right
+from resmem_lm.storage import read_json, write_json
 from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.windows import WindowSpec
+from tests.tiny import shard_folder
 
 
 def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
@@ -23,7 +28,7 @@ def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
         assert [d["id"] for d in table] == [d.id for d in documents]
         assert [d["rows"] for d in table] == [len(t) for t in tokens]
         row = int(datastore.offsets[shard]) + table[2]["first_row"] + 3
-        assert datastore.locate(row) == (shard, 2, 3)
+        assert datastore.locate(row) == (shard, documents[2].id, 3)
 
 
 def test_rows_hold_the_models_residuals_at_the_windows_of_the_paper(tiny_run):
@@ -65,10 +70,12 @@ def test_take_reads_across_shards(tiny_run):
 
 
 def test_the_manifest_says_what_made_it_and_what_it_holds(tiny_run):
-    manifest = json.loads((tiny_run / "datastore/manifest.json").read_text())
+    manifest = read_json(tiny_run / "datastore/manifest.json")
     assert manifest["window"] == {"length": 32, "context": 8}
     assert manifest["model"] == load_model(tiny_run / "checkpoints").fingerprint
     assert manifest["rows"] == sum(shard["rows"] for shard in manifest["shards"])
+    for shard in manifest["shards"]:
+        assert read_json(tiny_run / "datastore" / f"{shard['folder'].partition('.')[0]}.json") == shard
 
 
 def test_another_model_or_vocabulary_is_refused(tiny_run):
@@ -79,7 +86,7 @@ def test_another_model_or_vocabulary_is_refused(tiny_run):
 
 @pytest.mark.parametrize("name", ["keys.npy", "documents.jsonl", "tokens.npy"])
 def test_a_changed_cut_or_missing_file_is_named(tiny_copy, name):
-    path = tiny_copy / "datastore/shard-00002-of-00003" / name
+    path = shard_folder(tiny_copy, 2) / name
     content = path.read_bytes()
     for damaged, says in (
         (content[:-1] + bytes([content[-1] ^ 1]), "was altered"),
@@ -93,12 +100,47 @@ def test_a_changed_cut_or_missing_file_is_named(tiny_copy, name):
 
 def test_an_unfinished_datastore_or_one_of_another_format_is_refused(tiny_copy):
     path = tiny_copy / "datastore/manifest.json"
-    path.write_text(path.read_text().replace("resmem-datastore-1", "resmem-datastore-0"))
-    with pytest.raises(UserError, match="this version reads 'resmem-datastore-1'"):
+    write_json(path, read_json(path) | {"format": "resmem-datastore-1"})
+    with pytest.raises(UserError, match="this version reads 'resmem-datastore-2'"):
         open_datastore(path.parent)
     path.unlink()
     with pytest.raises(UserError, match="run `resmem build`"):
         open_datastore(path.parent)
+
+
+def test_a_manifest_that_was_altered_by_hand_is_refused(tiny_copy):
+    path = tiny_copy / "datastore/manifest.json"
+    path.write_text(path.read_text().replace('"context": 8', '"context": 9'))
+    with pytest.raises(UserError, match=r"manifest.json is damaged \("):
+        open_datastore(path.parent)
+
+
+BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json()
+# Of each shard the lengths of its documents, and whether they are forgotten.
+SHARDS = st.lists(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=5), min_size=1, max_size=4)
+
+
+def manifest_of(shards):
+    records = []
+    for documents in shards:
+        ends = np.cumsum([length for length, _ in documents], dtype=int).tolist()
+        forgotten = [[end - length, length] for end, (length, gone) in zip(ends, documents, strict=True) if gone]
+        records.append({"rows": ends[-1] if ends else 0, "forgotten": forgotten})
+    return BINDING | {"shards": records}
+
+
+@given(SHARDS, st.data())
+def test_forgotten_rows_are_those_of_forgotten_documents(shards, data):
+    mask = np.array([gone for documents in shards for length, gone in documents for _ in range(length)], bool)
+    datastore = Datastore(Path(), manifest_of(shards))
+    np.testing.assert_array_equal(datastore.is_forgotten(np.arange(datastore.rows)), mask)
+    assert datastore.remembered_rows == (~mask).sum()
+    first = data.draw(st.integers(0, len(shards) - 1))
+    part = datastore.part(first, data.draw(st.integers(1, len(shards) - first)))
+    begin = int(datastore.offsets[first])
+    np.testing.assert_array_equal(part.is_forgotten(np.arange(part.rows)), mask[begin : begin + part.rows])
+    backwards = np.arange(datastore.rows)[::-1, None]
+    np.testing.assert_array_equal(datastore.is_forgotten(backwards), mask[::-1, None])
 
 
 def test_token_ids_fit_their_type():

@@ -361,7 +361,7 @@ def test_train_documents_are_dealt_over_the_shards_and_other_splits_have_one(tmp
     assert max(sizes) - min(sizes) <= 1
     assert sum(sizes) == record["documents"]["train"]
     assert [path.name for path in shard_paths(tmp_path, "test")] == ["test-00000-of-00001.jsonl"]
-    assert set(record["checksums"]) == {path.name for path in (tmp_path / "documents").iterdir()}
+    assert {*record["checksums"], "manifest.json"} == {path.name for path in (tmp_path / "documents").iterdir()}
 
 
 def test_the_same_text_gives_the_same_shards(tmp_path):
@@ -383,7 +383,7 @@ def test_fewer_than_three_documents_are_refused_and_nothing_is_left(tmp_path, co
 def test_bad_text_is_refused_and_nothing_is_left(tmp_path):
     path = write(tmp_path / "a.jsonl", lines(*[{"text": text} for text in different_texts(5)], {}))
     assert "line 6" in message(prepare_documents, tmp_path / "run", text=str(path))
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["stages"]
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {"stages", ".lock"}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@ import re
 import shutil
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from beam_pipelines.index import PROCESS_BYTES
 from resmem_lm import config, rates
+from resmem_lm.errors import UserError
+from resmem_lm.index import group_shards, largest_index
 from resmem_lm.main import import_stages, main, stages_of
 from resmem_lm.plan import plan, seconds_text, size_text
-from resmem_lm.sizes import assume, checkpoint_bytes, count, file_bytes, index_bytes, index_memory, largest_index, sizes
+from resmem_lm.sizes import assume, checkpoint_bytes, count, file_bytes, sizes
 from tests.tiny import arguments
 
 RATES = {
@@ -53,7 +54,7 @@ def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
     # Orbax writes another number of files each time: 0.05% of T5-small's checkpoint, a few percent of this one.
     within = {name: 0.1 if name == "checkpoints" else 0.01 for name in found}
     assert {name: (size, run[name]) for name, size in found.items() if abs(size / run[name] - 1) > within[name]} == {}
-    unplanned = {"config.gin", "stages", "metrics", "results.json", "report.html", "neighbors/*.json"}
+    unplanned = {"config.gin", "stages", "metrics", "results.json", "report.html", "index/*.json", "neighbors/*.json", ".lock"}
     assert set(run) - set(found) == unplanned
     assert sum(run[name] for name in unplanned) < 300_000
 
@@ -61,7 +62,7 @@ def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
 def test_a_workdir_is_counted_and_its_stages_are_not_made_again(tiny_run, tiny_copy, unmeasured, capsys):
     record = (tiny_copy / "stages" / "documents.json").read_bytes()
     assert main(["plan", *arguments(tiny_run.parent, tiny_copy), *GIVEN]) == 0
-    documents = sum(len(path.read_text().splitlines()) for path in tiny_copy.glob("documents/*"))
+    documents = sum(len(path.read_text().splitlines()) for path in tiny_copy.glob("documents/*.jsonl"))
     printed = capsys.readouterr().out
     assert re.match(rf"[\d,]+ rows and [\d,]+ queries of {documents} documents \(counted\)\n", printed)
     assert f"{file_bytes(tiny_copy)['datastore/keys.npy']:,}" in printed
@@ -71,7 +72,7 @@ def test_a_workdir_is_counted_and_its_stages_are_not_made_again(tiny_run, tiny_c
 def test_documents_and_vocabulary_are_made_where_they_are_missing(tiny_copy, unmeasured, capsys):
     shutil.rmtree(tiny_copy)
     assert main(["plan", *arguments(tiny_copy.parent, tiny_copy), *GIVEN]) == 0
-    assert {path.name for path in tiny_copy.iterdir()} == {"documents", "stages", "vocabulary"}
+    assert {path.name for path in tiny_copy.iterdir()} == {"documents", "stages", "vocabulary", ".lock"}
     assert "(counted)" in capsys.readouterr().out
 
 
@@ -128,21 +129,30 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, capsys, wrong, said):
     assert error.count("\n") == 1
 
 
-@given(st.integers(1, 10**10), st.integers(1, 10**9), st.sampled_from([32, 128, 512]))
-def test_an_index_of_the_most_rows_fits_and_one_more_does_not(memory, more, emb):
-    rows = largest_index(memory, emb, 100_000)
-    assert largest_index(memory + more, emb, 100_000) >= rows
-    assert rows == 0 or index_memory(rows, emb, 100_000) <= memory
-    # The tree's files take less for each row than the keys do that are kept where rows are few.
-    assert index_memory(rows + 1, emb, 100_000) > memory or index_bytes(rows + 1, emb) < index_bytes(rows, emb)
+@pytest.mark.parametrize("memory_gib", [1.01, 1.02, 1.1, 2, 64])
+def test_shards_of_the_index_are_whole_shards_of_the_datastore_and_fit_the_memory(settings, unmeasured, memory_gib):
+    settings["build_datastore"]["shards"] = 20
+    made = planned(settings, rows=200_010, memory_gib=memory_gib)
+    shards = [shard.tokens for shard in made.counts.shards]
+    most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, 32, settings["build_index"]["training_rows"])
+    assert made.index_rows == [sum(shards[first : first + number]) for first, number in group_shards(shards, most)]
+    assert sum(made.index_rows) == 200_010
+    assert max(made.index_rows) <= most
+    assert made.stages["search"].seconds >= planned(settings, rows=200_010, memory_gib=128).stages["search"].seconds
 
 
-@pytest.mark.parametrize("memory_gib", [1.001, 1.01, 1.1, 2, 64])
-def test_shards_of_the_index_share_all_rows(settings, unmeasured, memory_gib):
-    made = planned(settings, rows=200_000, memory_gib=memory_gib)
-    assert sum(made.index_rows) == 200_000
-    assert max(made.index_rows) - min(made.index_rows) <= 1
-    assert made.stages["search"].seconds >= planned(settings, rows=200_000, memory_gib=128).stages["search"].seconds
+def test_the_memory_that_a_refusal_names_is_enough(settings, unmeasured):
+    amounts = {"rows": 100_000_000, "queries": 300, "documents": 20_000}
+    with pytest.raises(UserError, match=r"the largest shard of the datastore has 33333334: take [\d.]+, or more") as caught:
+        planned(settings, **amounts, memory_gib=2)
+    enough = float(re.search(r"take ([\d.]+)", str(caught.value))[1])
+    assert len(planned(settings, **amounts, memory_gib=enough).index_rows) == 3
+
+
+def test_memory_is_that_of_the_configured_index_if_none_is_given(settings, unmeasured):
+    settings["build_datastore"]["shards"] = 20
+    settings["build_index"]["memory_gib"] = 1.02
+    assert planned(settings, rows=200_010).index_rows == planned(settings, rows=200_010, memory_gib=1.02).index_rows
 
 
 def test_all_bytes_grow_with_rows_and_queries(settings):
@@ -169,7 +179,7 @@ def test_context_costs_more_tokens_than_are_emitted_and_at_most_a_stride_for_a_w
 
 def test_the_rehearsal_measures_every_rate(tiny_run, settings, monkeypatch, capsys):
     monkeypatch.setattr(rates, "ENOUGH", 0.0)
-    made = plan(tiny_run, settings=settings | {"build_index": {"kind": "scann", "candidates": 20, "training_rows": 1000}})
+    made = plan(tiny_run, settings=settings | {"build_index": settings["build_index"] | {"candidates": 20, "training_rows": 1000}})
     assert set(made.rates) == set(RATES)
     assert not any(rate.given for rate in made.rates.values())
     assert all(math.isfinite(rate.per_second) and rate.per_second > 0 for rate in made.rates.values())

@@ -1,5 +1,4 @@
 import copy
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from resmem_lm.errors import UserError
 from resmem_lm.report import write_report
 from resmem_lm.results import METHODS, rows
+from resmem_lm.storage import write_json
 
 HOSTILE = "<script>alert('&')</script>"
 
@@ -60,7 +60,7 @@ def some_results() -> dict[str, Any]:
 
 
 def page_of(workdir: Path, results: dict[str, Any], config: str | None = "train.steps = 20\n") -> str:
-    (workdir / "results.json").write_text(json.dumps(results))
+    write_json(workdir / "results.json", results)
     if config is not None:
         (workdir / "config.gin").write_text(config)
     assert set(write_report.function(workdir)) == {"sha256"}

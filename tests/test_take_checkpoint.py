@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import tensorstore
 from resmem_lm.checkpoint import load_model, newest_checkpoint
 from resmem_lm.errors import UserError
 from resmem_lm.main import main
+from resmem_lm.storage import read_json, to_path, upload, write_json
 from resmem_lm.take_checkpoint import take_checkpoint
 from tests.tiny import arguments
 
@@ -49,6 +49,12 @@ def test_a_checkpoint_of_this_trainer_is_taken_whole(tiny_run, workdir):
     assert load_model(workdir / "checkpoints").fingerprint == model.fingerprint
 
 
+def test_a_checkpoint_in_object_storage_is_taken_too(tiny_run, workdir):
+    model, place = load_model(tiny_run / "checkpoints"), "memory://taken/checkpoints"
+    upload(tiny_run / "checkpoints", to_path(place))
+    assert take_checkpoint(workdir, model=model.config, checkpoint=place) == {"fingerprint": model.fingerprint}
+
+
 def test_t5x_older_form_has_the_same_parameters(tiny_run, workdir, tmp_path):
     model = load_model(tiny_run / "checkpoints")
     write_older_form(tmp_path / "model_dir/checkpoint_7", model.parameters)
@@ -60,9 +66,9 @@ def test_t5x_older_form_has_the_same_parameters(tiny_run, workdir, tmp_path):
 def test_build_with_a_checkpoint_needs_no_training_and_makes_the_same_rows(tiny_run, tmp_path):
     setting = f"--gin.CHECKPOINT='{tiny_run / 'checkpoints'}'"
     assert main(["build", *arguments(tiny_run.parent, tmp_path / "run"), setting]) == 0
-    one, two = (json.loads((w / "datastore/manifest.json").read_text()) for w in (tiny_run, tmp_path / "run"))
+    one, two = (read_json(w / "datastore/manifest.json") for w in (tiny_run, tmp_path / "run"))
     assert (one["model"], one["rows"]) == (two["model"], two["rows"])
-    assert "steps" not in json.loads((tmp_path / "run/stages/train.json").read_text())["settings"]
+    assert "steps" not in read_json(tmp_path / "run/stages/train.json")["settings"]
 
 
 def test_the_newest_checkpoint_is_taken_and_unfinished_ones_are_not(tmp_path):
@@ -96,7 +102,7 @@ def test_what_cannot_be_taken_is_told(tiny_run, workdir, tmp_path):
     config = load_model(tiny_run / "checkpoints").config
     other = tmp_path / "other"
     shutil.copytree(tiny_run / "checkpoints", other)
-    (other / "model.json").write_text(json.dumps(json.loads((other / "model.json").read_text()) | {"vocabulary": "another"}))
+    write_json(other / "model.json", read_json(other / "model.json") | {"vocabulary": "another"})
     damaged = tmp_path / "damaged"
     write_older_form(damaged / "checkpoint_7", load_model(tiny_run / "checkpoints").parameters)
     (damaged / "checkpoint_7/checkpoint").write_bytes(b"\x93nothing")
@@ -108,7 +114,7 @@ def test_what_cannot_be_taken_is_told(tiny_run, workdir, tmp_path):
     (outside / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(content))
     for place, says in [
         (None, "take_checkpoint.checkpoint is not set"),
-        ("gs://bucket/model", "is no folder here: copy it"),
+        ("nowhere://bucket/model", "install the package of that storage"),
         (str(tmp_path / "nowhere"), "has no checkpoint: give a directory with checkpoint_1000"),
         (str(other), "was trained with another vocabulary than .*: set make_vocabulary.model"),
         (str(damaged), "checkpoint_7 is damaged or no checkpoint of T5X"),

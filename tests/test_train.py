@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from resmem_lm.errors import UserError
 from resmem_lm.model import ModelConfig, init_parameters
 from resmem_lm.packing import batches, pack
 from resmem_lm.progress import Reporter
+from resmem_lm.storage import read_json
 from resmem_lm.train import learning_rate_schedule, loss_and_metrics, optimizer, train
 
 MODEL = ModelConfig(vocab_size=256, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.1)
@@ -47,7 +47,7 @@ def test_interrupted_and_resumed_ends_with_the_same_parameters(workdir, tmp_path
         patch.setattr(Reporter, "update", killed)
         with pytest.raises(KilledError):
             train(other, **SETTINGS)
-    assert not json.loads((other / "stages/train.json").read_text())["finished"]
+    assert not read_json(other / "stages/train.json")["finished"]
     assert (other / "checkpoints/checkpoint_3").exists()
     assert train(other, **SETTINGS) == whole
     assert load_model(other / "checkpoints").fingerprint == whole["fingerprint"]

@@ -1,16 +1,13 @@
 import dataclasses
 import errno
-import json
-import tempfile
 from pathlib import Path
 
 import gin
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from resmem_lm.errors import UserError
-from resmem_lm.workdir import Stage, disk_errors, new_directory, read_json, sha256, stage, write_bytes, write_json
+from resmem_lm.storage import read_json, sha256, write_bytes
+from resmem_lm.workdir import Stage, disk_errors, stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Shape:
 class Work:
     """A stage whose function counts its calls, writes its output and does what it is told to."""
 
-    def __init__(self, *, name="first", after=(), redo=False, free=()):
+    def __init__(self, *, name="first", after=(), redo=False, extend=False, free=()):
         self.calls, self.result, self.before_output, self.after_output = 0, "same", None, None
 
         def make_things(workdir, *, size=1, names=("a", "b"), shape=None, where=None, runner=""):
@@ -33,7 +30,7 @@ class Work:
                 raise self.after_output
             return {"result": self.result}
 
-        self.stage = Stage(make_things, name=name, after=after, output=name, redo=redo, free=free)
+        self.stage = Stage(make_things, name=name, after=after, output=name, redo=redo, extend=extend, free=free)
 
 
 def message(call, *args, **kwargs):
@@ -42,10 +39,6 @@ def message(call, *args, **kwargs):
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def names_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 # A stage and its settings
@@ -188,6 +181,7 @@ def test_a_record_tells_settings_inputs_seconds_and_result(tmp_path):
         "inputs": {},
         "finished": True,
         "result": {"result": "same"},
+        "files": {"first/things.txt": {"bytes": 6, "sha256": sha256(tmp_path / "first" / "things.txt")}},
     }
 
 
@@ -260,6 +254,26 @@ def test_a_stage_to_redo_is_redone_for_other_settings_or_inputs_and_skipped_for_
     assert second.calls == 3
 
 
+def test_a_stage_to_extend_is_called_again_for_other_inputs_and_refuses_other_settings(tmp_path):
+    second = Work(name="second", after=("first",), extend=True)
+    remade(tmp_path, "one text")
+    second.stage(tmp_path, size=1)
+    remade(tmp_path, "another text")
+    second.stage(tmp_path, size=1)
+    second.stage(tmp_path, size=1)
+    assert second.calls == 2
+    assert "make_things.size = 1, now it is 2" in message(second.stage, tmp_path, size=2)
+
+
+def test_a_renewed_result_is_a_changed_input(tmp_path):
+    first, second = Work(), Work(name="second", after=("first",))
+    first.stage(tmp_path)
+    second.stage(tmp_path)
+    first.stage.renew(tmp_path, {"result": "another"})
+    assert first.stage(tmp_path) == {"result": "another"}
+    assert "was made from another first" in message(second.stage, tmp_path)
+
+
 def test_a_stage_is_known_to_gin_by_the_name_of_its_function(tmp_path):
     @stage(name="first", output="first")
     def known_to_gin(workdir, *, size=1):
@@ -295,92 +309,3 @@ def test_other_errors_stay_what_they_are(tmp_path):
         with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
             raise error
         assert caught.value is error
-
-
-# Files and directories
-
-
-def test_a_new_directory_takes_the_place_of_the_old(tmp_path):
-    path = tmp_path / "things"
-    write_bytes(path / "old.txt", b"old")
-    with new_directory(path) as folder:
-        write_bytes(folder / "new.txt", b"new")
-        assert names_below(path) == ["old.txt"]
-    assert names_below(tmp_path) == ["things", "things/new.txt"]
-
-
-@pytest.mark.parametrize("existed", [True, False])
-@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
-def test_a_new_directory_vanishes_with_an_exception_and_the_old_stays(tmp_path, existed, exception):
-    path = tmp_path / "things"
-    if existed:
-        write_bytes(path / "old.txt", b"old")
-    with pytest.raises(exception), new_directory(path) as folder:  # noqa: PT012 - what the block leaves behind is the point
-        write_bytes(folder / "new.txt", b"new")
-        raise exception
-    assert names_below(tmp_path) == (["things", "things/old.txt"] if existed else [])
-
-
-def test_what_a_killed_run_left_does_not_get_into_a_new_directory(tmp_path):
-    killed = new_directory(tmp_path / "things")
-    write_bytes(killed.__enter__() / "half.txt", b"half")
-    with new_directory(tmp_path / "things") as folder:
-        write_bytes(folder / "whole.txt", b"whole")
-    assert names_below(tmp_path) == ["things", "things/whole.txt"]
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(), inside, max_size=3),
-    max_leaves=10,
-)
-
-
-@given(JSON, JSON)
-def test_json_is_read_as_it_was_written_last_and_no_other_file_is_left(first, second):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "made" / "on the way" / "value.json"
-        for value in (first, second):
-            write_json(path, value)
-            assert read_json(path) == value
-        assert [file.name for file in path.parent.iterdir()] == ["value.json"]
-
-
-def test_a_value_that_is_no_json_leaves_the_old_file_alone(tmp_path):
-    write_json(tmp_path / "value.json", 1)
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "value.json", object())
-    assert read_json(tmp_path / "value.json") == 1
-    assert names_below(tmp_path) == ["value.json"]
-
-
-def test_a_write_that_fails_leaves_no_temporary_file(tmp_path):
-    (tmp_path / "value.json").mkdir()
-    with pytest.raises(OSError, match=r"value\.json"):
-        write_json(tmp_path / "value.json", 1)
-    assert names_below(tmp_path) == ["value.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff", b"{'a': 1}"])
-def test_damaged_json_is_named_with_the_mend(tmp_path, content):
-    path = tmp_path / "value.json"
-    path.write_bytes(content)
-    said = message(read_json, path)
-    assert said.startswith(f"{path} is damaged (")
-    assert said.endswith("): delete it and run its stage again")
-
-
-def test_missing_json_is_named_with_the_mend(tmp_path):
-    assert message(read_json, tmp_path / "value.json") == f"{tmp_path / 'value.json'} is missing: run the stage that writes it again"
-
-
-def test_written_json_ends_its_last_line(tmp_path):
-    write_json(tmp_path / "value.json", {"a": [1]})
-    text = (tmp_path / "value.json").read_text()
-    assert text.endswith("}\n")
-    assert json.loads(text) == {"a": [1]}
-
-
-def test_checksums_are_sha_256(tmp_path):
-    write_bytes(tmp_path / "abc", b"abc")
-    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -53,6 +53,21 @@ def write_corpus(path: Path, documents: int = 60) -> None:
             file.write(json.dumps({"text": f"Document {number}. {text}"}) + "\n")
 
 
+def shard_folder(workdir: Path, shard: int) -> Path:
+    """Where the files of a shard of the datastore lie."""
+    return sorted((workdir / "datastore").glob("shard-*/"))[shard]
+
+
+def index_memory_gib(workdir: Path, shards: int) -> float:
+    """Memory that holds an index of any so many shards of the datastore one after another, and not of one more."""
+    from beam_pipelines.index import PROCESS_BYTES
+    from resmem_lm.datastore import open_datastore
+    from resmem_lm.index import index_memory
+
+    offsets = open_datastore(workdir / "datastore").offsets
+    return (PROCESS_BYTES + index_memory(int((offsets[shards:] - offsets[:-shards]).max()), 32, 100_000)) / 2**30
+
+
 def arguments(folder: Path, workdir: Path, documents: int = 60) -> list[str]:
     """`resmem COMMAND`'s arguments for a corpus and configuration written to `folder`."""
     if not (folder / "tiny.gin").exists():

@@ -1,0 +1,233 @@
+"""Faults lose nothing: kills, a lost Dask worker, a full disk, and changed bytes; prints what was tried and how it ended.
+
+    python -m benchmarks.faults [--kills=30] [--bytes=100]
+
+A tiny experiment is run once undisturbed, then again and again with a fault and the same command after it. What it ends with must be
+the same: every row, every neighbour, every number of results.json, and no file that no record knows. Takes some 20 minutes on 2 cores.
+The full disk needs root (a small tmpfs); Dask needs the extra `dask`. What cannot be tried here is said.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from resmem_lm.main import import_stages
+from resmem_lm.rates import processor
+from resmem_lm.storage import files_below, read_json
+from resmem_lm.verify import verify
+from tests.tiny import arguments, write_corpus
+
+DASK = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner --dask_npartitions=3"
+
+
+class Experiment:
+    """Commands that follow one another in a work directory."""
+
+    def __init__(self, folder: Path, commands: list[list[str]]) -> None:
+        self.folder, self.commands = folder, commands
+
+    def start(self, number: int, workdir: Path, *extra: str) -> subprocess.Popen:
+        """One of the commands, in a process group of its own."""
+        command, *rest = self.commands[number]
+        settings = [a for a in arguments(self.folder, workdir) if command not in ("forget", "compact") or a.startswith("--workdir")]
+        log = (self.folder / "log").open("ab")
+        return subprocess.Popen(
+            [sys.executable, "-m", "resmem_lm", command, *settings, *rest, *extra], stdout=log, stderr=log, start_new_session=True
+        )
+
+    def finish(self, workdir: Path, begin: int = 0) -> None:
+        """All commands from one on."""
+        for number in range(begin, len(self.commands)):
+            if self.start(number, workdir).wait() != 0:
+                raise RuntimeError(f"{self.commands[number][0]} failed:\n{(self.folder / 'log').read_text()[-2000:]}")
+
+
+def outcome(workdir: Path) -> dict[str, str]:
+    """Checksums of all rows and neighbours in order, and of the numbers of results.json."""
+
+    def arrays(folder: str, manifest: str) -> str:
+        digest = hashlib.sha256()
+        facts = read_json(workdir / folder / manifest)
+        shards = facts["shards"] if "shards" in facts else [s for split in ("validation", "test") for s in facts[split]["shards"]]
+        for shard in shards:
+            for name in sorted(shard["files"]):
+                digest.update((workdir / folder / shard["folder"] / name).read_bytes())
+        return digest.hexdigest()
+
+    results = read_json(workdir / "results.json")
+    numbers = json.dumps({name: results[name] for name in ("splits", "curves", "examples", "datastore")})
+    return {
+        "rows": arrays("datastore", "manifest.json"),
+        "neighbours": arrays("neighbors", "neighbors.json"),
+        "results": hashlib.sha256(numbers.encode()).hexdigest(),
+    }
+
+
+def differences(workdir: Path, wanted: dict[str, str]) -> list[str]:
+    """What is not as it should be."""
+    found = outcome(workdir)
+    return [name for name in wanted if found[name] != wanted[name]] + verify(workdir)
+
+
+def running(workdir: Path) -> str:
+    """The stage that has begun and not finished."""
+    records = {path.stem: read_json(path) for path in (workdir / "stages").glob("*.json")} if (workdir / "stages").exists() else {}
+    return next((name for name, record in records.items() if not record["finished"]), "between stages")
+
+
+def kills(
+    experiment: Experiment, wanted: dict[str, str], seconds: list[float], count: int, rng: random.Random, prepared: Path | None
+) -> None:
+    """Kills the process group of a command at moments spread over all of the commands, and goes on with it."""
+    where: Counter[str] = Counter()
+    bad = []
+    for trial in range(count):
+        moment = (trial + rng.random()) / count * sum(seconds)
+        number = 0
+        while moment > seconds[number]:
+            moment, number = moment - seconds[number], number + 1
+        workdir = experiment.folder / "killed"
+        shutil.rmtree(workdir, ignore_errors=True)
+        if prepared:
+            shutil.copytree(prepared, workdir)
+        for before in range(number):
+            experiment.start(before, workdir).wait()
+        process = experiment.start(number, workdir)
+        time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        ended = process.wait()
+        stage = running(workdir) if ended == -signal.SIGKILL else "after the end"
+        where[f"{experiment.commands[number][0]}: {stage}"] += 1
+        experiment.finish(workdir, number)
+        wrong = differences(workdir, wanted)
+        if wrong:
+            bad.append(f"{stage} after {moment:.2f} s: {'; '.join(wrong)}")
+        print(f"kill {trial + 1} of {count}, {stage}: {'; '.join(wrong) or 'same'}", file=sys.stderr, flush=True)
+    print(f"{count} SIGKILLs in {', '.join(command[0] for command in experiment.commands)}: {count - len(bad)} ended the same")
+    print("  where: " + ", ".join(f"{stage} {n}" for stage, n in sorted(where.items())))
+    for line in bad:
+        print(f"  NOT the same: {line}")
+
+
+def lost_dask_worker(experiment: Experiment, wanted: dict[str, str]) -> None:
+    """Kills one of two Dask workers when the first shard of the build is there."""
+    if importlib.util.find_spec("distributed") is None:
+        print("Dask: not tried, install the extra `dask`")
+        return
+    from distributed import LocalCluster
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    workdir = experiment.folder / "dask"
+    shutil.rmtree(workdir, ignore_errors=True)
+    train = Experiment(experiment.folder, [["train"]])
+    train.finish(workdir)
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        build = Experiment(experiment.folder, [["build"]])
+        process = build.start(0, workdir, f"--pipeline_options={DASK} --dask_client_address={cluster.scheduler_address}")
+        while not list(workdir.glob("datastore/shard-*.????????")) and process.poll() is None:
+            time.sleep(0.01)
+        victim = next(iter(cluster.workers.values()))
+        os.kill(victim.process.pid, signal.SIGKILL)
+        code = process.wait()
+    experiment.finish(workdir)
+    wrong = ([] if code == 0 else [f"build ended with {code}"]) + differences(workdir, wanted)
+    print(f"Dask worker killed in the build: {'; '.join(wrong) or 'ended the same'}")
+
+
+def full_disk(experiment: Experiment, wanted: dict[str, str], sizes: list[int]) -> None:
+    """The run on a tmpfs that is too small, then made larger."""
+    place = experiment.folder / "small"
+    place.mkdir()
+    same = 0
+    for kilobytes in sizes:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", place], capture_output=True, check=False
+        ).returncode:
+            print("full disk: not tried, mounting a tmpfs needs root")
+            return
+        try:
+            code = experiment.start(0, place / "run").wait()
+            said = (experiment.folder / "log").read_text().strip().splitlines()[-1]
+            subprocess.run(["mount", "-o", "remount,size=500m", place], check=True)
+            experiment.finish(place / "run")
+            wrong = differences(place / "run", wanted)
+            good = code == 2 and said.startswith("resmem: no space left on the disk") and not wrong
+            same += good
+            if not good:
+                print(f"  full disk of {kilobytes} kB: exit {code}, said {said!r}; {'; '.join(wrong) or 'ended the same'}")
+        finally:
+            subprocess.run(["umount", "--lazy", place], check=True)  # what verify mapped may still be open
+    print(f"full disk, {len(sizes)} sizes: {same} told in one line and ended the same after space was made")
+
+
+def changed_bytes(workdir: Path, count: int, rng: random.Random) -> None:
+    """Single bytes changed in random places of random files."""
+    files = [file for file in files_below(workdir) if file.stat().st_size]
+    found = 0
+    for _ in range(count):
+        file = rng.choice(files)
+        content = bytearray(file.read_bytes())
+        place = rng.randrange(len(content))
+        content[place] ^= rng.randrange(1, 256)
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        problems = verify(workdir)
+        file.write_bytes(whole)
+        found += bool(problems)
+        if not problems:
+            print(f"  not found: byte {place} of {file}")
+    print(f"verify finds {found} of {count} changed bytes ({len(files)} files); undamaged: {len(verify(workdir))} problems")
+
+
+def main() -> None:
+    """Tries everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--bytes", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    import_stages()
+    rng = random.Random(options.seed)
+    print(f"{processor()}; seed {options.seed}")
+    with tempfile.TemporaryDirectory(prefix="resmem-faults-") as name:
+        folder = Path(name)
+        experiment, reference = Experiment(folder, [["run"]]), folder / "reference"
+        begin = time.monotonic()
+        experiment.finish(reference)
+        seconds = time.monotonic() - begin
+        wanted = outcome(reference)
+        changed_bytes(reference, options.bytes, rng)
+        kills(experiment, wanted, [seconds], options.kills, rng, None)
+        lost_dask_worker(experiment, wanted)
+        full_disk(experiment, wanted, [200, 400, 800, 1200, 1600])
+
+        write_corpus(folder / "more.jsonl", 90)  # the first 60 are there already
+        forget = ["forget", f"--document={folder / 'corpus.jsonl'}#7"]
+        keeping = Experiment(
+            folder, [["build", f"--append={folder / 'more.jsonl'}"], forget, ["compact"], ["index"], ["evaluate"], ["report"]]
+        )
+        shutil.copytree(reference, folder / "kept")
+        times = []
+        for number in range(len(keeping.commands)):
+            begin = time.monotonic()
+            assert keeping.start(number, folder / "kept").wait() == 0
+            times.append(time.monotonic() - begin)
+        kills(keeping, outcome(folder / "kept"), times, max(1, options.kills // 3), rng, reference)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+
+from beam_pipelines import append as module
+from beam_pipelines.append import append
+from resmem_lm.datastore import ARRAYS, open_datastore
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.errors import UserError
+from resmem_lm.main import main
+from resmem_lm.storage import read_json
+from resmem_lm.verify import verify
+
+WORDS = ["amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbor", "island", "jungle"]
+
+
+@pytest.fixture
+def more(tiny_copy):
+    """New documents, and among them an empty one, one of the test split, and one twice."""
+    test = json.loads(shard_paths(tiny_copy, "test")[0].read_text().splitlines()[0])["text"]
+    rng = np.random.default_rng(0)
+    texts = [f"Letter {n}: " + " ".join(rng.choice(WORDS, 40)) for n in range(9)]
+    path = tiny_copy.parent / "more.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, " ", test, texts[0]]))
+    return path
+
+
+def command(workdir, *rest):
+    text = read_json(workdir / "stages/documents.json")["settings"]["text"]
+    return [*rest, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]
+
+
+def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, capsys):
+    before = open_datastore(tiny_copy / "datastore")
+    arrays = {name: np.asarray(before.array(name)) for name in ARRAYS}
+    assert main(command(tiny_copy, "build", f"--append={more}")) == 0
+    assert "9 documents added; 2 are there already or nearly so, 1 are empty" in capsys.readouterr().out
+    after = open_datastore(tiny_copy / "datastore", checksums=True)
+    assert after.rows > before.rows
+    for name in ARRAYS:
+        np.testing.assert_array_equal(np.asarray(after.array(name))[: before.rows], arrays[name])
+    added = {d.id for path in shard_paths(tiny_copy, "added") for d in read_shard(path)}
+    assert added == {d["id"] for shard in range(3, len(after.shards)) for d in after.documents(shard)}
+    assert len(added) == 9
+    rows = after.rows
+    assert append(tiny_copy, str(more)) == {"added": 0, "empty": 1, "duplicate": 11, "rows": rows}
+
+    assert main(command(tiny_copy, "evaluate")) == 2
+    assert "run `resmem index`" in capsys.readouterr().err
+    for stage in ("index", "evaluate"):
+        assert main(command(tiny_copy, stage)) == 0
+    assert read_json(tiny_copy / "results.json")["datastore"]["rows"] == rows
+    assert main(command(tiny_copy, "build")) == 0  # finished
+    assert open_datastore(tiny_copy / "datastore").rows == rows
+    assert verify(tiny_copy) == []
+
+
+def test_what_was_indexed_is_not_indexed_again(tiny_copy, more, monkeypatch):
+    monkeypatch.setattr("beam_pipelines.index.group_shards", lambda rows, most: [(shard, 1) for shard in range(len(rows))])
+    (tiny_copy / "stages/index.json").unlink()
+    assert main(command(tiny_copy, "index")) == 0
+    folders = {shard["folder"] for shard in read_json(tiny_copy / "index/index.json")["shards"]}
+    append(tiny_copy, str(more))
+    assert main(command(tiny_copy, "index")) == 0
+    after = {shard["folder"] for shard in read_json(tiny_copy / "index/index.json")["shards"]}
+    assert len(folders) == 3
+    assert folders < after
+
+
+@pytest.mark.parametrize("moment", ["write_manifest", "encode_units", "describe"])
+def test_a_killed_append_goes_on(tiny_copy, more, monkeypatch, moment):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            append(tiny_copy, str(more))
+    append(tiny_copy, str(more))
+    datastore = open_datastore(tiny_copy / "datastore", checksums=True)
+    assert sum(len(read_shard(path)) for path in shard_paths(tiny_copy, "added")) == 9
+    assert len(datastore.shards) > 3
+    for stage in ("index", "evaluate", "report"):
+        assert main(command(tiny_copy, stage)) == 0
+    assert verify(tiny_copy) == []
+
+
+def test_appending_to_nothing_is_refused(tmp_path, more):
+    with pytest.raises(UserError, match="the stage build has not finished"):
+        append(tmp_path, str(more))

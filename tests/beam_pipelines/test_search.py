@@ -1,0 +1,93 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from beam_pipelines.append import append
+from beam_pipelines.index import build_index
+from beam_pipelines.runner import LOCAL_RUNNER
+from beam_pipelines.search import search
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.search import QUERY_SPLITS, open_queries
+from resmem_lm.storage import read_json
+from tests.tiny import index_memory_gib, write_corpus
+
+
+def arrays(workdir):
+    return {(split, name): np.asarray(array) for split in QUERY_SPLITS for name, array in open_queries(workdir, split)._asdict().items()}
+
+
+def assert_same(found, expected):
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=str(name))
+
+
+@pytest.fixture
+def unsearched(tiny_copy):
+    """A run whose neighbours are not found."""
+    shutil.rmtree(tiny_copy / "neighbors")
+    (tiny_copy / "stages/search.json").unlink()
+    return tiny_copy
+
+
+def reindex(workdir, **settings):
+    (workdir / "stages/index.json").unlink()
+    return build_index(workdir, **settings)
+
+
+@pytest.mark.parametrize("options", ["", f"--runner={LOCAL_RUNNER} --direct_num_workers=1"])
+def test_an_index_in_shards_and_workers_that_take_pairs_find_the_same(tiny_run, unsearched, options):
+    """ScaNN compares everything where rows are so few."""
+    assert len(reindex(unsearched, memory_gib=index_memory_gib(unsearched, 1))["shards"]) > 1
+    found = search(unsearched, neighbors=12, pipeline_options=options)
+    assert_same(arrays(unsearched), arrays(tiny_run))
+    assert found["test"]["recall_at_k"] == 1
+    names = {path.name for path in (unsearched / "neighbors").iterdir() if path.is_dir()}
+    assert names == {
+        shard["folder"] for split in QUERY_SPLITS for shard in read_json(unsearched / "neighbors/neighbors.json")[split]["shards"]
+    }
+
+
+def test_neighbours_are_those_of_exact_search_with_their_tokens(tiny_run, unsearched):
+    reindex(unsearched, kind="exact")
+    search(unsearched, neighbors=12)
+    datastore, expected, found = open_datastore(unsearched / "datastore"), arrays(tiny_run), arrays(unsearched)
+    for split in QUERY_SPLITS:
+        np.testing.assert_allclose(found[split, "distances"], expected[split, "distances"], rtol=1e-3)
+        np.testing.assert_array_equal(datastore.take("tokens", found[split, "rows"]), found[split, "neighbor_tokens"])
+        assert (np.diff(found[split, "distances"], axis=1) >= 0).all()
+
+
+def test_what_a_killed_search_had_published_is_kept(tiny_copy):
+    before = arrays(tiny_copy)
+    facts = read_json(tiny_copy / "neighbors/neighbors.json")
+    (kept,), (lost,) = facts["validation"]["shards"], facts["test"]["shards"]
+    shutil.rmtree(tiny_copy / "neighbors" / lost["folder"])
+    (tiny_copy / "neighbors" / f"{kept['folder'].partition('.')[0]}.0123abcd").mkdir()
+    (tiny_copy / "neighbors/neighbors.json").unlink()
+    (tiny_copy / "stages/search.json").unlink()
+    search(tiny_copy, neighbors=12)
+    assert_same(arrays(tiny_copy), before)
+    after = read_json(tiny_copy / "neighbors/neighbors.json")
+    assert after["validation"] == facts["validation"]
+    assert after["test"]["shards"][0]["folder"] != lost["folder"]
+    assert len([path for path in (tiny_copy / "neighbors").iterdir() if path.is_dir()]) == 2
+
+
+def test_neighbours_among_added_rows_are_found_when_index_and_search_run_again(tiny_copy, tmp_path):
+    before, rows = arrays(tiny_copy), open_datastore(tiny_copy / "datastore").rows
+    write_corpus(tmp_path / "more.jsonl", documents=90)
+    append(tiny_copy, str(tmp_path / "more.jsonl"))
+    with pytest.raises(UserError, match="made from another datastore"):
+        open_queries(tiny_copy, "test")
+    build_index(tiny_copy, **settings_of(tiny_copy, "index"))
+    search(tiny_copy, **settings_of(tiny_copy, "search"))
+    after = arrays(tiny_copy)
+    for split in QUERY_SPLITS:
+        assert (after[split, "rows"] >= rows).any()
+        assert (after[split, "distances"] <= before[split, "distances"]).all()
+
+
+def settings_of(workdir, stage):
+    return read_json(workdir / "stages" / f"{stage}.json")["settings"]

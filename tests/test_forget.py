@@ -1,0 +1,204 @@
+import json
+
+import numpy as np
+import pytest
+
+from resmem_lm import forget as module
+from resmem_lm.datastore import ARRAYS, open_datastore
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.errors import UserError
+from resmem_lm.forget import compact, forget
+from resmem_lm.index import ExactIndex, index_manifest, open_index
+from resmem_lm.main import main
+from resmem_lm.search import open_queries
+from resmem_lm.storage import read_json
+from resmem_lm.verify import verify
+
+
+def ids_of(workdir, shard=1):
+    return [d["id"] for d in open_datastore(workdir / "datastore").documents(shard)]
+
+
+def rows_of(datastore, name):
+    """Global rows of a document."""
+    found = []
+    for shard, offset in zip(range(len(datastore.shards)), datastore.offsets, strict=False):
+        for d in datastore.documents(shard):
+            if d["id"] == name:
+                found += range(offset + d["first_row"], offset + d["first_row"] + d["rows"])
+    return found
+
+
+def evaluate_again(workdir):
+    for command in ("index", "evaluate"):
+        text = read_json(workdir / "stages/documents.json")["settings"]["text"]
+        assert main([command, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["scann", "exact"])
+def test_rows_of_a_forgotten_document_are_never_returned_even_for_its_own_keys(tiny_copy, kind):
+    before = open_datastore(tiny_copy / "datastore")
+    name = ids_of(tiny_copy)[0]
+    gone = rows_of(before, name)
+    index, first = open_index(tiny_copy, before, index_manifest(tiny_copy, before), 0)
+    index = index if kind == "scann" else ExactIndex(before)
+    keys = before.take("keys", np.array(gone)).astype(np.float32)
+    assert np.isin(index.search(keys, 12)[0], gone).any()
+    assert forget(tiny_copy, document=name) == {"documents": 1, "rows": len(gone)}
+
+    datastore = open_datastore(tiny_copy / "datastore")
+    index = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)[0] if kind == "scann" else ExactIndex(datastore)
+    rows, distances = index.search(keys, 12)
+    assert first == 0
+    assert not np.isin(rows, gone).any()
+    assert (rows >= 0).all()
+    assert np.isfinite(distances).all()
+    assert datastore.remembered_rows == before.rows - len(gone)
+
+
+def test_more_can_be_forgotten_than_scann_proposes_and_k_neighbours_are_still_found(tiny_copy):
+    for name in ids_of(tiny_copy, 0) + ids_of(tiny_copy, 1) + ids_of(tiny_copy, 2)[3:]:
+        forget(tiny_copy, document=name)
+    datastore = open_datastore(tiny_copy / "datastore")
+    index, _ = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)
+    keys = datastore.take("keys", np.arange(50)).astype(np.float32)
+    found, _ = index.search(keys, 12)
+    assert (found >= 0).all()
+    assert not datastore.is_forgotten(found).any()
+
+
+def test_nothing_that_shows_a_forgotten_document_stays(tiny_copy):
+    name = ids_of(tiny_copy)[0]
+    forget(tiny_copy, document=name)
+    assert not any((tiny_copy / place).exists() for place in ("neighbors", "results.json", "report.html", "stages/search.json"))
+    assert name not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+    assert verify(tiny_copy) == []
+    evaluate_again(tiny_copy)
+    datastore = open_datastore(tiny_copy / "datastore")
+    for split in ("validation", "test"):
+        assert not datastore.is_forgotten(np.asarray(open_queries(tiny_copy, split).rows)).any()
+    assert read_json(tiny_copy / "results.json")["datastore"]["rows"] == datastore.remembered_rows
+    assert verify(tiny_copy) == []
+
+
+def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_were(tiny_copy):
+    before = open_datastore(tiny_copy / "datastore")
+    name = ids_of(tiny_copy)[1]
+    kept = np.setdiff1d(np.arange(before.rows), rows_of(before, name))
+    arrays = {array: before.take(array, kept) for array in ARRAYS}
+    untouched = before.shards[0]["folder"]
+    forget(tiny_copy, document=name)
+    evaluate_again(tiny_copy)
+    wanted = read_json(tiny_copy / "results.json")
+    assert compact(tiny_copy) == {"shards": 1, "rows_before": before.rows, "rows": len(kept)}
+    after = open_datastore(tiny_copy / "datastore", checksums=True)
+    assert after.rows == after.remembered_rows == len(kept)
+    for array in ARRAYS:
+        np.testing.assert_array_equal(np.asarray(after.array(array)), arrays[array])
+    assert after.shards[0]["folder"] == untouched
+    assert name not in [d["id"] for shard in range(3) for d in after.documents(shard)]
+    assert len(list((tiny_copy / "datastore").glob("shard-*.????????"))) == 3
+    evaluate_again(tiny_copy)
+    assert read_json(tiny_copy / "results.json")["splits"] == wanted["splits"]
+    assert verify(tiny_copy) == []
+    assert compact(tiny_copy)["shards"] == 0  # nothing more to do
+    assert (tiny_copy / "results.json").exists()
+
+
+def test_a_shard_all_of_whose_documents_are_forgotten_compacts_to_nothing(tiny_copy):
+    for name in ids_of(tiny_copy, 0):
+        forget(tiny_copy, document=name)
+    compact(tiny_copy)
+    datastore = open_datastore(tiny_copy / "datastore", checksums=True)
+    assert datastore.shards[0]["rows"] == 0
+    assert len(np.asarray(datastore.array("keys"))) == datastore.rows
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+def test_a_source_is_a_file_or_a_folder_and_not_what_only_begins_alike(tiny_copy):
+    name = ids_of(tiny_copy)[0]
+    source = name.partition("#")[0]
+    for other in (source[:-1], source + "x", source.rpartition(".")[0]):
+        with pytest.raises(UserError, match="has no source"):
+            forget(tiny_copy, source=other)
+    rows = open_datastore(tiny_copy / "datastore").rows
+    assert forget(tiny_copy, source=source.rpartition("/")[0])["rows"] == rows
+    assert open_datastore(tiny_copy / "datastore").remembered_rows == 0
+
+
+@pytest.mark.parametrize("moment", ["write_json", "_remove_text", "renew_build"])
+def test_killed_at_any_moment_and_run_again_it_is_forgotten(tiny_copy, monkeypatch, moment):
+    name = ids_of(tiny_copy)[0]
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if moment != "write_json" or len(calls) == 2:  # between a shard's record and the manifest
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = getattr(module, moment)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            forget(tiny_copy, document=name)
+    assert not (tiny_copy / "neighbors").exists()
+    forget(tiny_copy, document=name)
+    datastore = open_datastore(tiny_copy / "datastore")
+    assert datastore.is_forgotten(np.array(rows_of(datastore, name))).all()
+    assert verify(tiny_copy) == []
+
+
+def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
+    names = [ids_of(tiny_copy, shard)[0] for shard in range(3)]
+    for name in names:
+        forget(tiny_copy, document=name)
+    remembered = open_datastore(tiny_copy / "datastore").remembered_rows
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = module._without_forgotten
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_without_forgotten", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compact(tiny_copy)
+    assert open_datastore(tiny_copy / "datastore").remembered_rows == remembered
+    assert compact(tiny_copy)["shards"] == 1
+    assert open_datastore(tiny_copy / "datastore", checksums=True).rows == remembered
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["forget", "--document=nobody"], "datastore has no document 'nobody'"),
+        (["forget", "--source=nowhere"], "datastore has no source 'nowhere'"),
+        (["forget"], "give either --document=ID or --source=..."),
+        (["forget", "--document=a", "--source=b"], "give either --document=ID or --source=..."),
+    ],
+)
+def test_what_cannot_be_forgotten_is_one_line_and_nothing_is_lost(tiny_copy, capsys, command, said):
+    assert main([*command, f"--workdir={tiny_copy}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("resmem: ")
+    assert said in error
+    assert (tiny_copy / "results.json").exists()
+
+
+def test_without_a_datastore_it_is_told(tmp_path, capsys):
+    for command in (["forget", "--document=a"], ["compact"]):
+        assert main([*command, f"--workdir={tmp_path}"]) == 2
+        assert "the stage build has not finished" in capsys.readouterr().err
+
+
+def test_documents_of_the_splits_that_are_not_in_the_datastore_are_unknown(tiny_copy):
+    held_out = json.loads(shard_paths(tiny_copy, "test")[0].read_text().splitlines()[0])["id"]
+    with pytest.raises(UserError, match="validation and test are not in it"):
+        forget(tiny_copy, document=held_out)

@@ -1,0 +1,137 @@
+"""The whole pipeline in object storage, which has no rename: an S3 server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from resmem_lm import lock
+from resmem_lm.errors import UserError
+from resmem_lm.lock import locked
+from resmem_lm.main import main
+from resmem_lm.storage import files_below, local_path, read_json, to_path, write_json
+from resmem_lm.verify import verify
+from tests.tiny import arguments
+
+pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'resmem_lm[s3]'")
+moto_server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'resmem_lm[test]'")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of botocore and of the server
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of an empty bucket; processes started from here find it too."""
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        to_path("s3://bucket").fs.mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+def test_a_run_in_object_storage_is_that_on_a_disk(bucket, tiny_run):
+    workdir = to_path(f"{bucket}/run")
+    command = arguments(tiny_run.parent, workdir)
+    assert main(["run", *command]) == 0
+    ours, theirs = (read_json(w / "results.json") for w in (workdir, tiny_run))
+    for name in ("splits", "curves", "examples", "datastore"):
+        assert ours[name] == theirs[name]
+    assert verify(workdir) == []
+    before = {str(f): f.stat().st_mtime for f in files_below(workdir) if f.name not in ("config.gin", "config.json")}
+    assert main(["run", *command]) == 0  # nothing is done again
+    assert {str(f): f.stat().st_mtime for f in files_below(workdir) if f.name not in ("config.gin", "config.json")} == before
+
+    more = [{"text": f"Something new, number {n}, about a {word} that nobody had written."} for n, word in enumerate(("fox", "hen", "owl"))]
+    (tiny_run.parent / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
+    rows = read_json(workdir / "datastore/manifest.json")["rows"]
+    assert main(["build", *command, f"--append={tiny_run.parent / 'more.jsonl'}"]) == 0
+    assert read_json(workdir / "datastore/manifest.json")["rows"] > rows
+    assert main(["forget", f"--workdir={workdir}", f"--source={tiny_run.parent / 'more.jsonl'}"]) == 0
+    assert main(["compact", f"--workdir={workdir}"]) == 0
+    assert read_json(workdir / "datastore/manifest.json")["rows"] == rows
+    for stage in ("index", "evaluate", "report"):
+        assert main([stage, *command]) == 0
+    assert read_json(workdir / "results.json")["splits"] == theirs["splits"]
+    assert verify(workdir) == []
+
+
+def test_a_killed_command_goes_on_in_object_storage(bucket, tiny_run):
+    workdir = to_path(f"{bucket}/killed")
+    command = arguments(tiny_run.parent, workdir)
+    process = subprocess.Popen([sys.executable, "-m", "resmem_lm", "run", *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (workdir / "stages/build.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert (workdir / ".lock").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "HEARTBEAT", 0.2)  # nobody renews it
+        assert main(["run", *command]) == 0
+    assert read_json(workdir / "results.json")["splits"] == read_json(tiny_run / "results.json")["splits"]
+    assert verify(workdir) == []
+
+
+def test_a_lease_that_is_renewed_refuses_others(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
+    workdir = to_path(f"{bucket}/leased")
+    code = f"""
+import time
+from resmem_lm import lock
+from resmem_lm.storage import to_path
+lock.HEARTBEAT = 0.1
+with lock.locked(to_path("{workdir}")):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is being written by another command"), locked(workdir):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with locked(workdir):
+        assert (workdir / ".lock").exists()
+    assert not (workdir / ".lock").exists()
+
+
+def test_a_copy_is_made_once_and_again_when_the_object_has_changed(bucket):
+    path = to_path(f"{bucket}/copy/value.json")
+    write_json(path, {"a": 1})
+    first = local_path(path)
+    stamp = first.stat().st_mtime_ns
+    assert local_path(path) == first
+    assert first.stat().st_mtime_ns == stamp
+    write_json(path, {"a": 2})
+    assert read_json(local_path(path)) == {"a": 2}
+
+
+def test_unknown_storage_is_told():
+    with pytest.raises(UserError, match="nowhere://bucket"):
+        to_path("nowhere://bucket/run")
+
+
+def test_text_may_lie_there_too(bucket, tmp_path):
+    folder = to_path(f"{bucket}/texts")
+    for number in range(4):
+        (folder / f"{number}.txt").write_bytes(f"Text number {number} of the bucket, which is like no other.".encode())
+    from resmem_lm.documents import read_documents
+
+    found = list(read_documents(f"{bucket}/texts/*.txt", duplicate_threshold=0.7))
+    assert [document.id for document in found] == [f"{bucket}/texts/{number}.txt" for number in range(4)]
+    assert list(read_documents(f"{bucket}/texts", duplicate_threshold=0.7)) == found
+    assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1")
