@@ -1,11 +1,10 @@
 """Queries and index -> neighbours, as three Beam pipelines with files between them.
 
-Encode each shard of the queries' documents; look each up in each shard of the index; merge what the shards of the index found. An
-index shard is loaded once for as many query shards as possible, and a process holds one at a time.
+Encode each shard of the queries' documents; look each up in each group of shards of the index; merge what the groups found. A process
+holds one shard of the index at a time.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,13 +24,15 @@ from resmem_lm.encode import query_head
 from resmem_lm.errors import UserError
 from resmem_lm.index import ExactIndex, Index, index_manifest, merge_nearest, open_index
 from resmem_lm.published import Record, folder_of, publish, record_of, remove_orphans
-from resmem_lm.search import QUERY_SPLITS, common, describe_queries, load_array
-from resmem_lm.storage import AnyPath, read_json, remove, sha256, to_path, write_json
+from resmem_lm.search import QUERY_SPLITS, common, describe_queries
+from resmem_lm.sharded import load_array
+from resmem_lm.storage import AnyPath, drop_copy, read_json, remove, sha256, to_path, write_json
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.workdir import disk_errors, stage
 
 ENCODED, PARTS = "queries", "parts"  # folders of what is kept only until all is merged
 SEARCH_BLOCK = 4096
+GROUPS = 16  # of shards of the index: each keeps k neighbours of every query in files until all are merged
 
 Found = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
 
@@ -46,9 +47,10 @@ class QueryShard(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """Query shards, and the shard of the index in which they are looked up."""
+    """Query shards, and consecutive shards of the index in which they are looked up."""
 
-    index_shard: int
+    group: int
+    index_shards: tuple[int, ...]
     queries: tuple[QueryShard, ...]
 
 
@@ -80,10 +82,9 @@ class Settings:
         """What a shard's encoded queries are made from."""
         return {name: self.datastore[name] for name in ("model", "vocabulary", "window")}
 
-    def found_from(self, query: QueryShard, index_shard: int) -> Record:
-        """What a shard's neighbours in one shard of the index are made from."""
-        index = self.index["shards"][index_shard]["folder"]
-        return {"datastore": self.checksum, "index": index, **self.merged_from(query)}
+    def found_from(self, query: QueryShard, index_shards: tuple[int, ...]) -> Record:
+        """What a shard's neighbours in some shards of the index are made from."""
+        return {"index": [self.index["shards"][shard]["folder"] for shard in index_shards], **self.merged_from(query)}
 
     def merged_from(self, query: QueryShard) -> Record:
         """What a shard's neighbours are made from."""
@@ -96,9 +97,16 @@ class Settings:
             "tokens": [query.first, query.tokens, query.split_tokens],
         }
 
-    def part_name(self, query: QueryShard, index_shard: int) -> str:
-        """Of a query shard's neighbours in one shard of the index."""
-        return f"{query.name}.{self.index['shards'][index_shard]['folder'].partition('.')[0]}"
+    def groups(self) -> list[tuple[int, ...]]:
+        """The shards of the index, in groups that are each searched as one piece of work."""
+        shards = len(self.index["shards"])
+        count = min(shards, GROUPS)
+        return [tuple(range(group * shards // count, (group + 1) * shards // count)) for group in range(count)]
+
+
+def part_name(query: QueryShard, group: int) -> str:
+    """Of a query shard's neighbours in one group of the shards of the index."""
+    return f"{query.name}.group-{group:02d}"
 
 
 class EncodeQueries(beam.DoFn):
@@ -139,15 +147,20 @@ class _OpenIndex(OneAtATime):
     def get(self, settings: Settings, number: int) -> tuple[Index, int]:
         """A shard of the index and its first row; call it with `lock` held."""
         if self._number != number or self._index is None:
-            self._index = None  # before the next is loaded
             neighbors, datastore = settings.open()
+            if self._index is not None:  # its memory and its copies, before the next is loaded
+                part, record = self._index[0].datastore, settings.index["shards"][self._number or 0]
+                self._index = None
+                drop_copy(folder_of(neighbors.parent / "index", record))
+                for shard in part.shards:
+                    drop_copy(folder_of(datastore.folder, shard) / "keys.npy")
             self._index, self._number = open_index(neighbors.parent, datastore, settings.index, number), number
             self._index[0].datastore.check_arrays("keys")
         return self._index
 
 
 class SearchShard(beam.DoFn):
-    """Looks query shards up in a shard of the index, and publishes the neighbours found there."""
+    """Looks query shards up in some shards of the index, one after another, and publishes the nearest of all."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -161,14 +174,16 @@ class SearchShard(beam.DoFn):
         """The published names."""
         neighbors, _ = self.settings.open()
         for query in unit.queries:
-            name, made_from = self.settings.part_name(query, unit.index_shard), self.settings.found_from(query, unit.index_shard)
+            name, made_from = part_name(query, unit.group), self.settings.found_from(query, unit.index_shards)
             with self._open.lock:
                 if not record_of(neighbors / PARTS, name, made_from):
-                    index, first_row = self._open.get(self.settings, unit.index_shard)
                     keys = _arrays(neighbors / ENCODED, query.name, "keys")[0]
-                    found = _search(index, keys, self.settings.neighbors, first_row)
                     sample = keys[self.settings.sample(query)]
-                    exact = _search(ExactIndex(index.datastore), sample, self.settings.neighbors, first_row)
+                    found, exact = (_nothing(len(queries), self.settings.neighbors) for queries in (keys, sample))
+                    for shard in unit.index_shards:
+                        index, first_row = self._open.get(self.settings, shard)
+                        _search(index, keys, first_row, found)
+                        _search(ExactIndex(index.datastore), sample, first_row, exact)
                     with disk_errors(neighbors), publish(neighbors / PARTS, name, made_from) as attempt:
                         for array, content in zip(("rows", "distances", "exact_rows", "exact_distances"), (*found, *exact), strict=True):
                             np.save(attempt.folder / f"{array}.npy", content)
@@ -181,12 +196,17 @@ def _arrays(parent: AnyPath, name: str, *arrays: str) -> list[np.ndarray]:
     return [load_array(folder / f"{array}.npy") for array in arrays]
 
 
-def _search(index: Index, keys: Float[np.ndarray, "queries emb"], k: int, first_row: int) -> Found:
-    rows, distances = np.full((len(keys), k), -1, np.int64), np.full((len(keys), k), np.inf, np.float32)
+def _nothing(queries: int, k: int) -> Found:
+    return np.full((queries, k), -1, np.int64), np.full((queries, k), np.inf, np.float32)
+
+
+def _search(index: Index, keys: Float[np.ndarray, "queries emb"], first_row: int, found: Found) -> None:
+    """Puts what a shard of the index finds among what was found before."""
     for start in range(0, len(keys), SEARCH_BLOCK):
         some = slice(start, start + SEARCH_BLOCK)
-        rows[some], distances[some] = index.search(keys[some], k)
-    return np.where(rows < 0, -1, rows + first_row), distances
+        before, k = (found[0][some], found[1][some]), found[0].shape[1]
+        rows, distances = index.search(keys[some], k)
+        found[0][some], found[1][some] = merge_nearest([before, (np.where(rows < 0, -1, rows + first_row), distances)], k)
 
 
 class MergeNeighbors(beam.DoFn):
@@ -207,7 +227,7 @@ class MergeNeighbors(beam.DoFn):
         settings, (neighbors, datastore) = self.settings, self.settings.open()
         made_from = settings.merged_from(query)
         if not record_of(neighbors, query.name, made_from):
-            names = [settings.part_name(query, shard) for shard in range(len(settings.index["shards"]))]
+            names = [part_name(query, group) for group in range(len(settings.groups()))]
             rows, distances = _merged(neighbors, names, "rows", "distances", settings.neighbors)
             exact, _ = _merged(neighbors, names, "exact_rows", "exact_distances", settings.neighbors)
             tokens, hidden, lengths = _arrays(neighbors / ENCODED, query.name, "tokens", "hidden", "document_lengths")
@@ -235,9 +255,12 @@ class MergeNeighbors(beam.DoFn):
 
 
 def _merged(neighbors: AnyPath, names: list[str], rows: str, distances: str, k: int) -> Found:
-    """One after another, because all of them may be more than the memory holds."""
-    parts = ((found[0], found[1]) for found in (_arrays(neighbors / PARTS, name, rows, distances) for name in names))
-    return functools.reduce(lambda a, b: merge_nearest([a, b], k), parts)
+    parts = [_arrays(neighbors / PARTS, name, rows, distances) for name in names]
+    merged = _nothing(len(parts[0][0]), k)
+    for start in range(0, len(merged[0]), SEARCH_BLOCK):
+        some = slice(start, start + SEARCH_BLOCK)
+        merged[0][some], merged[1][some] = merge_nearest([(part[0][some], part[1][some]) for part in parts], k)
+    return merged
 
 
 @stage(name="search", after=("build", "index"), output="neighbors", extend=True, free=("pipeline_options",))
@@ -280,11 +303,11 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
 
     queries = [query for split in QUERY_SPLITS for query in _query_shards(folder / ENCODED, names[split])]
     merged = [query for query in queries if not record_of(folder, query.name, settings.merged_from(query))]
-    shards = range(len(settings.index["shards"]))
-    # In one process, each shard of the index once; on many workers, each pair is work of its own.
-    groups = [(query,) for query in merged] if pipeline_options else [tuple(merged)]
-    lookups = [Lookup(shard, group) for shard in shards for group in groups if group]
-    parts = [settings.part_name(query, shard) for shard in shards for query in merged]
+    groups = list(enumerate(settings.groups()))
+    # In one process, an index is loaded once for all queries where it can be; on many workers, each pair is work of its own.
+    together = [(query,) for query in merged] if pipeline_options else [tuple(merged)]
+    lookups = [Lookup(group, shards, some) for group, shards in groups for some in together if some]
+    parts = [part_name(query, group) for group, _ in groups for query in merged]
     run_units("Search", lookups, SearchShard(settings), pipeline_options, published=folder / PARTS, names=parts)
     run_units("Merge", merged, MergeNeighbors(settings), pipeline_options, published=folder, names=every)
 

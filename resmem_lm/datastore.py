@@ -22,8 +22,8 @@ from jaxtyping import Bool, Int, Shaped
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
 from resmem_lm.published import Record, damaged_files, folder_of
-from resmem_lm.sharded import ShardedArray
-from resmem_lm.storage import AnyPath, local_path, read_json
+from resmem_lm.sharded import ShardedArray, load_array
+from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.windows import WindowSpec
 
 FORMAT = "resmem-datastore-2"
@@ -118,8 +118,8 @@ class Datastore:
         """One array over all shards."""
 
         def load(shard: Record) -> np.ndarray:
-            path = local_path(folder_of(self.folder, shard) / f"{name}.npy")
-            array: np.ndarray = np.load(path, mmap_mode="r" if shard["rows"] else None, allow_pickle=False)
+            path = folder_of(self.folder, shard) / f"{name}.npy"
+            array = load_array(path)
             if len(array) != shard["rows"]:
                 raise UserError(f"{path} has {len(array)} rows, its manifest says {shard['rows']}; {mend(self.folder, shard)}")
             return array

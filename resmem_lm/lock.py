@@ -57,16 +57,29 @@ def _lease(workdir: UPath) -> Iterator[None]:
     """Object storage has no locks: an object that its holder renews. One that nobody renews is taken over."""
     path, me = workdir / ".lock", f"{socket.gethostname()} {os.getpid()} {os.urandom(4).hex()}"
     write = functools.partial(path.fs.pipe_file, path.path)
-    if path.exists():
-        before = path.read_bytes()
+
+    def holder() -> str:
+        try:
+            return path.read_bytes().decode()
+        except FileNotFoundError:
+            return ""
+
+    def is_mine() -> bool:
+        return holder().startswith(f"{me} ")
+
+    before = holder()
+    if before:
         time.sleep(3 * HEARTBEAT)
-        if path.exists() and (now := path.read_bytes()) != before:
-            raise _refusal(workdir, f" ({now.decode().rpartition(' ')[0]})")
-        path.unlink(missing_ok=True)
-    try:
-        write(f"{me} 0".encode(), mode="create")
-    except FileExistsError:
-        raise _refusal(workdir, "") from None
+        now = holder()
+        if now and now != before:
+            raise _refusal(workdir, f" ({' '.join(now.split()[:2])})")
+        write(f"{me} 0".encode())
+        time.sleep(HEARTBEAT)  # of several that take over, the last to write stays
+    else:
+        with contextlib.suppress(FileExistsError):
+            write(f"{me} 0".encode(), mode="create")
+    if not is_mine():
+        raise _refusal(workdir, "")
     over = threading.Event()
 
     def renew() -> None:
@@ -74,6 +87,8 @@ def _lease(workdir: UPath) -> Iterator[None]:
         while not over.wait(HEARTBEAT):
             beat += 1
             with contextlib.suppress(OSError):
+                if not is_mine():  # this process was silent for too long, and another took over
+                    return
                 write(f"{me} {beat}".encode())
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -83,4 +98,5 @@ def _lease(workdir: UPath) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        if is_mine():
+            path.unlink(missing_ok=True)

@@ -257,6 +257,7 @@ def _memory(settings: Settings, counts: Counts, index_rows: list[int], costs: Co
     """Bytes that each stage holds: of the process with its programs, and of what grows. Files that are mapped are not among them."""
     model, k = model_of(settings), settings["search"]["neighbors"]
     most, largest = max(index_rows), max(split.tokens for split in counts.queries.values())
+    query_shard = largest * len(counts.queries) // counts.query_shards
     documents = max(split.documents for split in counts.queries.values())
     each = sum(query_bytes(model, k, len(settings["build_datastore"]["temperatures"])).values())
     scann = settings["build_index"]["kind"] == "scann"
@@ -264,8 +265,8 @@ def _memory(settings: Settings, counts: Counts, index_rows: list[int], costs: Co
         "train": 24 * counts.train_tokens,  # lists of tokens, then rows of tokens and of segments
         "build": 2 * 16 * max(shard.tokens for shard in counts.shards),  # two shards at a time, text and tokens
         "index": index_memory(most, model.emb_dim, settings["build_index"]["training_rows"]) if scann else 0,
-        # Keys and hidden states in float32, what is written, in parts and then together; and the index.
-        "search": largest * (8 * model.emb_dim + 2 * each) + (index_bytes(most, model.emb_dim) if scann else 0),
+        # What is written, in parts and then together; and the index.
+        "search": 2 * query_shard * each + (index_bytes(most, model.emb_dim) if scann else 0),
         "evaluate": largest * 5 * METHODS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
     if "train" not in settings:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Int, Integer
 
 from resmem_lm.candidates import choose_candidates
 from resmem_lm.checkpoint import Model
@@ -18,8 +18,8 @@ from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.encode import TOKENS, log_partition
 from resmem_lm.errors import UserError
 from resmem_lm.published import damaged_files, folder_of
-from resmem_lm.sharded import ShardedArray
-from resmem_lm.storage import AnyPath, local_path, read_json, sha256
+from resmem_lm.sharded import ShardedArray, load_array
+from resmem_lm.storage import AnyPath, read_json, sha256
 
 QUERY_SPLITS = ("validation", "test")
 BASE_CANDIDATES = 32
@@ -56,16 +56,6 @@ def open_queries(workdir: AnyPath, split: str) -> Queries:
 
     arrays: dict[str, Any] = {name: array(name) for name in Queries._fields}
     return Queries(**arrays | {name: np.asarray(arrays[name]) for name in ("tokens", "document_lengths")})
-
-
-def load_array(path: AnyPath) -> Shaped[np.ndarray, "_ ..."]:
-    """A .npy file, mapped where it can be."""
-    here = local_path(path)
-    try:
-        loaded: np.ndarray = np.load(here, mmap_mode="r", allow_pickle=False)
-    except ValueError:  # an array without rows cannot be mapped
-        loaded = np.load(here, allow_pickle=False)
-    return loaded
 
 
 def query_documents(workdir: AnyPath, split: str) -> list[Document]:

@@ -1,7 +1,25 @@
 """Row-aligned arrays that lie in several files, as one."""
 
+import threading
+
 import numpy as np
 from jaxtyping import Int, Shaped
+
+from resmem_lm.storage import AnyPath, local_path
+
+# NumPy parses the header with ast, in which threads of Python 3.11 disturb each other ("AST constructor recursion depth mismatch").
+_parsing = threading.Lock()
+
+
+def load_array(path: AnyPath) -> Shaped[np.ndarray, "_ ..."]:
+    """A .npy file, mapped where it can be."""
+    here = local_path(path)
+    with _parsing:
+        try:
+            loaded: np.ndarray = np.load(here, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # an array without rows cannot be mapped
+            loaded = np.load(here, allow_pickle=False)
+    return loaded
 
 
 class ShardedArray:

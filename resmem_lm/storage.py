@@ -151,12 +151,22 @@ def local_path(path: AnyPath) -> Path:
     if isinstance(path, Path):
         return path
     files = [] if path.is_file() else files_below(path)
-    place = Path(_scratch().name, hashlib.sha256(str(path).encode()).hexdigest()[:16])
+    place = _place(path)
     if not files:
         return _copy(path, place / path.name)
     for file in files:
         _copy(file, place / inside(file, path))
     return place
+
+
+def _place(path: AnyPath) -> Path:
+    return Path(_scratch().name, hashlib.sha256(str(path).encode()).hexdigest()[:16])
+
+
+def drop_copy(path: AnyPath) -> None:
+    """Gives back the disk space of a copy that `local_path` made."""
+    if not isinstance(path, Path):
+        shutil.rmtree(_place(path), ignore_errors=True)
 
 
 def _copy(file: AnyPath, here: Path) -> Path:

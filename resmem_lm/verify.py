@@ -12,7 +12,8 @@ from resmem_lm.errors import UserError
 from resmem_lm.index import index_manifest
 from resmem_lm.progress import progress
 from resmem_lm.published import Record, damaged_files
-from resmem_lm.search import QUERY_SPLITS, load_array
+from resmem_lm.search import QUERY_SPLITS
+from resmem_lm.sharded import load_array
 from resmem_lm.storage import AnyPath, children, files_below, inside, read_json, sha256
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.errors import UserError
-from resmem_lm.storage import AnyPath, sha256, to_path, write_bytes
+from resmem_lm.storage import AnyPath, local_path, sha256, to_path, write_bytes
 from resmem_lm.workdir import Record, stage
 
 # Longer lines are passed over by the trainer (its limit is 4,192 bytes).
@@ -22,7 +22,7 @@ class Vocabulary:
 
     def __init__(self, path: AnyPath) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(local_path(path)))
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} is no SentencePiece model ({error}): give a .model file, or None to train one") from None
         self.sha256 = sha256(path)

@@ -1,0 +1,19 @@
+# Workers of the Beam pipelines with an NVIDIA GPU: jax brings CUDA in wheels, the host brings the driver.
+#
+#     docker build -t IMAGE . && docker push IMAGE
+#
+# For workers without a GPU: --build-arg JAX=jax. Beam's version must be that of the machine that launches the pipeline.
+ARG BEAM=2.77.0
+FROM apache/beam_python3.11_sdk:${BEAM} AS beam
+
+FROM python:3.11-slim
+ARG JAX=jax[cuda13]
+COPY requirements/core.txt /tmp/core.txt
+RUN pip install --no-cache-dir -r /tmp/core.txt \
+    && pip install --no-cache-dir "${JAX}==$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' /tmp/core.txt)" "apache-beam[gcp]" gcsfs s3fs -c /tmp/core.txt
+COPY . /src
+RUN pip install --no-cache-dir --no-deps /src
+# A process each for build, index and search: the memory is not JAX's alone.
+ENV XLA_PYTHON_CLIENT_PREALLOCATE=false
+COPY --from=beam /opt/apache/beam /opt/apache/beam
+ENTRYPOINT ["/opt/apache/beam/boot"]
