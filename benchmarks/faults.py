@@ -88,17 +88,38 @@ def running(workdir: Path) -> str:
     return next((name for name, record in records.items() if not record["finished"]), "between stages")
 
 
-def kills(
-    experiment: Experiment, wanted: dict[str, str], seconds: list[float], count: int, rng: random.Random, prepared: Path | None
-) -> None:
-    """Kills the process group of a command at moments spread over all of the commands, and goes on with it."""
-    where: Counter[str] = Counter()
-    bad = []
+Kill = tuple[int, str, float]  # number of the command, the stage in which to kill it (or none), and seconds from its beginning
+
+
+def kills_in_stages(reference: Path, count: int, rng: random.Random) -> list[Kill]:
+    """As many in each stage of `resmem run`, at random moments of it."""
+    stages = ("train", "build", "index", "search", "evaluate")
+    seconds = {stage: read_json(reference / "stages" / f"{stage}.json")["seconds"] for stage in stages}
+    return [(0, stage, rng.random() * seconds[stage]) for stage in (stages[trial % len(stages)] for trial in range(count))]
+
+
+def kills_in_commands(seconds: list[float], count: int, rng: random.Random) -> list[Kill]:
+    """Spread over the time of all commands."""
+    found = []
     for trial in range(count):
-        moment = (trial + rng.random()) / count * sum(seconds)
-        number = 0
+        moment, number = (trial + rng.random()) / count * sum(seconds), 0
         while moment > seconds[number]:
             moment, number = moment - seconds[number], number + 1
+        found.append((number, "", moment))
+    return found
+
+
+def begun(workdir: Path, stage: str) -> bool:
+    """Whether a stage has begun."""
+    path = workdir / "stages" / f"{stage}.json"
+    return not stage or path.exists()
+
+
+def kills(experiment: Experiment, wanted: dict[str, str], moments: list[Kill], prepared: Path | None) -> None:
+    """Kills the process group of a command at each of some moments, and goes on with the same command."""
+    where: Counter[str] = Counter()
+    bad = []
+    for trial, (number, stage, moment) in enumerate(moments):
         workdir = experiment.folder / "killed"
         shutil.rmtree(workdir, ignore_errors=True)
         if prepared:
@@ -106,19 +127,21 @@ def kills(
         for before in range(number):
             experiment.start(before, workdir).wait()
         process = experiment.start(number, workdir)
+        while not begun(workdir, stage) and process.poll() is None:
+            time.sleep(0.002)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        ended = process.wait()
-        stage = running(workdir) if ended == -signal.SIGKILL else "after the end"
-        where[f"{experiment.commands[number][0]}: {stage}"] += 1
+        hit = running(workdir) if process.wait() == -signal.SIGKILL else "after the end"
+        where[f"{experiment.commands[number][0]}: {hit}"] += 1
         experiment.finish(workdir, number)
         wrong = differences(workdir, wanted)
         if wrong:
-            bad.append(f"{stage} after {moment:.2f} s: {'; '.join(wrong)}")
-        print(f"kill {trial + 1} of {count}, {stage}: {'; '.join(wrong) or 'same'}", file=sys.stderr, flush=True)
-    print(f"{count} SIGKILLs in {', '.join(command[0] for command in experiment.commands)}: {count - len(bad)} ended the same")
-    print("  where: " + ", ".join(f"{stage} {n}" for stage, n in sorted(where.items())))
+            bad.append(f"{hit} after {moment:.2f} s: {'; '.join(wrong)}")
+        print(f"kill {trial + 1} of {len(moments)}, {hit}: {'; '.join(wrong) or 'same'}", file=sys.stderr, flush=True)
+    commands = ", ".join(command[0] for command in experiment.commands)
+    print(f"{len(moments)} SIGKILLs in {commands}: {len(moments) - len(bad)} ended the same")
+    print("  where: " + ", ".join(f"{stage} {n}" for stage, n in sorted(where.items())), flush=True)
     for line in bad:
         print(f"  NOT the same: {line}")
 
@@ -206,12 +229,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="resmem-faults-") as name:
         folder = Path(name)
         experiment, reference = Experiment(folder, [["run"]]), folder / "reference"
-        begin = time.monotonic()
         experiment.finish(reference)
-        seconds = time.monotonic() - begin
         wanted = outcome(reference)
         changed_bytes(reference, options.bytes, rng)
-        kills(experiment, wanted, [seconds], options.kills, rng, None)
+        kills(experiment, wanted, kills_in_stages(reference, options.kills, rng), None)
         lost_dask_worker(experiment, wanted)
         full_disk(experiment, wanted, [200, 400, 800, 1200, 1600])
 
@@ -226,7 +247,7 @@ def main() -> None:
             begin = time.monotonic()
             assert keeping.start(number, folder / "kept").wait() == 0
             times.append(time.monotonic() - begin)
-        kills(keeping, outcome(folder / "kept"), times, max(1, options.kills // 3), rng, reference)
+        kills(keeping, outcome(folder / "kept"), kills_in_commands(times, max(1, options.kills // 3), rng), reference)
 
 
 if __name__ == "__main__":

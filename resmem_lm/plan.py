@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import gin
 
 from beam_pipelines.index import PROCESS_BYTES
+from beam_pipelines.search import GROUPS
 from resmem_lm import docstrings
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.errors import UserError
@@ -25,6 +26,7 @@ from resmem_lm.sizes import (
     count,
     model_of,
     query_bytes,
+    searching_bytes,
     sizes,
 )
 from resmem_lm.storage import AnyPath, local_path, read_json
@@ -57,6 +59,7 @@ class Plan(NamedTuple):
     counts: Counts
     counted: bool  # or assumed
     bytes: dict[str, int]
+    searching_bytes: int  # besides, until the search has finished
     stages: dict[str, Stage]
     index_rows: list[int]  # of each shard of the index
     rates: dict[str, Rate]
@@ -146,7 +149,7 @@ def plan(
         name: Stage(seconds, seconds * math.ceil(parts / workers) / parts if parts > 1 else None, memories.get(name))
         for name, (seconds, parts) in times.items()
     }
-    made = Plan(counts, counted, files, stages, index_rows, rates)
+    made = Plan(counts, counted, files, searching_bytes(settings, counts, len(index_rows)), stages, index_rows, rates)
     print(describe(made, workers=int(workers), memory=memory))
     return made
 
@@ -239,7 +242,7 @@ def _times(
     encoded = cost("query_tokens_per_second", costs.queries).seconds(sum(split.window_tokens for split in counts.queries.values()))
     found = cost("queries_per_second", Cost(0.0, looked_up / shards)).seconds(queries) * shards
     recalled = sum(min(search["recall_queries"], split.tokens) for split in counts.queries.values()) if index["kind"] == "scann" else 0
-    times["search"] = encoded + found + checksums + recalled * counts.rows * costs.exact, shards
+    times["search"] = encoded + found + checksums + recalled * counts.rows * costs.exact, min(shards, GROUPS) * counts.query_shards
 
     if given["evaluated_queries_per_second"] is None:
         assert costs.validation is not None
@@ -299,6 +302,7 @@ def describe(made: Plan, *, workers: int, memory: int) -> str:
         ),
         "",
         f"index: {index}",
+        f"searching: {size_text(made.searching_bytes)} more, until it has finished",
         "",
         *_table(
             ["rate", "per second", "from"],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from beam_pipelines.datastore import COUNTERS
+from beam_pipelines.search import GROUPS
 from resmem_lm.candidates import choose_candidates
 from resmem_lm.checkpoint import Model, save_config
 from resmem_lm.datastore import ARRAYS, Binding, document_line, shard_name
@@ -165,6 +166,12 @@ def sizes(settings: Settings, counts: Counts, *, index_rows: list[int], checkpoi
         lengths = 8 * sum(split.documents for split in counts.queries.values())
         files[f"neighbors/{name}.npy"] = (counts.all_queries * each[name] if name in each else lengths) + NPY_HEADER * counts.query_shards
     return files
+
+
+def searching_bytes(settings: Settings, counts: Counts, index_shards: int) -> int:
+    """Of what the search keeps until it has finished: keys and hidden states of queries, and what each group of index shards found."""
+    found = min(index_shards, GROUPS) * settings["search"]["neighbors"] * (8 + 4)
+    return counts.all_queries * (2 * 4 * model_of(settings).emb_dim + 4 + found)
 
 
 def _datastore_records(settings: Settings, counts: Counts, arrays: dict[str, int]) -> Iterator[int]:
