@@ -184,6 +184,7 @@ class SearchShard(beam.DoFn):
                         index, first_row = self._open.get(self.settings, shard)
                         _search(index, keys, first_row, found)
                         _search(ExactIndex(index.datastore), sample, first_row, exact)
+                        del index  # or it would stay until the next is loaded
                     with disk_errors(neighbors), publish(neighbors / PARTS, name, made_from) as attempt:
                         for array, content in zip(("rows", "distances", "exact_rows", "exact_distances"), (*found, *exact), strict=True):
                             np.save(attempt.folder / f"{array}.npy", content)

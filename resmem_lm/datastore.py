@@ -75,6 +75,8 @@ class Datastore:
         self.offsets = np.concatenate([[0], np.cumsum([shard["rows"] for shard in self.shards])])
         window = WindowSpec(**manifest["window"])
         self.binding = Binding(manifest["model"], manifest["vocabulary"], window, tuple(manifest["temperatures"]), manifest["entries"])
+        self._arrays: dict[str, ShardedArray] = {}
+        self._documents: dict[int, list[dict[str, Any]]] = {}
 
     def part(self, first: int, shards: int) -> "Datastore":
         """So many shards from the `first` on, whose rows are counted anew."""
@@ -113,10 +115,13 @@ class Datastore:
         place = np.searchsorted(self._forgotten[:, 0], rows, side="right") - 1
         return (place >= 0) & (rows < self._forgotten[np.maximum(place, 0), 1])
 
-    @functools.cache  # noqa: B019 - a datastore lives as long as its command
     def array(self, name: str) -> ShardedArray:
         """One array over all shards."""
+        if name not in self._arrays:
+            self._arrays[name] = self._load(name)
+        return self._arrays[name]
 
+    def _load(self, name: str) -> ShardedArray:
         def load(shard: Record) -> np.ndarray:
             path = folder_of(self.folder, shard) / f"{name}.npy"
             array = load_array(path)
@@ -134,11 +139,12 @@ class Datastore:
         """The given rows of one array, by their numbers through all shards."""
         return self.array(name)[rows]
 
-    @functools.cache  # noqa: B019 - a datastore lives as long as its command
     def documents(self, shard: int) -> list[dict[str, Any]]:
         """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
-        with (folder_of(self.folder, self.shards[shard]) / "documents.jsonl").open("r", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        if shard not in self._documents:
+            with (folder_of(self.folder, self.shards[shard]) / "documents.jsonl").open("r", encoding="utf-8") as file:
+                self._documents[shard] = [json.loads(line) for line in file]
+        return self._documents[shard]
 
     def locate(self, row: int) -> tuple[int, str, int]:
         """Where a row came from: its shard, its document's id, and the token's position in the document."""
