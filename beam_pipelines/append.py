@@ -1,11 +1,21 @@
 """More text -> more shards of a finished datastore."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from beam_pipelines.datastore import build_datastore, describe, encode_units, units_of
+from beam_pipelines.documents import file_documents
 from resmem_lm.datastore import open_datastore
-from resmem_lm.documents import SPLITS, Document, read_documents, read_shard, shard_content, shard_name, shard_paths, write_manifest
+from resmem_lm.documents import (
+    SPLITS,
+    Document,
+    read_documents,
+    read_shard,
+    shard_content,
+    shard_name,
+    shard_paths,
+    text_files,
+    write_manifest,
+)
 from resmem_lm.duplicates import Signatures, minhash
 from resmem_lm.lock import locked
 from resmem_lm.progress import progress
@@ -19,8 +29,8 @@ SPLITS_AND_ADDED = (*SPLITS, "added")
 def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipeline_options: str = "") -> Record:
     """Adds documents to a finished datastore, in shards of their own. The model is not trained on them.
 
-    Documents that nearly repeat one of the work directory, of whatever split, are left out; so running it again adds nothing,
-    and an append that was killed goes on. `resmem index` and `resmem evaluate` then do what is new.
+    Documents that nearly repeat one of the work directory, of whatever split, are left out; so running it again adds nothing (but what was
+    forgotten in between comes back), and an append that was killed goes on. `resmem index` and `resmem evaluate` then do what is new.
 
     Args:
         workdir: of a finished datastore.
@@ -35,9 +45,10 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
     """
     with locked(workdir), disk_errors(workdir):
         record = finished(workdir, "build")
-        threshold = finished(workdir, "documents")["settings"].get("duplicate_threshold", 0.7)
+        documents = finished(workdir, "documents")
+        threshold = documents["settings"]["duplicate_threshold"]
         counts = {"added": 0, "empty": 0, "duplicate": 0}
-        fresh = list(_new_documents(workdir, text, threshold, counts))
+        fresh = _new_documents(workdir, text, documents, threshold, counts)
         folder = workdir / "documents"
         listed = {path.name for split in SPLITS_AND_ADDED for path in shard_paths(workdir, split)}
         for path in children(folder, "added-*.jsonl"):  # of an append that was killed before the manifest
@@ -46,34 +57,45 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
         if fresh:
             counts["added"] = len(fresh)
             number = 1 + len({name.split("-")[1] for name in listed if name.startswith("added-")})
-            train = sum(len(read_shard(path)) for path in shard_paths(workdir, "train"))
-            shards = max(1, round(len(fresh) * len(shard_paths(workdir, "train")) / max(1, train)))
-            for shard in range(shards):
-                write_bytes(folder / shard_name(f"added-{number:04d}", shard, shards), shard_content(fresh[shard::shards]).encode())
-            write_manifest(folder)
+            # Shards as large as those of the train split.
+            shards = max(1, round(len(fresh) * len(shard_paths(workdir, "train")) / documents["result"]["documents"]["train"]))
+            names = [shard_name(f"added-{number:04d}", shard, shards) for shard in range(shards)]
+            for shard, name in enumerate(names):
+                write_bytes(folder / name, shard_content(fresh[shard::shards]).encode())
+            write_manifest(folder, names)
         datastore = open_datastore(workdir / "datastore")
         encode_units(workdir, datastore.binding, units_of(workdir, record["settings"]["shards"]), pipeline_options)
         build_datastore.renew(workdir, describe(workdir))
         return counts | {"rows": open_datastore(workdir / "datastore").remembered_rows}
 
 
-def _new_documents(workdir: AnyPath, text: str | list[str] | tuple[str, ...], threshold: float, counts: Record) -> Iterator[Document]:
-    known = Signatures(threshold)
-    paths = [path for split in SPLITS_AND_ADDED for path in shard_paths(workdir, split)]
-    with contextlib.ExitStack() as opened:
-        bar = opened.enter_context(progress("compare", total=len(paths), unit="shards of documents"))
-        for number, path in enumerate(paths):
-            for document in read_shard(path):
-                known.add(minhash(document.text))
-            bar.update(number + 1)
+def _new_documents(
+    workdir: AnyPath, text: str | list[str] | tuple[str, ...], documents: Record, threshold: float, counts: Record
+) -> list[Document]:
+    """Of the text, what repeats neither another part of it nor a document of the work directory."""
+    read: Iterable[Document]
+    if "held_out" in documents["settings"]:  # sampled: documents are named by their addresses
+        read = (document for path in text_files(text) for document in file_documents(str(path)))
+    else:
+        read = read_documents(text, duplicate_threshold=threshold)
+    signatures, fresh = Signatures(threshold), []
     with progress("append", total=None, unit="documents") as bar:
-        for number, document in enumerate(read_documents(text, duplicate_threshold=threshold)):
+        for number, document in enumerate(read):
             bar.update(number)
             signature = minhash(document.text)
             if not document.text.strip():
                 counts["empty"] += 1
-            elif known.has_similar(signature):
+            elif signatures.has_similar(signature):
                 counts["duplicate"] += 1
             else:
-                known.add(signature)
-                yield document
+                signatures.add(signature)
+                fresh.append(document)
+    known: set[int] = set()
+    paths = [path for split in SPLITS_AND_ADDED for path in shard_paths(workdir, split)]
+    with progress("compare", total=len(paths), unit="shards of documents") as bar:
+        for number, path in enumerate(paths):
+            for document in read_shard(path):
+                known.update(signatures.similar(minhash(document.text)))
+            bar.update(number + 1)
+    counts["duplicate"] += len(known)
+    return [document for number, document in enumerate(fresh) if number not in known]

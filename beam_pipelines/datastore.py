@@ -18,11 +18,12 @@ from apache_beam.utils.shared import Shared
 
 from beam_pipelines.runner import run_units
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import Binding, document_line, open_datastore, shard_name
+from resmem_lm.datastore import ARRAYS, Binding, document_line, open_datastore, shard_name
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.encode import Encoder, Head, residual_head
 from resmem_lm.errors import UserError
-from resmem_lm.published import Record, publish, record_of, remove_orphans
+from resmem_lm.lock import assert_held
+from resmem_lm.published import Record, damaged_files, expect, publish, record_of, remove_orphans
 from resmem_lm.storage import AnyPath, read_json, sha256, to_path, write_json
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.windows import WindowSpec
@@ -68,7 +69,8 @@ class EncodeShard(beam.DoFn):
         if not record_of(folder, unit.name, made_from):  # a runner may repeat what is finished
             documents = read_shard(workdir / "documents" / unit.documents)
             tokens = self._worker.vocabulary.encode_documents(documents)
-            with disk_errors(folder), publish(folder, unit.name, made_from) as attempt:
+            expected = [*(f"{array}.npy" for array in ARRAYS), "documents.jsonl"]
+            with disk_errors(folder), publish(folder, unit.name, made_from, expected) as attempt:
                 _write_documents(attempt.folder / "documents.jsonl", documents, tokens)
                 counts = write_arrays(attempt.folder, tokens, self._worker.encoder, unit.documents)
                 attempt.facts |= {"rows": counts["tokens"], "counts": counts}
@@ -140,12 +142,28 @@ def encode_units(workdir: AnyPath, binding: Binding, units: list[Unit], pipeline
     def made_from(unit: Unit) -> Record:
         return binding.to_json() | {"documents": unit.documents}
 
-    finished = {unit.name: record for unit in units if (record := record_of(folder, unit.name, made_from(unit)))}
-    remove_orphans(folder, finished.values())
+    # What the manifest says of a shard goes before its own record: a worker that was given up long ago may still write one. Without
+    # a record of its own it is made again: that is how a damaged one is told.
+    listed = read_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else []
+    in_manifest = {record["folder"].rpartition(".")[0]: record for record in listed}
+    finished: dict[str, Record] = {}
+    for unit in units:
+        record = in_manifest.get(unit.name)
+        if (
+            record is None
+            or not (folder / f"{unit.name}.json").exists()
+            or record["made_from"] != made_from(unit)
+            or list(damaged_files(folder, record))
+        ):
+            record = record_of(folder, unit.name, made_from(unit))
+        if record:
+            finished[unit.name] = record
+    remove_orphans(folder, [*finished.values(), *listed])
     names = [unit.name for unit in units]
     todo = [unit for unit in units if unit.name not in finished]
     run_units("Build", todo, EncodeShard(str(workdir.absolute()), binding), pipeline_options, published=folder, names=names)
-    write_manifest(folder, binding, [read_json(folder / f"{name}.json") for name in names])
+    assert_held(workdir)
+    write_manifest(folder, binding, [finished.get(unit.name) or expect(folder, unit.name, made_from(unit)) for unit in units])
 
 
 def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> None:

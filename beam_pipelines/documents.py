@@ -49,7 +49,8 @@ def _named(url: str | None, text: str) -> Document:
     return Document(f"{url}#{digest(text)}" if url else digest(text), text)
 
 
-def _file_documents(path: str) -> Iterator[Document]:
+def file_documents(path: str) -> Iterator[Document]:
+    """The documents of a file, under names that do not depend on where they were read."""
     for _, record in read_records(to_path(path)):
         url = record.get("url")
         yield _named(url if isinstance(url, str) else None, record["text"])
@@ -64,7 +65,7 @@ def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Calla
     """What reads the documents of files (see `text_files`), or of "tfds:c4/en:3.1.0/train": dataset, version and split."""
     if not (isinstance(text, str) and text.startswith(TFDS)):
         files = [str(path.absolute()) for path in text_files(text)]
-        return lambda p: p | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(_file_documents)
+        return lambda p: p | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(file_documents)
     try:
         import tensorflow as tf
         import tensorflow_datasets as tfds

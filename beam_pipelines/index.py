@@ -14,8 +14,9 @@ from beam_pipelines.runner import run_units
 from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
-from resmem_lm.published import Record, publish, record_of, remove_orphans
-from resmem_lm.storage import AnyPath, to_path, write_json
+from resmem_lm.lock import assert_held
+from resmem_lm.published import Record, expect, folder_of, publish, record_of, remove_orphans
+from resmem_lm.storage import AnyPath, drop_copy, read_json, to_path, write_json
 from resmem_lm.workdir import disk_errors, stage
 
 PROCESS_BYTES = 2**30  # libraries and compiled programs
@@ -54,11 +55,13 @@ class BuildShard(beam.DoFn):
         made_from = source_of(part, self.settings)
         with self._turn.lock:
             if not record_of(workdir / "index", unit.name, made_from):
-                part.check_arrays("keys")
+                part.check_files("keys.npy")
                 with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
                     if self.settings["kind"] == "scann":
                         attempt.facts |= build_scann(part, attempt.folder, self.settings["candidates"], self.settings["training_rows"])
                     attempt.facts["rows"] = part.rows
+                for shard in part.shards:
+                    drop_copy(folder_of(part.folder, shard) / "keys.npy")
                 self._rows.inc(part.rows)
         yield unit.name
 
@@ -68,7 +71,7 @@ def source_of(part: Datastore, settings: Record) -> Record:
     return {**settings, "folders": [shard["folder"] for shard in part.shards]}
 
 
-@stage(name="index", after=("build",), output="index", extend=True, free=("pipeline_options",))
+@stage(name="index", after=("build",), output="index", extend=True, free=("pipeline_options", "memory_gib"))
 def build_index(
     workdir: AnyPath,
     *,
@@ -84,7 +87,7 @@ def build_index(
         kind: "scann", or "exact" where ScaNN cannot be installed or every comparison is wanted.
         candidates: neighbours that each shard of the index proposes for a query; the nearest by true distance are kept.
         training_rows: rows from which ScaNN learns its tree and codes.
-        memory_gib: of one worker process, which says how many rows a shard of the index has.
+        memory_gib: of one worker process, which says how many rows a shard of the index has; a finished index stays as it is.
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
     Returns:
@@ -95,7 +98,7 @@ def build_index(
     """
     datastore = open_datastore(workdir / "datastore")
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows}
-    emb = datastore.array("keys").shape[1]
+    emb = read_json(workdir / "checkpoints" / "model.json")["config"]["emb_dim"]
     most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:
@@ -111,10 +114,8 @@ def build_index(
     folder = workdir / "index"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def published() -> list[Record | None]:
-        return [record_of(folder, unit.name, source_of(datastore.part(unit.first, unit.shards), settings)) for unit in units]
-
-    todo = [unit for unit, record in zip(units, published(), strict=True) if record is None]
+    sources = {unit.name: source_of(datastore.part(unit.first, unit.shards), settings) for unit in units}
+    todo = [unit for unit in units if record_of(folder, unit.name, sources[unit.name]) is None]
     run_units(
         "Index",
         todo,
@@ -123,7 +124,8 @@ def build_index(
         published=folder,
         names=[unit.name for unit in units],
     )
-    records = [record for record in published() if record]
+    records = [expect(folder, name, made_from) for name, made_from in sources.items()]
+    assert_held(workdir)
     facts: Record = {"kind": kind, "candidates": candidates}
     write_json(folder / "index.json", facts | {"shards": records})
     remove_orphans(folder, records)

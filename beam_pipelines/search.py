@@ -4,6 +4,7 @@ Encode each shard of the queries' documents; look each up in each group of shard
 holds one shard of the index at a time.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,8 +24,9 @@ from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import query_head
 from resmem_lm.errors import UserError
 from resmem_lm.index import ExactIndex, Index, index_manifest, merge_nearest, open_index
-from resmem_lm.published import Record, folder_of, publish, record_of, remove_orphans
-from resmem_lm.search import QUERY_SPLITS, common, describe_queries
+from resmem_lm.lock import assert_held
+from resmem_lm.published import Record, expect, folder_of, publish, record_of, remove_orphans
+from resmem_lm.search import QUERY_SPLITS, Queries, common, describe_queries
 from resmem_lm.sharded import load_array
 from resmem_lm.storage import AnyPath, drop_copy, read_json, remove, sha256, to_path, write_json
 from resmem_lm.vocabulary import load_vocabulary
@@ -32,6 +34,8 @@ from resmem_lm.workdir import disk_errors, stage
 
 ENCODED, PARTS = "queries", "parts"  # folders of what is kept only until all is merged
 SEARCH_BLOCK = 4096
+LOOKUP_TOKENS = 2**20  # of several query shards in one piece of work: 1.2 GB of neighbours at k = 50, while they are merged
+FOUND = ("rows", "distances", "exact_rows", "exact_distances")
 GROUPS = 16  # of shards of the index: each keeps k neighbours of every query in files until all are merged
 
 Found = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
@@ -128,7 +132,8 @@ class EncodeQueries(beam.DoFn):
         folder, made_from = neighbors / ENCODED, self.settings.encoded_from()
         if not record_of(folder, name, made_from):
             tokens = self._worker.vocabulary.encode_documents(read_shard(neighbors.parent / "documents" / f"{name}.jsonl"))
-            with disk_errors(folder), publish(folder, name, made_from) as attempt:
+            expected = [f"{array}.npy" for array in ("keys", "hidden", "tokens", "document_lengths")]
+            with disk_errors(folder), publish(folder, name, made_from, expected) as attempt:
                 attempt.facts = write_arrays(attempt.folder, tokens, self._worker.encoder, name)
                 np.save(attempt.folder / "tokens.npy", np.concatenate([*tokens, np.zeros(0, np.int32)]))
                 np.save(attempt.folder / "document_lengths.npy", np.array([len(document) for document in tokens], np.int64))
@@ -148,14 +153,15 @@ class _OpenIndex(OneAtATime):
         """A shard of the index and its first row; call it with `lock` held."""
         if self._number != number or self._index is None:
             neighbors, datastore = settings.open()
-            if self._index is not None:  # its memory and its copies, before the next is loaded
-                part, record = self._index[0].datastore, settings.index["shards"][self._number or 0]
+            if self._index is not None and self._number is not None:  # its memory and its copies, before the next is loaded
+                part, record = self._index[0].datastore, settings.index["shards"][self._number]
                 self._index = None
                 drop_copy(folder_of(neighbors.parent / "index", record))
                 for shard in part.shards:
                     drop_copy(folder_of(datastore.folder, shard) / "keys.npy")
-            self._index, self._number = open_index(neighbors.parent, datastore, settings.index, number), number
-            self._index[0].datastore.check_arrays("keys")
+            index, first_row = open_index(neighbors.parent, datastore, settings.index, number)
+            index.datastore.check_files("keys.npy")
+            self._index, self._number = (index, first_row), number
         return self._index
 
 
@@ -172,29 +178,44 @@ class SearchShard(beam.DoFn):
 
     def process(self, unit: Lookup) -> Iterator[str]:
         """The published names."""
-        neighbors, _ = self.settings.open()
-        for query in unit.queries:
-            name, made_from = part_name(query, unit.group), self.settings.found_from(query, unit.index_shards)
-            with self._open.lock:
-                if not record_of(neighbors / PARTS, name, made_from):
-                    keys = _arrays(neighbors / ENCODED, query.name, "keys")[0]
-                    sample = keys[self.settings.sample(query)]
-                    found, exact = (_nothing(len(queries), self.settings.neighbors) for queries in (keys, sample))
-                    for shard in unit.index_shards:
-                        index, first_row = self._open.get(self.settings, shard)
-                        _search(index, keys, first_row, found)
-                        _search(ExactIndex(index.datastore), sample, first_row, exact)
-                        del index  # or it would stay until the next is loaded
-                    with disk_errors(neighbors), publish(neighbors / PARTS, name, made_from) as attempt:
-                        for array, content in zip(("rows", "distances", "exact_rows", "exact_distances"), (*found, *exact), strict=True):
-                            np.save(attempt.folder / f"{array}.npy", content)
-                    self._searched.inc(len(keys))
-            yield name
+        settings, (neighbors, _) = self.settings, self.settings.open()
+        todo = {
+            part_name(query, unit.group): query
+            for query in unit.queries
+            if not record_of(neighbors / PARTS, part_name(query, unit.group), settings.found_from(query, unit.index_shards))
+        }
+        with self._open.lock, contextlib.ExitStack() as copies:
+            keys, found, exact = {}, {}, {}
+            for name, query in todo.items():
+                arrays = copies.enter_context(_arrays(neighbors / ENCODED, query.name, settings.encoded_from(), "keys"))
+                keys[name] = arrays[0]
+                found[name] = _nothing(query.tokens, settings.neighbors)
+                exact[name] = _nothing(len(settings.sample(query)), settings.neighbors)
+            for shard in unit.index_shards if todo else ():
+                index, first_row = self._open.get(settings, shard)
+                for name, query in todo.items():
+                    _search(index, keys[name], first_row, found[name])
+                    _search(ExactIndex(index.datastore), keys[name][settings.sample(query)], first_row, exact[name])
+                del index  # or it would stay until the next is loaded
+            for name, query in todo.items():
+                contents = dict(zip(FOUND, (*found[name], *exact[name]), strict=True))
+                made_from = settings.found_from(query, unit.index_shards)
+                with disk_errors(neighbors), publish(neighbors / PARTS, name, made_from, [f"{array}.npy" for array in FOUND]) as attempt:
+                    for array, content in contents.items():
+                        np.save(attempt.folder / f"{array}.npy", content)
+                self._searched.inc(query.tokens)
+        yield from todo
 
 
-def _arrays(parent: AnyPath, name: str, *arrays: str) -> list[np.ndarray]:
-    folder = folder_of(parent, read_json(parent / f"{name}.json"))
-    return [load_array(folder / f"{array}.npy") for array in arrays]
+@contextlib.contextmanager
+def _arrays(parent: AnyPath, name: str, made_from: Record, *arrays: str) -> Iterator[list[np.ndarray]]:
+    """Some published arrays; UserError if they were made from something else."""
+    folder = folder_of(parent, expect(parent, name, made_from))
+    try:
+        yield [load_array(folder / f"{array}.npy") for array in arrays]
+    finally:
+        for array in arrays:
+            drop_copy(folder / f"{array}.npy")
 
 
 def _nothing(queries: int, k: int) -> Found:
@@ -228,10 +249,10 @@ class MergeNeighbors(beam.DoFn):
         settings, (neighbors, datastore) = self.settings, self.settings.open()
         made_from = settings.merged_from(query)
         if not record_of(neighbors, query.name, made_from):
-            names = [part_name(query, group) for group in range(len(settings.groups()))]
-            rows, distances = _merged(neighbors, names, "rows", "distances", settings.neighbors)
-            exact, _ = _merged(neighbors, names, "exact_rows", "exact_distances", settings.neighbors)
-            tokens, hidden, lengths = _arrays(neighbors / ENCODED, query.name, "tokens", "hidden", "document_lengths")
+            rows, distances = _merged(settings, neighbors, query, *FOUND[:2])
+            exact, _ = _merged(settings, neighbors, query, *FOUND[2:])
+            with _arrays(neighbors / ENCODED, query.name, settings.encoded_from(), "tokens", "hidden", "document_lengths") as encoded:
+                tokens, hidden, lengths = (np.asarray(array) for array in encoded)
             neighbor_tokens = datastore.take("tokens", np.maximum(rows, 0))
             parts = list(describe_queries(self._worker.model, datastore, hidden, tokens, neighbor_tokens))
             if not parts:  # a shard without documents: arrays without rows, as wide as any
@@ -245,7 +266,8 @@ class MergeNeighbors(beam.DoFn):
                 )
             )
             arrays = {"rows": rows, "distances": distances, "tokens": tokens, "neighbor_tokens": neighbor_tokens, **described}
-            with disk_errors(neighbors), publish(neighbors, query.name, made_from) as attempt:
+            expected = [f"{name}.npy" for name in Queries._fields]
+            with disk_errors(neighbors), publish(neighbors, query.name, made_from, expected) as attempt:
                 for name, array in (arrays | {"document_lengths": lengths}).items():
                     np.save(attempt.folder / f"{name}.npy", array)
                 sample = settings.sample(query)
@@ -255,12 +277,18 @@ class MergeNeighbors(beam.DoFn):
         yield query.name
 
 
-def _merged(neighbors: AnyPath, names: list[str], rows: str, distances: str, k: int) -> Found:
-    parts = [_arrays(neighbors / PARTS, name, rows, distances) for name in names]
-    merged = _nothing(len(parts[0][0]), k)
-    for start in range(0, len(merged[0]), SEARCH_BLOCK):
-        some = slice(start, start + SEARCH_BLOCK)
-        merged[0][some], merged[1][some] = merge_nearest([(part[0][some], part[1][some]) for part in parts], k)
+def _merged(settings: Settings, neighbors: AnyPath, query: QueryShard, rows: str, distances: str) -> Found:
+    with contextlib.ExitStack() as copies:
+        parts = [
+            copies.enter_context(
+                _arrays(neighbors / PARTS, part_name(query, group), settings.found_from(query, index_shards), rows, distances)
+            )
+            for group, index_shards in enumerate(settings.groups())
+        ]
+        merged = _nothing(len(parts[0][0]), settings.neighbors)
+        for start in range(0, len(merged[0]), SEARCH_BLOCK):
+            some = slice(start, start + SEARCH_BLOCK)
+            merged[0][some], merged[1][some] = merge_nearest([(part[0][some], part[1][some]) for part in parts], settings.neighbors)
     return merged
 
 
@@ -305,17 +333,16 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
     queries = [query for split in QUERY_SPLITS for query in _query_shards(folder / ENCODED, names[split])]
     merged = [query for query in queries if not record_of(folder, query.name, settings.merged_from(query))]
     groups = list(enumerate(settings.groups()))
-    # In one process, an index is loaded once for all queries where it can be; on many workers, each pair is work of its own.
-    together = [(query,) for query in merged] if pipeline_options else [tuple(merged)]
-    lookups = [Lookup(group, shards, some) for group, shards in groups for some in together if some]
+    lookups = [Lookup(group, shards, some) for group, shards in groups for some in _together(merged)]
     parts = [part_name(query, group) for group, _ in groups for query in merged]
     run_units("Search", lookups, SearchShard(settings), pipeline_options, published=folder / PARTS, names=parts)
     run_units("Merge", merged, MergeNeighbors(settings), pipeline_options, published=folder, names=every)
 
+    assert_held(workdir)
     facts: Record = {"datastore": settings.checksum}
     result: Record = {}
     for split in QUERY_SPLITS:
-        records = [read_json(folder / f"{name}.json") for name in names[split]]
+        records = [expect(folder, query.name, settings.merged_from(query)) for query in queries if query.name in names[split]]
         sampled, recalled = (sum(record[name] for record in records) for name in ("sampled", "recalled"))
         result[split] = {name: sum(record[name] for record in records) for name in ("tokens", "documents")}
         result[split]["recall_at_k"] = recalled / sampled if sampled else 1.0
@@ -325,6 +352,18 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
     for name in (ENCODED, PARTS):
         remove(folder / name)
     return result
+
+
+def _together(queries: list[QueryShard]) -> Iterator[tuple[QueryShard, ...]]:
+    """Query shards that share the loading of an index: so many that their neighbours fit in memory."""
+    some: list[QueryShard] = []
+    for query in queries:
+        if some and sum(other.tokens for other in some) + query.tokens > LOOKUP_TOKENS:
+            yield tuple(some)
+            some = []
+        some.append(query)
+    if some:
+        yield tuple(some)
 
 
 def _query_shards(encoded: AnyPath, names: list[str]) -> list[QueryShard]:

@@ -104,7 +104,7 @@ def main() -> None:
             run("train", folder)
             memory = [run("build", folder)]
             memory.append(run("index", folder, f"--index_memory_gib={options.index_memory_gib}"))
-            memory.append(run("evaluate", folder, f"--index_memory_gib={options.index_memory_gib}"))
+            memory.append(run("evaluate", folder))
             records = [read_json(folder / "run" / "stages" / f"{stage}.json") for stage in ("build", "index", "search")]
             seconds = [record["seconds"] for record in records]
             found.append((records[0]["result"]["rows"], seconds))

@@ -142,6 +142,7 @@ class Datastore:
     def documents(self, shard: int) -> list[dict[str, Any]]:
         """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
         if shard not in self._documents:
+            self.part(shard, 1).check_files("documents.jsonl")
             with (folder_of(self.folder, self.shards[shard]) / "documents.jsonl").open("r", encoding="utf-8") as file:
                 self._documents[shard] = [json.loads(line) for line in file]
         return self._documents[shard]
@@ -160,10 +161,10 @@ class Datastore:
             for problem in damaged_files(self.folder, shard, checksums=checksums):
                 yield f"{problem}; {mend(self.folder, shard)}"
 
-    def check_arrays(self, *names: str) -> None:
-        """Reads some arrays and compares their checksums; UserError if one was altered."""
+    def check_files(self, *names: str) -> None:
+        """Reads some files of every shard and compares their checksums; UserError if one was altered."""
         for shard in self.shards:
-            for problem in damaged_files(self.folder, shard, checksums=True, names=[f"{name}.npy" for name in names]):
+            for problem in damaged_files(self.folder, shard, checksums=True, names=names):
                 raise UserError(f"{problem}; {mend(self.folder, shard)}")
 
 

@@ -186,8 +186,11 @@ def shard_paths(workdir: AnyPath, split: str) -> list[AnyPath]:
 
 def read_shard(path: AnyPath) -> list[Document]:
     """The documents of one shard that `prepare_documents` wrote."""
-    with path.open("r", encoding="utf-8") as file:
-        return [Document(**json.loads(line)) for line in file]
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            return [Document(**json.loads(line)) for line in file]
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): `resmem verify` says what to do") from None
 
 
 def shard_content(documents: Iterable[Document]) -> str:
@@ -195,11 +198,16 @@ def shard_content(documents: Iterable[Document]) -> str:
     return "".join(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
 
 
-def write_manifest(folder: AnyPath) -> Record:
-    """Writes manifest.json: size and checksum of every shard in `folder`, in the order of splits and numbers; returns the checksums."""
-    files = children(folder, "*-*-of-*.jsonl")
-    write_json(folder / "manifest.json", {"files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}})
-    return {name: facts["sha256"] for name, facts in read_json(folder / "manifest.json")["files"].items()}
+def write_manifest(folder: AnyPath, changed: Iterable[str] | None = None) -> Record:
+    """Writes manifest.json: size and checksum of every shard in `folder`, by name; returns the checksums.
+
+    With `changed`, those shards only are looked at, and what the manifest says of the others stays.
+    """
+    names = [path.name for path in children(folder, "*-*-of-*.jsonl")] if changed is None else changed
+    files = {} if changed is None else read_json(folder / "manifest.json")["files"]
+    files |= {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    write_json(folder / "manifest.json", {"files": dict(sorted(files.items()))})
+    return {name: facts["sha256"] for name, facts in sorted(files.items())}
 
 
 @stage(name="documents", output="documents")

@@ -35,9 +35,13 @@ class Signatures:
         self._lsh.insert(len(self._kept), signature)
         self._kept.append(signature)
 
+    def similar(self, signature: RMinHash) -> list[int]:
+        """Numbers, in the order of adding, of the texts with an estimated Jaccard similarity of `threshold` or more."""
+        return [other for other in self._lsh.query(signature) if signature.jaccard(self._kept[other]) >= self.threshold]
+
     def has_similar(self, signature: RMinHash) -> bool:
-        """Whether a text added before has an estimated Jaccard similarity of `threshold` or more."""
-        return any(signature.jaccard(self._kept[other]) >= self.threshold for other in self._lsh.query(signature))
+        """Whether there is such a text."""
+        return bool(self.similar(signature))
 
 
 def mark_duplicates(texts: Iterable[tuple[T, str]], *, threshold: float) -> Iterator[tuple[T, bool]]:

@@ -9,3 +9,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().splitlines())  # a culprit's name may have line breaks
+
+
+class DamagedError(UserError):
+    """A record is missing or is not as it was written."""

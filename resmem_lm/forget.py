@@ -13,9 +13,9 @@ import numpy as np
 from resmem_lm.datastore import ARRAYS, Datastore, document_line, open_datastore
 from resmem_lm.documents import read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.errors import UserError
-from resmem_lm.lock import locked
+from resmem_lm.lock import assert_held, locked
 from resmem_lm.published import Record, folder_of, publish, remove_orphans
-from resmem_lm.storage import AnyPath, read_json, remove, write_bytes, write_json
+from resmem_lm.storage import AnyPath, drop_copy, read_json, remove, write_bytes, write_json
 from resmem_lm.workdir import disk_errors, finished
 
 COPY_ROWS = 2**16
@@ -39,18 +39,22 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
     Raises:
         UserError: no such document in the datastore, or another command is writing into the work directory.
     """
-    if (document is None) == (source is None):
+    if bool(document) == bool(source):
         raise UserError("resmem forget: give either --document=ID or --source=...")
 
     def is_meant(name: str) -> bool:
-        return name == document if source is None else name == source or name.startswith((f"{source}#", f"{source.rstrip('/')}/"))
+        return name == document if not source else name == source or name.startswith((f"{source}#", f"{source.rstrip('/')}/"))
 
     with locked(workdir), disk_errors(workdir):
         finished(workdir, "build")
         datastore = open_datastore(workdir / "datastore")
         meant = [[d for d in datastore.documents(shard) if is_meant(d["id"])] for shard in range(len(datastore.shards))]
-        if not any(meant):
-            what = f"document {document!r}" if source is None else f"source {source!r}"
+        known = {record["made_from"]["documents"] for record in datastore.shards}
+        # Of an append that was killed before its rows were made.
+        pending = {path.name for path in shard_paths(workdir, "added") if path.name not in known}
+        waiting = any(is_meant(d.id) for name in pending for d in read_shard(workdir / "documents" / name))
+        if not any(meant) and not waiting:
+            what = f"document {document!r}" if document else f"source {source!r}"
             raise UserError(
                 f"{workdir / 'datastore'} has no {what}: its documents.jsonl files have the ids; validation and test are not in it"
             )
@@ -61,14 +65,16 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
             remove(workdir / name)
         found = {"documents": 0, "rows": 0}
         for record, documents in zip(datastore.shards, meant, strict=True):
-            known = [tuple(some) for some in record.get("forgotten", [])]
-            new = [(d["first_row"], d["rows"]) for d in documents if (d["first_row"], d["rows"]) not in known]
+            before = [tuple(some) for some in record.get("forgotten", [])]
+            new = [(d["first_row"], d["rows"]) for d in documents if (d["first_row"], d["rows"]) not in before]
             found = {"documents": found["documents"] + len(new), "rows": found["rows"] + sum(rows for _, rows in new)}
             if new:
-                record["forgotten"] = sorted([*map(list, known), *map(list, new)])
+                record["forgotten"] = sorted([*map(list, before), *map(list, new)])
                 write_json(workdir / "datastore" / f"{record['folder'].rpartition('.')[0]}.json", record)
+        assert_held(workdir)
         write_json(workdir / "datastore" / "manifest.json", datastore.manifest)
-        _remove_text(workdir, {r["made_from"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}, is_meant)
+        named = {r["made_from"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}
+        _remove_text(workdir, named | pending, is_meant)
         renew_build(workdir)
     return found
 
@@ -79,7 +85,7 @@ def _remove_text(workdir: AnyPath, names: set[str], is_meant: Any) -> None:
         kept = [document for document in documents if not is_meant(document.id)]
         if len(kept) < len(documents):
             write_bytes(path, shard_content(kept).encode())
-    write_manifest(workdir / "documents")
+    write_manifest(workdir / "documents", names)
 
 
 def renew_build(workdir: AnyPath) -> None:
@@ -116,6 +122,7 @@ def compact(workdir: AnyPath) -> Record:
             for name in MADE_FROM_ROWS:
                 remove(workdir / name)
         rows = sum(record["rows"] for record in records)
+        assert_held(workdir)
         write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})
         remove_orphans(folder, records)
         renew_build(workdir)
@@ -126,8 +133,10 @@ def _without_forgotten(datastore: Datastore, shard: int) -> Record:
     part, record = datastore.part(shard, 1), datastore.shards[shard]
     kept = np.flatnonzero(~part.is_forgotten(np.arange(part.rows)))
     name = record["folder"].rpartition(".")[0]
-    part.check_arrays(*ARRAYS)
-    with publish(datastore.folder, name, record["made_from"]) as attempt:
+    part.check_files(*(f"{array}.npy" for array in ARRAYS))
+    expected = [*(f"{array}.npy" for array in ARRAYS), "documents.jsonl"]
+    part.check_files("documents.jsonl")
+    with publish(datastore.folder, name, record["made_from"], expected) as attempt:
         for array in ARRAYS:
             with (attempt.folder / f"{array}.npy").open("wb") as file:
                 whole = part.array(array)
@@ -139,6 +148,8 @@ def _without_forgotten(datastore: Datastore, shard: int) -> Record:
         (attempt.folder / "documents.jsonl").write_text("".join(lines), "utf-8")
         counts = record["counts"] | {"documents": len(lines), "tokens": len(kept)}
         attempt.facts |= {"rows": len(kept), "counts": counts, "compacted_from": record["folder"]}
+    for array in ARRAYS:
+        drop_copy(folder_of(datastore.folder, record) / f"{array}.npy")
     return read_json(datastore.folder / f"{name}.json")
 
 

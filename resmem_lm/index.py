@@ -112,20 +112,24 @@ class ScannIndex:
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
 
-        return _in_blocks(lambda block: nearest(self.datastore, block, self._candidates(block, k), k), queries)
+        return _in_blocks(lambda block: nearest(self.datastore, block, self._candidates(block, max(self.candidates, k)), k), queries)
 
-    def _candidates(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Int[np.ndarray, "queries n"]:
-        """As many rows as wanted, and more where forgotten ones are among them."""
-        count, rows = min(max(self.candidates, k), self.datastore.rows), self.datastore.rows
-        while True:
-            found, scores = self._searcher.search_batched_parallel(queries, final_num_neighbors=count)
+    def _candidates(self, queries: Float[np.ndarray, "queries emb"], wanted: int) -> Int[np.ndarray, "queries n"]:
+        """So many rows for each query, -1 where there are fewer. Where forgotten ones are among them, ScaNN is asked for more."""
+        count, rows = min(wanted, self.datastore.rows), self.datastore.rows
+        result = np.full((len(queries), count), -1, np.int64)
+        asked = np.arange(len(queries))
+        while len(asked):
+            found, scores = self._searcher.search_batched_parallel(queries[asked], final_num_neighbors=count)
             # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
             found = np.where(np.isnan(scores), -1, found.astype(np.int64))
-            forgotten = self.datastore.is_forgotten(found) & (found >= 0)
-            enough = (count - forgotten.sum(axis=1) >= max(self.candidates, k)) | (found < 0).any(axis=1)
-            if count == rows or not forgotten.any() or enough.all():
-                return np.where(forgotten, -1, found)
+            exhausted = (found < 0).any(axis=1)
+            found[self.datastore.is_forgotten(found) & (found >= 0)] = -1
+            order = np.argsort(found < 0, axis=1, kind="stable")[:, : result.shape[1]]
+            result[asked] = np.take_along_axis(found, order, axis=1)
+            asked = asked[(result[asked] < 0).any(axis=1) & ~exhausted] if count < rows else asked[:0]
             count = min(rows, 2 * count)
+        return result
 
 
 def _scann() -> Any:

@@ -17,6 +17,7 @@ from resmem_lm.storage import AnyPath
 
 HEARTBEAT = 5.0  # seconds; a lock in object storage that has not been renewed for three of them belongs to nobody
 _held: set[str] = set()
+_lost: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -32,6 +33,12 @@ def locked(workdir: AnyPath) -> Iterator[None]:
             yield
         finally:
             _held.discard(name)
+
+
+def assert_held(workdir: AnyPath) -> None:
+    """Raises UserError if this process was silent for so long that another took its lock: before anything is written that others read."""
+    if str(workdir.absolute()) in _lost:
+        raise UserError(f"{workdir} was taken over by another command while this one could not reach it: run this again after that one")
 
 
 def _refusal(workdir: AnyPath, holder: str) -> UserError:
@@ -86,8 +93,9 @@ def _lease(workdir: UPath) -> Iterator[None]:
         beat = 0
         while not over.wait(HEARTBEAT):
             beat += 1
-            with contextlib.suppress(OSError):
-                if not is_mine():  # this process was silent for too long, and another took over
+            with contextlib.suppress(Exception):  # an outage, in the words of any storage's package
+                if not is_mine():
+                    _lost.add(str(workdir))
                     return
                 write(f"{me} {beat}".encode())
 
@@ -98,5 +106,7 @@ def _lease(workdir: UPath) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        if is_mine():
-            path.unlink(missing_ok=True)
+        _lost.discard(str(workdir))
+        with contextlib.suppress(Exception):
+            if is_mine():
+                path.unlink(missing_ok=True)

@@ -26,7 +26,9 @@ KEEPING = {
     "verify": "check every file and row of a work directory against its records",
     "forget": "forget documents: none of their rows is a neighbour any more",
     "compact": "take the rows of forgotten documents out of the files",
+    "inspect": "what DeepNet and ResMem predict for each token of a text, and the neighbours that changed it",
 }
+STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")
 PLAN_NUMBERS = {
     "rows": "tokens in the datastore; else those of WORKDIR's text are counted",
     "queries": "tokens of validation and test; likewise",
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
                 command.add_argument(f"--{number}", type=float, help=meaning)
         if name in ("train", "build", "index", "evaluate", "run"):
             command.add_argument("--pipeline_options", default="", help='Beam\'s own options, such as "--runner=..."')
-        if name in ("index", "evaluate", "run"):
+        if name in ("index", "run"):
             command.add_argument("--index_memory_gib", type=float, help="of one worker: what a shard of the index may take to build")
         if name == "build":
             command.add_argument(
@@ -67,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("workdir")
         else:
             command.add_argument("--workdir", required=True)
+        if name == "inspect":
+            command.add_argument("text", help="in quotes")
         if name == "forget":
             command.add_argument("--document", help="a document's id")
             command.add_argument("--source", help="a file, folder or address from which documents came")
@@ -198,12 +202,19 @@ def _keep(arguments: argparse.Namespace) -> int:
 
     import_stages()
     workdir: Any = to_path(arguments.workdir)
+    if not (workdir / "stages").exists():
+        raise UserError(f"{workdir} is no work directory: it has no stages/")
     if arguments.command == "verify":
         from resmem_lm.verify import verify
 
         problems = verify(workdir)
         print("\n".join(problems) if problems else f"{workdir}: all is well")
         return 1 if problems else 0
+    if arguments.command == "inspect":
+        from resmem_lm.inspect import describe, inspect
+
+        print(describe(inspect(workdir, arguments.text)))
+        return 0
     from resmem_lm.forget import compact, forget
 
     if arguments.command == "forget":
@@ -241,6 +252,12 @@ def main(argv: list[str] | None = None) -> int:
         _execute(arguments, [argument.removeprefix("--gin.") for argument in rest])
     except UserError as error:
         print(f"resmem: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORAGE_CLIENTS):
+            raise
+        # Permissions, networks, credentials: the message of the system or of the storage's package names the culprit.
+        print(f"resmem: {UserError(f'{error}: mend it and run the same command again')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("resmem: interrupted; the same command goes on from here", file=sys.stderr)

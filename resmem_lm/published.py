@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from resmem_lm.errors import UserError
-from resmem_lm.storage import AnyPath, children, read_json, remove, sha256, upload, write_json
+from resmem_lm.errors import DamagedError, UserError
+from resmem_lm.storage import AnyPath, children, read_json, remove, sha256, sizes, upload, write_json
 
 Record = dict[str, Any]
 
@@ -35,8 +35,11 @@ def file_facts(folder: AnyPath) -> dict[str, Record]:
 
 
 @contextlib.contextmanager
-def publish(parent: AnyPath, name: str, made_from: Record) -> Iterator[Attempt]:
-    """Publishes under `name` what the block writes; nothing, if it raises."""
+def publish(parent: AnyPath, name: str, made_from: Record, expected: Iterable[str] = ()) -> Iterator[Attempt]:
+    """Publishes under `name` what the block writes; nothing, if it raises, or if not all of the `expected` files are there then.
+
+    They are not if another command took the folder for one that was left behind: what is written into it is lost without an error.
+    """
     folder = parent / f"{name}.{os.urandom(4).hex()}"
     with contextlib.ExitStack() as stack:
         if isinstance(folder, Path):
@@ -47,6 +50,8 @@ def publish(parent: AnyPath, name: str, made_from: Record) -> Iterator[Attempt]:
         try:
             yield attempt
             record = {"folder": folder.name, "made_from": made_from, **attempt.facts, "files": file_facts(attempt.folder)}
+            if not attempt.folder.exists() or not record["files"].keys() >= set(expected):
+                raise UserError(f"{folder} was taken away while it was written: end the other command, and run this one again")
             if not isinstance(folder, Path):
                 upload(attempt.folder, folder)
             write_json(parent / f"{name}.json", record)
@@ -63,9 +68,17 @@ def record_of(parent: AnyPath, name: str, made_from: Record) -> Record | None:
     try:
         record = read_json(path)
         whole = record["made_from"] == made_from and not list(damaged_files(parent, record))
-    except (UserError, KeyError):
-        return None  # damaged: it is made again
+    except (DamagedError, KeyError):
+        return None  # it is made again
     return record if whole else None
+
+
+def expect(parent: AnyPath, name: str, made_from: Record) -> Record:
+    """The record of what must be published under `name`; UserError if it is not, or was made from something else."""
+    record = record_of(parent, name, made_from)
+    if record is None:
+        raise UserError(f"{parent / name} is missing, damaged or made from something else: run the same command again")
+    return record
 
 
 def folder_of(parent: AnyPath, record: Record) -> AnyPath:
@@ -82,12 +95,13 @@ def folder_of(parent: AnyPath, record: Record) -> AnyPath:
 def damaged_files(parent: AnyPath, record: Record, *, checksums: bool = False, names: Iterable[str] | None = None) -> Iterator[str]:
     """A line for every file that is missing, of another size or (if asked) of another content than the record says."""
     folder = folder_of(parent, record)
+    found = sizes(folder)
     for name in record["files"] if names is None else names:
         path, expected = folder / name, record["files"][name]
-        if not path.exists():
+        if name not in found:
             yield f"{path} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            yield f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+        elif found[name] != expected["bytes"]:
+            yield f"{path} has {found[name]} bytes, its manifest says {expected['bytes']}"
         elif checksums and sha256(path) != expected["sha256"]:
             yield f"{path} was altered: its checksum is not that of the manifest"
 

@@ -1,18 +1,14 @@
 """results.json -> report.html, one file that needs nothing else: a page with the table, two plots and ten examples."""
 
-import io
-import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from resmem_lm.plots import INK, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, percent, rows
 from resmem_lm.storage import AnyPath, read_json, sha256, write_bytes
 from resmem_lm.workdir import Record, stage
-
-MARKERS = "s^oD"
-INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
 
 
 @stage(name="report", after=("evaluate",), output="report.html", redo=True)
@@ -58,37 +54,15 @@ def _piece(token: str) -> str:
 
 
 def _plots(results: dict[str, Any]) -> str:
-    """Test accuracy against k and against sigma, side by side in one SVG, in the colours of the page around it."""
-    # Imported here, because it takes half a second, and every command imports every stage.
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    options = {
-        "svg.hashsalt": "resmem_lm",  # ids that stay the same
-        "svg.fonttype": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": f"{INK}9",
-    }
+    """Test accuracy against k and against sigma, side by side in one SVG."""
     deepnet = 100 * results["splits"]["test"]["methods"]["deepnet"]["accuracy"]
-    image = io.StringIO()
-    with style.context(["default", options]):  # "default", because a user's matplotlibrc must not show in the page
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         for axes, (name, curve) in zip(figure.subplots(1, len(results["curves"]), sharey=True), results["curves"].items(), strict=True):
             axes.axhline(deepnet, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1.2, label=METHODS["deepnet"])
             for number, (method, accuracy) in enumerate(curve["accuracy"].items()):
                 points = sorted(zip(curve["values"], [100 * value for value in accuracy], strict=True))
-                # Curves of methods that agree lie on each other: hollow markers of different sizes keep all of them visible.
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=f"{INK}{number + 1}",
-                    marker=MARKERS[number],
-                    markersize=9 - 2 * number,
-                    markerfacecolor="none",
-                    linewidth=1.5,
-                    label=METHODS[method],
-                )
+                line(axes, number, [x for x, _ in points], [y for _, y in points], METHODS[method])
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted(curve["values"]), [f"{value:g}" for value in sorted(curve["values"])])
             axes.minorticks_off()
@@ -97,7 +71,5 @@ def _plots(results: dict[str, Any]) -> str:
             axes.set_ylabel("test accuracy, %")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
-        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
-        figure.savefig(image, format="svg", transparent=True, metadata=metadata)
-    svg = image.getvalue()
-    return re.sub(rf"{INK}(\d)", r"var(--ink-\1)", svg[svg.index("<svg") :])
+
+    return to_svg(draw)

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from resmem_lm.errors import UserError
 from resmem_lm.storage import AnyPath, local_path
 
 # NumPy parses the header with ast, in which threads of Python 3.11 disturb each other ("AST constructor recursion depth mismatch").
@@ -18,7 +19,10 @@ def load_array(path: AnyPath) -> Shaped[np.ndarray, "_ ..."]:
         try:
             loaded: np.ndarray = np.load(here, mmap_mode="r", allow_pickle=False)
         except ValueError:  # an array without rows cannot be mapped
-            loaded = np.load(here, allow_pickle=False)
+            try:
+                loaded = np.load(here, allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise UserError(f"{path} is no array ({error}): `resmem verify` says what to do") from None
     return loaded
 
 
@@ -40,10 +44,12 @@ class ShardedArray:
     def __getitem__(self, rows: Int[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         flat = rows.reshape(-1)
         found = np.empty((len(flat), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        shards = np.searchsorted(self.offsets, flat, side="right") - 1
-        for shard in np.unique(shards):
-            mine = np.flatnonzero(shards == shard)
-            found[mine] = self.parts[shard][flat[mine] - self.offsets[shard]]
+        # Sorted by row, those of one shard stand together, and a disk is read in one direction.
+        order = np.argsort(flat, kind="stable")
+        cuts = np.searchsorted(flat[order], self.offsets)
+        for part, offset, begin, end in zip(self.parts, self.offsets, cuts, cuts[1:], strict=False):
+            if end > begin:
+                found[order[begin:end]] = part[flat[order[begin:end]] - offset]
         return found.reshape(*rows.shape, *found.shape[1:])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> Shaped[np.ndarray, "_ ..."]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from upath import UPath
 
-from resmem_lm.errors import UserError
+from resmem_lm.errors import DamagedError, UserError
 
 AnyPath = Path | UPath
 SEAL = "seal"
@@ -49,7 +49,7 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
         path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -72,18 +72,20 @@ def write_json(path: AnyPath, value: dict[str, Any]) -> None:
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """What `write_json` wrote; UserError if it was altered or is missing."""
+    """What `write_json` wrote; DamagedError if it was altered or is missing, UserError if it cannot be read now."""
     try:
         text = path.read_bytes().decode()
         sealed = json.loads(text)
         value = {name: content for name, content in sealed.items() if name != SEAL}
         whole = sealed.get(SEAL) == hashlib.sha256(_text(value).encode()).hexdigest() and text == _text(sealed)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that writes it again") from None
-    except (ValueError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run its stage again") from None
+        raise DamagedError(f"{path} is missing: run the stage that writes it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): make it readable, and run the same command again") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({error}): delete it and run its stage again") from None
     if not whole:
-        raise UserError(f"{path} is damaged (its seal does not fit its content): delete it and run its stage again")
+        raise DamagedError(f"{path} is damaged (its seal does not fit its content): delete it and run its stage again")
     return value
 
 
@@ -107,8 +109,18 @@ def remove(path: AnyPath) -> None:
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
     """Every file in a folder and its folders, in order."""
-    found: list[AnyPath] = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(found, key=str)
+    if isinstance(folder, Path):
+        return sorted((path for path in folder.rglob("*") if path.is_file()), key=str)
+    return [to_path(folder.fs.unstrip_protocol(name)) for name in sorted(folder.fs.find(folder.path))]
+
+
+def sizes(folder: AnyPath) -> dict[str, int]:
+    """Bytes of each file directly in a folder, by one listing; none if it is not there."""
+    if not isinstance(folder, Path):
+        return {name.rpartition("/")[2]: facts["size"] for name, facts in folder.fs.find(folder.path, maxdepth=1, detail=True).items()}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    return {}
 
 
 def children(folder: AnyPath, pattern: str = "*") -> list[AnyPath]:

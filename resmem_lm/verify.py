@@ -1,5 +1,6 @@
 """Checks a whole work directory: every byte against the records, and every row against what it must be."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -14,11 +15,21 @@ from resmem_lm.progress import progress
 from resmem_lm.published import Record, damaged_files
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.sharded import load_array
-from resmem_lm.storage import AnyPath, children, files_below, inside, read_json, sha256
+from resmem_lm.storage import AnyPath, children, drop_copy, files_below, inside, read_json, sha256
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 
 ROWS = 2**15  # at a time
 RUN = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}
+OUTPUTS = {
+    "documents": {"documents"},
+    "vocabulary": {"vocabulary"},
+    "train": {"checkpoints", "metrics"},
+    "build": {"datastore"},
+    "index": {"index"},
+    "search": {"neighbors"},
+    "evaluate": {"results.json"},
+    "report": {"report.html"},
+}
 PARTLY_WRITTEN = re.compile(r"\.tmp$|^\.lock$")
 
 
@@ -52,9 +63,15 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
             except (KeyError, TypeError, ValueError, OSError) as error:
                 yield f"{workdir}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {RUN.get(name, name)}` again"
         bar.update(len(stages))
-    unfinished = any(folder in known for folder in ("neighbors/queries",))
+    unfinished: set[str] = set()  # folders of stages that go on when they are run again
+    for name, outputs in OUTPUTS.items():
+        path = workdir / "stages" / f"{name}.json"
+        with contextlib.suppress(UserError):
+            if not path.exists() or not read_json(path).get("finished"):
+                unfinished |= outputs
     for file in files_below(workdir):
-        if inside(file, workdir) not in known and not unfinished and not PARTLY_WRITTEN.search(file.name):
+        place = inside(file, workdir)
+        if place not in known and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(file.name):
             yield f"{file} is known to no record: it may be left from a run that was killed; delete it if it is not yours"
 
 
@@ -130,6 +147,8 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
         part = datastore.part(shard, 1)
         for problem in (*_rows(part, vocab_size), *_tokens(workdir, part, vocabulary)):
             yield f"{folder / record['folder']}: {problem}; {mend(folder, record)}"
+        for name in ARRAYS:
+            drop_copy(folder / record["folder"] / f"{name}.npy")
 
 
 def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any, Generic, ParamSpec
 import gin
 
 from resmem_lm.errors import UserError
-from resmem_lm.lock import locked
+from resmem_lm.lock import assert_held, locked
 from resmem_lm.storage import AnyPath, files_below, inside, read_json, sha256, to_path, write_json
 
 P = ParamSpec("P")
@@ -138,6 +138,7 @@ class Stage(Generic[P]):
         with disk_errors(workdir):
             write_json(path, record)
             result = _plain(self.function(*args, **kwargs))
+            assert_held(workdir)
             facts = {"finished": True, "seconds": time.monotonic() - start, "result": result, "files": self.files(workdir)}
             write_json(path, record | facts)
         return result

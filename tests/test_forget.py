@@ -195,7 +195,7 @@ def test_what_cannot_be_forgotten_is_one_line_and_nothing_is_lost(tiny_copy, cap
 def test_without_a_datastore_it_is_told(tmp_path, capsys):
     for command in (["forget", "--document=a"], ["compact"]):
         assert main([*command, f"--workdir={tmp_path}"]) == 2
-        assert "the stage build has not finished" in capsys.readouterr().err
+        assert "is no work directory: it has no stages/" in capsys.readouterr().err
 
 
 def test_documents_of_the_splits_that_are_not_in_the_datastore_are_unknown(tiny_copy):

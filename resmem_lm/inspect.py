@@ -1,0 +1,112 @@
+"""What DeepNet and ResMem predict for each token of a text, and the neighbours that changed it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from resmem_lm.candidates import Setting
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import open_datastore
+from resmem_lm.documents import read_shard
+from resmem_lm.encode import Encoder, query_head
+from resmem_lm.errors import UserError
+from resmem_lm.index import index_manifest, merge_nearest, open_index
+from resmem_lm.resmem import at_temperature, merge_sparse, neighbor_weights, predict
+from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.workdir import finished
+
+CONTEXT_TOKENS, SHOWN_NEIGHBORS = 12, 3
+
+
+def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
+    """Each token of the text: what it is, what DeepNet and ResMem say, and, where they differ, the neighbours that weigh most.
+
+    ResMem has the hyperparameters that `evaluate` chose, over the whole vocabulary.
+
+    Raises:
+        UserError: an empty text, or a stage that has not finished.
+    """
+    if not text.strip():
+        raise UserError('resmem inspect: give a text, such as "The quick brown fox"')
+    for stage in ("index", "evaluate"):
+        finished(workdir, stage)
+    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
+    datastore = open_datastore(workdir / "datastore", model=model.fingerprint, vocabulary=vocabulary.sha256)
+    chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
+    setting = Setting("resmem", chosen["k"], chosen["sigma"], chosen["temperature"], chosen["lambda"])
+    tokens = vocabulary.encode(text)
+    keys, hidden = (np.empty((len(tokens), model.config.emb_dim), np.float32) for _ in range(2))
+    for positions, rows in Encoder(model, datastore.binding.window, query_head)([tokens]):
+        keys[positions], hidden[positions] = rows.keys, rows.hidden
+
+    manifest = index_manifest(workdir, datastore)
+    found = []
+    for shard in range(len(manifest["shards"])):
+        index, first = open_index(workdir, datastore, manifest, shard)
+        rows, distances = index.search(keys, setting.k)
+        found.append((np.where(rows < 0, -1, rows + first), distances))
+    rows, distances = merge_nearest(found, setting.k)
+
+    logits = model.logits(model.parameters, jnp.asarray(hidden)) / setting.temperature
+    base = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    base = base / jnp.sum(base, axis=-1, keepdims=True)
+    known = np.maximum(rows, 0)
+    weights = neighbor_weights(jnp.asarray(distances), setting.sigma)
+    neighbor_tokens, ids = (datastore.take(name, known).astype(np.int32) for name in ("tokens", "residual_ids"))
+    values = jnp.asarray(datastore.take("residual_values", known), jnp.float32)
+    if setting.temperature != 1.0:
+        log_partition, temperatures = datastore.take("log_partition", known), list(datastore.binding.temperatures)
+        values = at_temperature(
+            values,
+            jnp.asarray(ids == neighbor_tokens[..., None], jnp.float32),
+            jnp.asarray(datastore.take("target_log_probability", known)),
+            jnp.asarray(log_partition[..., temperatures.index(1.0)]),
+            jnp.asarray(log_partition[..., temperatures.index(setting.temperature)]),
+            setting.temperature,
+        )
+    merged = merge_sparse(base, weights, jnp.asarray(ids), values, setting.lambda_)
+    deepnet, resmem = np.asarray(predict(base)), np.asarray(predict(merged))
+
+    def neighbor(row: int, weight: float, distance: float) -> dict[str, Any]:
+        shard, name, position = datastore.locate(row)
+        documents = read_shard(workdir / "documents" / datastore.shards[shard]["made_from"]["documents"])
+        its = vocabulary.encode(next(document.text for document in documents if document.id == name))
+        return {
+            "document": name,
+            "context": vocabulary.decode(its[max(0, position - CONTEXT_TOKENS) : position]),
+            "token": vocabulary.pieces([int(its[position])])[0],
+            "weight": weight,
+            "distance": distance,
+        }
+
+    told: list[dict[str, Any]] = []
+    for place, token in enumerate(tokens):
+        pieces = vocabulary.pieces([int(token), int(deepnet[place]), int(resmem[place])])
+        told.append({"token": pieces[0], "deepnet": pieces[1], "resmem": pieces[2], "neighbors": []})
+        if deepnet[place] != resmem[place]:
+            order = np.argsort(-np.asarray(weights[place]) * (neighbor_tokens[place] == resmem[place]), kind="stable")[:SHOWN_NEIGHBORS]
+            told[-1]["neighbors"] = [
+                neighbor(int(rows[place, i]), float(weights[place, i]), float(distances[place, i]))
+                for i in order
+                if rows[place, i] >= 0 and neighbor_tokens[place, i] == resmem[place]
+            ]
+    return told
+
+
+def describe(told: list[dict[str, Any]]) -> str:
+    """As lines for a terminal: `+` where only ResMem is right, `-` where only DeepNet is."""
+
+    def shown(piece: str) -> str:
+        return piece.replace(" ", "␣").replace("\n", "⏎")
+
+    lines = [f"  {'token':20} {'DeepNet':20} ResMem"]
+    for t in told:
+        right = t["deepnet"] == t["token"], t["resmem"] == t["token"]
+        mark = {(False, True): "+", (True, False): "-"}.get(right, " ")
+        lines.append(f"{mark} {shown(t['token']):20} {shown(t['deepnet']):20} {shown(t['resmem'])}")
+        for n in t["neighbors"]:
+            context = " ".join(n["context"].split())
+            lines.append(f"      {n['weight']:.2f}  {n['distance']:.2f}  ...{context}[{shown(n['token'])}]  {n['document']}")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""Plots as SVG in the colours of the page around them, light or dark."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
+MARKERS = "s^oDv"
+Figure = Any  # matplotlib's, which is imported when something is drawn
+
+
+def to_svg(draw: Callable[[Figure], None], *, width: float = 10, height: float = 3.8) -> str:
+    """What `draw` draws into an empty figure: the same text whenever it draws the same."""
+    # Imported here, because it takes half a second, and every command imports every stage.
+    from matplotlib import style
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    options = {
+        "svg.hashsalt": "resmem_lm",  # ids that stay the same
+        "svg.fonttype": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": f"{INK}9",
+    }
+    image = io.StringIO()
+    with style.context(["default", options]):  # "default", because a user's matplotlibrc must not show in the page
+        figure = MatplotlibFigure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        figure.savefig(image, format="svg", transparent=True, metadata=metadata)
+    svg = image.getvalue()
+    return re.sub(rf"{INK}(\d)", r"var(--ink-\1)", svg[svg.index("<svg") :])
+
+
+def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str, **options: Any) -> None:
+    """A line in ink `number` + 1. Lines that agree lie on each other: hollow markers of different sizes keep all of them visible."""
+    axes.plot(
+        x,
+        y,
+        color=f"{INK}{number + 1}",
+        **{
+            "marker": MARKERS[number],
+            "markersize": max(3, 9 - 2 * number),
+            "markerfacecolor": "none",
+            "linewidth": 1.5,
+            "label": label,
+        }
+        | options,
+    )

@@ -1,0 +1,44 @@
+"""What every study has: a stage, and what it writes: numbers (JSON and CSV), a plot, and a section of the report."""
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+from resmem_lm.plots import Figure, to_svg
+from resmem_lm.storage import AnyPath, sha256, write_bytes, write_json
+from resmem_lm.workdir import Record, Stage, stage
+
+P = ParamSpec("P")
+NEEDS = ("search", "build", "train")
+
+
+def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[P, Record]], Stage[P]]:
+    """Makes a function the study `name`: a stage that writes WORKDIR/studies/NAME and is done again when its settings or inputs change."""
+    return stage(name=f"study-{name}", output=f"studies/{name}", after=after, redo=True)
+
+
+def write_study(
+    workdir: AnyPath, name: str, *, title: str, text: str, rows: list[Record], draw: Callable[[Figure], None] | None, **facts: Any
+) -> Record:
+    """Writes results.json, table.csv and figure.svg; returns the checksum of the numbers.
+
+    Args:
+        workdir: of the study.
+        name: of the study.
+        title: of its section, with the paper's figure or table.
+        text: what is to be seen, in a paragraph.
+        rows: the table, the same columns in each row.
+        draw: draws into an empty figure; None for no plot.
+        facts: more numbers for results.json.
+    """
+    folder = workdir / "studies" / name
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(folder / "table.csv", table.getvalue().encode())
+    if draw:
+        write_bytes(folder / "figure.svg", to_svg(draw).encode())
+    write_json(folder / "results.json", {"title": title, "text": text, "rows": rows, **facts})
+    return {"sha256": sha256(folder / "results.json")}

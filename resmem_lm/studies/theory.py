@@ -1,0 +1,149 @@
+"""The paper's section 5: linear regression with a bounded model, whose error does not vanish, and a memory of its residuals, whose does.
+
+x uniform in the unit ball of R^d,  y = <theta*, x>, |theta*| = 1
+DeepNet:  argmin over |theta| <= L < 1 of the squared error on n points                        risk -> (1 - L)^2 / (d + 2)
+ResMem:   <theta_n, x> + residual of the nearest training point                                 (equation 2, k = 1)
+Theorem 5.3:  risk of ResMem  <~  d^2 L^2 n^(-2/3) + d^2 (1 - L)^2 (log(n^(1/d)) / n)^(1/d)
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from resmem_lm.plots import INK, Figure, line
+from resmem_lm.progress import progress
+from resmem_lm.storage import AnyPath
+from resmem_lm.studies.study import study, write_study
+from resmem_lm.workdir import Record
+
+METHODS = ("DeepNet", "nearest neighbour", "ResMem")
+
+
+def in_unit_ball(rng: np.random.Generator, points: int, d: int) -> Float[np.ndarray, "points d"]:
+    """Points uniform in the unit ball."""
+    x = rng.normal(size=(points, d))
+    return x / np.linalg.norm(x, axis=1, keepdims=True) * rng.random((points, 1)) ** (1 / d)
+
+
+def bounded_least_squares(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, " n"], bound: float) -> Float[np.ndarray, " d"]:
+    """argmin |x theta - y|^2 over |theta| <= bound: ridge regression, with the penalty that reaches the bound (by bisection)."""
+    values, vectors = np.linalg.eigh(x.T @ x)
+    target = vectors.T @ (x.T @ y)
+
+    def norm(penalty: float) -> float:
+        return float(np.linalg.norm(target / (np.maximum(values, 1e-12) + penalty)))
+
+    if norm(0.0) <= bound:
+        return vectors @ (target / np.maximum(values, 1e-12))
+    low, high = 0.0, float(np.linalg.norm(target)) / bound
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if norm(middle) > bound else (low, middle)
+    return vectors @ (target / (np.maximum(values, 1e-12) + high))
+
+
+def nearest(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> Any:
+    """Number of the nearest point of each query."""
+    squares = np.sum(np.square(x), axis=1)
+    blocks = np.array_split(queries, max(1, len(queries) * len(x) // 10**7))  # so that a block's distances fit in memory
+    return np.concatenate([np.argmin(squares - 2 * some @ x.T, axis=1) for some in blocks])
+
+
+def risks(rng: np.random.Generator, n: int, d: int, bound: float, queries: int) -> list[float]:
+    """Mean squared error of each method, on fresh points."""
+    theta = rng.normal(size=d)
+    theta /= np.linalg.norm(theta)
+    x, test = in_unit_ball(rng, n, d), in_unit_ball(rng, queries, d)
+    y, wanted = x @ theta, test @ theta
+    fitted = bounded_least_squares(x, y, bound)
+    near = nearest(x, test)
+    predictions = (test @ fitted, y[near], test @ fitted + (y - x @ fitted)[near])
+    return [float(np.mean(np.square(prediction - wanted))) for prediction in predictions]
+
+
+def theorem(n: int, d: int, bound: float) -> float:
+    """The right side of Theorem 5.3, without its constant."""
+    return d**2 * bound**2 * n ** (-2 / 3) + d**2 * (1 - bound) ** 2 * (np.log(n ** (1 / d)) / n) ** (1 / d)
+
+
+def slope(n: list[int], risk: list[list[float]]) -> tuple[float, float]:
+    """Slope of log risk against log n over all repetitions, and its standard error."""
+    x = np.log(np.repeat(n, [len(some) for some in risk]))
+    y = np.log(np.maximum(np.concatenate(risk), 1e-300))
+    centred = x - x.mean()
+    fitted = float(centred @ y / (centred @ centred))
+    errors = y - y.mean() - fitted * centred
+    return fitted, float(np.sqrt(errors @ errors / (len(x) - 2) / (centred @ centred)))
+
+
+@study(name="theory", after=())
+def study_theory(
+    workdir: AnyPath,
+    *,
+    sizes: tuple[int, ...] | list[int] = (100, 300, 1000, 3000, 10_000, 30_000),
+    dimensions: tuple[int, ...] | list[int] = (2, 4, 8),
+    bounds: tuple[float, ...] | list[float] = (0.3, 0.6, 0.9),
+    repetitions: int = 8,
+    queries: int = 2000,
+    seed: int = 0,
+) -> Record:
+    """Test risk against n of DeepNet, of the nearest neighbour alone and of ResMem, with fitted slopes (paper: section 5, Theorem 5.3).
+
+    Args:
+        sizes: numbers n of training points.
+        dimensions: numbers d of features.
+        bounds: norms L of the model; the truth has norm 1.
+        repetitions: of each, with another truth and other points.
+        queries: test points of each repetition.
+        seed: of everything.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = list(itertools.product(dimensions, bounds))
+    rows: list[Record] = []
+    curves: dict[tuple[int, float], list[list[list[float]]]] = {}
+    with progress("theory", total=len(pairs) * len(sizes), unit="settings") as bar:
+        for d, bound in pairs:
+            found = []
+            for n in sizes:
+                found.append([risks(rng, n, d, bound, queries) for _ in range(repetitions)])
+                bar.update(len(curves) * len(sizes) + len(found))
+            curves[d, bound] = found
+            for number, method in enumerate(METHODS):
+                risk = [[repetition[number] for repetition in some] for some in found]
+                fitted, error = slope(list(sizes), risk)
+                # The theorem's own slope between the same sizes: it is an upper bound, so the measured one may be steeper.
+                bounded = slope(list(sizes), [[theorem(n, d, bound)] for n in sizes])[0] if method == "ResMem" else None
+                rows.append(
+                    {
+                        "d": d,
+                        "L": bound,
+                        "method": method,
+                        "risk at smallest n": float(np.mean(risk[0])),
+                        "risk at largest n": float(np.mean(risk[-1])),
+                        "slope": fitted,
+                        "standard error": error,
+                        "theorem's slope": bounded,
+                    }
+                )
+
+    def draw(figure: Figure) -> None:
+        for axes, d in zip(figure.subplots(1, len(dimensions), sharey=True, squeeze=False)[0], dimensions, strict=True):
+            bound = bounds[len(bounds) // 2]
+            for number, method in enumerate(METHODS):
+                line(axes, number, list(sizes), [float(np.mean([r[number] for r in some])) for some in curves[d, bound]], method)
+            axes.axhline((1 - bound) ** 2 / (d + 2), color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1, label="(1 - L)^2 / (d + 2)")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("n")
+            axes.set_title(f"d = {d}, L = {bound:g}", fontsize=10)
+        figure.get_axes()[0].set_ylabel("test risk")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+
+    text = (
+        "DeepNet's risk stays where its norm bound leaves it; that of ResMem keeps falling with n, below the nearest neighbour's alone. "
+        "Slopes are of log risk against log n, with standard errors; the theorem's are those of its upper bound over the same n."
+    )
+    return write_study(workdir, "theory", title="Linear regression (section 5, Theorem 5.3)", text=text, rows=rows, draw=draw)

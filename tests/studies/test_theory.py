@@ -1,0 +1,60 @@
+import csv
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm.storage import read_json
+from resmem_lm.studies.theory import METHODS, bounded_least_squares, in_unit_ball, nearest, slope, study_theory
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.05, 3.0))
+def test_the_bounded_fit_keeps_its_bound_and_no_other_point_of_the_ball_is_better(seed, d, bound):
+    rng = np.random.default_rng(seed)
+    x, theta = rng.normal(size=(40, d)), rng.normal(size=d)
+    y = x @ theta + 0.1 * rng.normal(size=40)
+    fitted = bounded_least_squares(x, y, bound)
+    assert np.linalg.norm(fitted) <= bound * (1 + 1e-6)
+    others = in_unit_ball(rng, 200, d) * bound
+    assert np.sum((x @ fitted - y) ** 2) <= np.sum((x @ others.T - y[:, None]) ** 2, axis=0).min() + 1e-6
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 60))
+def test_the_nearest_point_is_the_nearest(seed, d, n):
+    rng = np.random.default_rng(seed)
+    x, queries = rng.normal(size=(n, d)), rng.normal(size=(7, d))
+    distances = np.linalg.norm(queries[:, None] - x[None], axis=-1)
+    np.testing.assert_allclose(distances[np.arange(7), nearest(x, queries)], distances.min(axis=1), rtol=1e-6)
+
+
+def test_points_fill_the_ball_uniformly():
+    radius = np.linalg.norm(in_unit_ball(np.random.default_rng(0), 20_000, 3), axis=1)
+    assert radius.max() <= 1
+    assert np.mean(radius < 0.5) == pytest.approx(0.125, abs=0.01)
+
+
+def test_the_slope_of_a_power_law_is_its_exponent():
+    sizes = [10, 100, 1000]
+    fitted, error = slope(sizes, [[n**-0.7] * 3 for n in sizes])
+    assert fitted == pytest.approx(-0.7)
+    assert error == pytest.approx(0, abs=1e-9)
+
+
+def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neighbour_alone(tmp_path):
+    settings = {"sizes": (100, 1000, 4000), "dimensions": (2, 4), "bounds": (0.5,), "repetitions": 4, "queries": 500}
+    first = study_theory(tmp_path, **settings)
+    rows = read_json(tmp_path / "studies/theory/results.json")["rows"]
+    assert len(rows) == 2 * len(METHODS)
+    for row in rows:
+        if row["method"] == "DeepNet":
+            assert abs(row["slope"]) < 0.1
+            assert row["risk at largest n"] == pytest.approx((1 - 0.5) ** 2 / (row["d"] + 2), rel=0.15)
+        if row["method"] == "ResMem":
+            assert row["slope"] + 3 * row["standard error"] < row["theorem's slope"] < 0
+            alone = next(other for other in rows if other["d"] == row["d"] and other["method"] == "nearest neighbour")
+            assert row["risk at largest n"] < alone["risk at largest n"]
+    with (tmp_path / "studies/theory/table.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
+    assert (tmp_path / "studies/theory/figure.svg").read_text().startswith("<svg")
+    assert study_theory(tmp_path / "again", **settings) == first
