@@ -5,6 +5,7 @@ all are there. A shard is published when it is finished and not in a later step,
 build that is killed would lose all of it. A shard that an earlier run finished is not made again.
 """
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import ARRAYS, Binding, document_line, open_datastore, shard_name
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.encode import Encoder, Head, residual_head
-from resmem_lm.errors import UserError
+from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.lock import assert_held
 from resmem_lm.published import Record, damaged_files, expect, publish, record_of, remove_orphans
 from resmem_lm.storage import AnyPath, read_json, sha256, to_path, write_json
@@ -171,6 +172,12 @@ def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> 
     with disk_errors(folder):
         write_json(folder / "manifest.json", binding.to_json() | {"rows": sum(r["rows"] for r in records), "shards": records})
         remove_orphans(folder, records)
+        for record in records:
+            path = folder / f"{record['folder'].rpartition('.')[0]}.json"
+            with contextlib.suppress(DamagedError):
+                if read_json(path) == record:
+                    continue
+            write_json(path, record)
 
 
 @stage(name="build", after=("documents", "vocabulary", "train"), output="datastore", free=("pipeline_options",))

@@ -180,6 +180,7 @@ def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
     [
         (["forget", "--document=nobody"], "datastore has no document 'nobody'"),
         (["forget", "--source=nowhere"], "datastore has no source 'nowhere'"),
+        (["forget", "--source="], "give either --document=ID or --source=..."),
         (["forget"], "give either --document=ID or --source=..."),
         (["forget", "--document=a", "--source=b"], "give either --document=ID or --source=..."),
     ],

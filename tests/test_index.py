@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resmem_lm import index as index_module
 from resmem_lm.datastore import Binding, Datastore, open_datastore, shard_name
 from resmem_lm.errors import UserError
 from resmem_lm.index import (
@@ -184,3 +185,21 @@ def test_an_index_of_the_most_rows_fits_and_one_more_does_not(memory, more, emb)
     assert rows == 0 or index_memory(rows, emb, 100_000) <= memory
     # The tree's files take less for each row than the keys do that are kept where rows are few.
     assert index_memory(rows + 1, emb, 100_000) > memory or index_bytes(rows + 1, emb) < index_bytes(rows, emb)
+
+
+def test_a_query_in_a_large_forgotten_cluster_does_not_widen_the_search_of_others(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    keys = clustered(7_500, 16)
+    keys[:2500] = keys[0] + 1e-3 * rng.normal(size=(2500, 16))
+    datastore = write_keys(tmp_path / "datastore", keys, [(0, 2500)])
+    (tmp_path / "index").mkdir()
+    build_scann(datastore, tmp_path / "index", 20, 1000)
+    index = ScannIndex(datastore, tmp_path / "index", 20)
+    widths = []
+    real = index_module.nearest
+    monkeypatch.setattr(
+        index_module, "nearest", lambda d, q, candidates, k: widths.append(candidates.shape[1]) or real(d, q, candidates, k)
+    )
+    rows, _ = index.search(np.concatenate([keys[:3], keys[5000:5010]]), 10)
+    assert max(widths) == 20
+    assert (rows >= 2500).all()

@@ -2,17 +2,18 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from resmem_lm.errors import UserError
-from resmem_lm.lock import locked
+from resmem_lm.lock import assert_held, locked
 from resmem_lm.storage import to_path
 
 HOLD = """
 import sys
 from pathlib import Path
-from resmem_lm.lock import locked
+from resmem_lm.lock import assert_held, locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -81,3 +82,49 @@ def test_in_object_storage_a_lock_that_is_renewed_is_refused_and_one_that_is_not
     with locked(workdir):
         assert (workdir / ".lock").exists()
     assert not (workdir / ".lock").exists()
+
+
+def test_a_holder_that_was_silent_for_too_long_writes_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("resmem_lm.lock.HEARTBEAT", 0.05)
+    workdir = to_path(f"memory://lost{tmp_path}")
+    with locked(workdir):
+        assert_held(workdir)
+        (workdir / ".lock").write_bytes(b"another 1 0123abcd 0")
+        for _ in range(100):
+            time.sleep(0.05)
+            try:
+                assert_held(workdir)
+            except UserError as error:
+                assert "was taken over by another command" in str(error)  # noqa: PT017 - it comes with the next beat
+                break
+        else:
+            pytest.fail("the loss was not noticed")
+    assert (workdir / ".lock").read_bytes() == b"another 1 0123abcd 0"  # which is the other's
+    assert_held(workdir)
+
+
+def test_an_outage_does_not_end_the_renewal(tmp_path, monkeypatch):
+    monkeypatch.setattr("resmem_lm.lock.HEARTBEAT", 0.02)
+    workdir = to_path(f"memory://outage{tmp_path}")
+
+    class ClientError(Exception):
+        """Of a storage's package; no OSError."""
+
+    real, calls = type(workdir.fs).pipe_file, []
+
+    def failing(self, path, value, **kwargs):
+        calls.append(path)
+        if 2 <= len(calls) <= 4:
+            raise ClientError
+        return real(self, path, value, **kwargs)
+
+    monkeypatch.setattr(type(workdir.fs), "pipe_file", failing)
+    with locked(workdir):
+        before = (workdir / ".lock").read_bytes()
+        for _ in range(200):
+            time.sleep(0.02)
+            if (workdir / ".lock").read_bytes() != before:
+                break
+        else:
+            pytest.fail("the lock was not renewed after the outage")
+    assert len(calls) > 4

@@ -1,7 +1,7 @@
 import pytest
 
 from resmem_lm.errors import UserError
-from resmem_lm.published import damaged_files, folder_of, publish, record_of, remove_orphans
+from resmem_lm.published import damaged_files, expect, folder_of, publish, record_of, remove_orphans
 from resmem_lm.storage import children, files_below, inside, read_json, to_path, write_bytes, write_json
 
 SOURCE = {"text": "one"}
@@ -96,3 +96,34 @@ def test_a_record_that_names_a_place_outside_is_refused(parent, name):
         assert "\n" not in str(caught.value)
         with pytest.raises(UserError, match="which is outside its folder"):
             list(damaged_files(parent, outside))
+
+
+def test_an_attempt_whose_folder_was_taken_away_publishes_nothing(tmp_path):
+    with pytest.raises(UserError, match="was taken away while it was written"), publish(tmp_path, "shard", SOURCE):
+        remove_orphans(tmp_path, [])
+    assert names(tmp_path) == []
+
+
+def test_an_attempt_without_all_of_its_files_publishes_nothing(parent):
+    with pytest.raises(UserError, match="was taken away"), publish(parent, "shard", SOURCE, ["things.bin", "more.bin"]) as attempt:
+        (attempt.folder / "things.bin").write_bytes(b"things")
+    assert names(parent) == []
+
+
+def test_a_record_that_cannot_be_read_now_is_an_error_and_not_a_missing_shard(tmp_path, monkeypatch):
+    make(tmp_path)
+
+    def refused(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", refused)
+    with pytest.raises(UserError, match="cannot be read"):
+        record_of(tmp_path, "shard", SOURCE)
+
+
+def test_what_must_be_there_is_told_if_it_is_not(parent):
+    make(parent)
+    assert expect(parent, "shard", SOURCE)["rows"] == 3
+    for name, made_from in (("shard", {"text": "another"}), ("other", SOURCE)):
+        with pytest.raises(UserError, match="run the same command again"):
+            expect(parent, name, made_from)

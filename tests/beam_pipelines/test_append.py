@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from beam_pipelines.append import append
 from resmem_lm.datastore import ARRAYS, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.errors import UserError
+from resmem_lm.forget import forget
 from resmem_lm.main import main
-from resmem_lm.storage import read_json
+from resmem_lm.published import publish
+from resmem_lm.storage import read_json, write_json
 from resmem_lm.verify import verify
 
 WORDS = ["amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbor", "island", "jungle"]
@@ -89,3 +92,44 @@ def test_a_killed_append_goes_on(tiny_copy, more, monkeypatch, moment):
 def test_appending_to_nothing_is_refused(tmp_path, more):
     with pytest.raises(UserError, match="the stage build has not finished"):
         append(tmp_path, str(more))
+
+
+def test_what_was_forgotten_stays_so_though_a_worker_given_up_long_ago_writes_its_shard_once_more(tiny_copy, more):
+    datastore = open_datastore(tiny_copy / "datastore")
+    record = datastore.shards[1]
+    forget(tiny_copy, document=datastore.documents(1)[0]["id"])
+    remembered = open_datastore(tiny_copy / "datastore").remembered_rows
+    with publish(tiny_copy / "datastore", "shard-00001-of-00003", record["made_from"]) as attempt:
+        for file in (tiny_copy / "datastore" / record["folder"]).iterdir():
+            shutil.copy(file, attempt.folder)
+        attempt.facts |= {"rows": record["rows"], "counts": record["counts"]}
+    added = append(tiny_copy, str(more))
+    datastore = open_datastore(tiny_copy / "datastore")
+    assert datastore.remembered_rows == added["rows"] == remembered + sum(shard["rows"] for shard in datastore.shards[3:])
+    for stage in ("index", "evaluate", "report"):
+        assert main(command(tiny_copy, stage)) == 0
+    assert verify(tiny_copy) == []
+
+
+def test_documents_of_an_append_that_was_killed_can_be_forgotten(tiny_copy, more, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_units", killed)
+        with pytest.raises(KeyboardInterrupt):
+            append(tiny_copy, str(more))
+    forget(tiny_copy, source=f"{more}")
+    append(tiny_copy, str(tiny_copy.parent / "corpus.jsonl"))  # which goes on with the other, and has nothing new
+    assert open_datastore(tiny_copy / "datastore").remembered_rows == read_json(tiny_copy / "stages/build.json")["result"]["rows"]
+    assert not [d for path in shard_paths(tiny_copy, "added") for d in read_shard(path)]
+
+
+def test_what_is_added_to_sampled_text_is_named_by_its_address(tiny_copy, more):
+    record = read_json(tiny_copy / "stages/documents.json")
+    record["settings"]["held_out"] = "c4-validation.json"
+    write_json(tiny_copy / "stages/documents.json", record)
+    page = tiny_copy.parent / "page.jsonl"
+    page.write_text(json.dumps({"text": "A page that nobody has seen before, about nothing.", "url": "https://site/page"}) + "\n")
+    append(tiny_copy, str(page))
+    assert forget(tiny_copy, source="https://site")["documents"] == 1
