@@ -22,6 +22,7 @@ STAGES = {
     "run": "all of these, one after another",
     "plan": "what all of these will take: rows, bytes, memory and time, from a rehearsal on this machine",
 }
+STUDIES = {"theory": "linear regression with a memory, against the theorem (paper: section 5)"}
 KEEPING = {
     "verify": "check every file and row of a work directory against its records",
     "forget": "forget documents: none of their rows is a neighbour any more",
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--append", action="append", metavar="TEXT", help="add the documents of these files to a finished datastore"
             )
+    command = commands.add_parser("study", help="one of the paper's studies, written to WORKDIR/studies and the report")
+    command.add_argument("study", choices=STUDIES, metavar="NAME", help="; ".join(f"{name}: {text}" for name, text in STUDIES.items()))
+    command.add_argument("--gin_file", action="append", default=[], help="a gin file; may be given again")
+    command.add_argument("--workdir", required=True, help="where it is written")
     for name, text in KEEPING.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == "verify":
@@ -196,6 +201,35 @@ def _append(workdir: Any, text: list[str], pipeline_options: str) -> None:
     )
 
 
+def _study(arguments: argparse.Namespace, bindings: list[str]) -> None:
+    from resmem_lm import config
+    from resmem_lm.report import write_report
+    from resmem_lm.storage import read_json, remove, to_path
+
+    workdir: Any = to_path(arguments.workdir)
+    import_stages()
+    module = importlib.import_module(f"resmem_lm.studies.{arguments.study.replace('-', '_')}")
+    study = getattr(module, f"study_{arguments.study.replace('-', '_')}")
+    config.parse(arguments.gin_file, bindings)
+    study(workdir, **config.parameters(study))
+    print(describe_study(read_json(workdir / "studies" / arguments.study / "results.json")))
+    print(f"Numbers and plot: {workdir / 'studies' / arguments.study}")
+    if (workdir / "results.json").exists():
+        remove(workdir / "stages" / "report.json")  # its inputs are the same, but it has one more section
+        write_report(workdir)
+        print(f"Report: {workdir / 'report.html'}")
+
+
+def describe_study(results: dict[str, Any]) -> str:
+    """A study's title and table, aligned."""
+    from resmem_lm.results import study_rows
+
+    header, *rows = study_rows(results)
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)]
+    return "\n".join(["", results["title"], "", lines[0], "-" * len(lines[0]), *lines[1:], ""])
+
+
 def _keep(arguments: argparse.Namespace) -> int:
     """The commands that need no configuration."""
     from resmem_lm.storage import to_path
@@ -249,7 +283,11 @@ def main(argv: list[str] | None = None) -> int:
             )
         if arguments.command in KEEPING:
             return _keep(arguments)
-        _execute(arguments, [argument.removeprefix("--gin.") for argument in rest])
+        bindings = [argument.removeprefix("--gin.") for argument in rest]
+        if arguments.command == "study":
+            _study(arguments, bindings)
+        else:
+            _execute(arguments, bindings)
     except UserError as error:
         print(f"resmem: {error}", file=sys.stderr)
         return 2

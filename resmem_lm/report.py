@@ -6,8 +6,8 @@ from typing import Any
 import jinja2
 
 from resmem_lm.plots import INK, Figure, line, to_svg
-from resmem_lm.results import HEADER, METHODS, percent, rows
-from resmem_lm.storage import AnyPath, read_json, sha256, write_bytes
+from resmem_lm.results import HEADER, METHODS, percent, rows, study_rows
+from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
 from resmem_lm.workdir import Record, stage
 
 
@@ -22,6 +22,7 @@ def write_report(workdir: AnyPath) -> Record:
         UserError: results.json is missing or damaged.
     """
     results = read_json(workdir / "results.json")
+    studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
     config = workdir / "config.gin"  # written by the command `resmem`; stages called from Python have none
     page = _template().render(
         results=results,
@@ -29,11 +30,19 @@ def write_report(workdir: AnyPath) -> Record:
         header=HEADER,
         rows=rows(results),
         plots=_plots(results),
+        studies=[_study(folder) for folder in studies],
         config=config.read_text("utf-8") if config.exists() else "",
     )
     # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
     write_bytes(workdir / "report.html", page.encode("utf-8", "replace"))
     return {"sha256": sha256(workdir / "report.html")}
+
+
+def _study(folder: AnyPath) -> dict[str, Any]:
+    results, figure = read_json(folder / "results.json"), folder / "figure.svg"
+    header, *rows = study_rows(results)
+    plot = figure.read_text("utf-8") if figure.exists() else ""
+    return {"title": results["title"], "text": results["text"], "header": header, "rows": rows, "plot": plot}
 
 
 def _template() -> jinja2.Template:

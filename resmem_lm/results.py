@@ -56,3 +56,13 @@ def table(results: dict[str, Any]) -> str:
         f"{results['index']['kind']} index, recall@k {test['recall_at_k']:.3f}; hyperparameters chosen on validation"
     )
     return "\n".join(["", text[0], "-" * len(text[0]), *text[1:], facts])
+
+
+def study_rows(results: dict[str, Any]) -> list[list[str]]:
+    """A study's table as text, its header first."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    header = list(results["rows"][0])
+    return [header, *([cell(row[name]) for name in header] for row in results["rows"])]

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resmem_lm.main import main
 from resmem_lm.storage import read_json
 from resmem_lm.studies.theory import METHODS, bounded_least_squares, in_unit_ball, nearest, slope, study_theory
+from resmem_lm.verify import verify
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.05, 3.0))
@@ -58,3 +60,20 @@ def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neig
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
     assert (tmp_path / "studies/theory/figure.svg").read_text().startswith("<svg")
     assert study_theory(tmp_path / "again", **settings) == first
+
+
+def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, capsys):
+    small = ["--gin.study_theory.sizes=(50, 100, 200)", "--gin.study_theory.dimensions=(2,)", "--gin.study_theory.repetitions=2"]
+    assert main(["study", "theory", f"--workdir={tiny_copy}", *small]) == 0
+    printed = capsys.readouterr().out
+    assert "Linear regression (section 5, Theorem 5.3)" in printed
+    assert printed.count("nearest neighbour") == 3
+    page = (tiny_copy / "report.html").read_text()
+    assert "Linear regression (section 5, Theorem 5.3)" in page
+    assert page.count("<svg") == 2
+    assert verify(tiny_copy) == []
+
+
+def test_a_study_needs_no_run_and_an_unknown_setting_is_told(tmp_path, capsys):
+    assert main(["study", "theory", f"--workdir={tmp_path}", "--gin.study_theory.size=3"]) == 2
+    assert "did you mean sizes?" in capsys.readouterr().err
