@@ -22,7 +22,7 @@ STAGES = {
     "run": "all of these, one after another",
     "plan": "what all of these will take: rows, bytes, memory and time, from a rehearsal on this machine",
 }
-STUDIES = {"theory": "linear regression with a memory, against the theorem (paper: section 5)"}
+STUDIES = {"theory": "linear regression with a memory (paper: section 5)"}
 KEEPING = {
     "verify": "check every file and row of a work directory against its records",
     "forget": "forget documents: none of their rows is a neighbour any more",
