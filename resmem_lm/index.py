@@ -70,8 +70,12 @@ class ExactIndex:
         best_scores = np.full((len(queries), 2 * k), -np.inf, np.float32)
         for shard, keys in enumerate(self.datastore.shard_arrays("keys")):
             for start in range(0, len(keys), EXACT_BLOCK):
-                block = jnp.asarray(keys[start : start + EXACT_BLOCK], jnp.float32)
-                remembered = jnp.asarray(~self.datastore.is_forgotten(self.datastore.offsets[shard] + start + np.arange(len(block))))
+                some_keys = keys[start : start + EXACT_BLOCK]
+                # Each shape is compiled: blocks are filled up to a power of two, with rows that cannot be found.
+                padding = (1 << (len(some_keys) - 1).bit_length()) - len(some_keys)
+                block = jnp.asarray(np.pad(some_keys, ((0, padding), (0, 0))), jnp.float32)
+                rows = self.datastore.offsets[shard] + start + np.arange(len(some_keys))
+                remembered = jnp.asarray(np.pad(~self.datastore.is_forgotten(rows), (0, padding)))
                 count = min(k, len(block))
                 for begin in range(0, len(queries), QUERY_BLOCK):
                     some = slice(begin, begin + QUERY_BLOCK)
