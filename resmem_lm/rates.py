@@ -1,7 +1,8 @@
 """What each stage costs on this machine: short runs of the real stages on little text, with the configured shapes.
 
 A stage is run at two sizes at least, in a temporary work directory, so that what it costs once (programs to compile, checkpoints to
-read) stands apart from what it costs per token or query. The model has fresh parameters, which compute as slowly as trained ones.
+read) stands apart from what it costs per token or query. The model has those of the rehearsed training, or fresh
+parameters where there is none.
 """
 
 import contextlib
@@ -227,8 +228,12 @@ class _Rehearsal:
             (workdir / "checkpoints").unlink()
             return self._seconds("train", train.function, workdir, **settings | {"steps": steps, "checkpoint_steps": steps})
 
-        once, each, _ = _line(run, 1, 64)
+        once, each, last = _line(run, 1, 64)
         self.costs.train = Cost(once, each / step)
+        # The other stages take the model that has learned most: it knows which tokens are frequent, and those have the lowest ids, so that
+        # the largest entries of a residual are found sooner than among those of fresh parameters.
+        shutil.rmtree(self.shared / "checkpoints")
+        shutil.copytree(self.folder / f"train-{last}" / "checkpoints", self.shared / "checkpoints")
         self.costs.tokenize = _least(
             lambda: self.vocabulary.encode_documents([Document("", text) for text, _ in self.pool]), times=1
         ) / sum(n for _, n in self.pool)
