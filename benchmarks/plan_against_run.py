@@ -41,11 +41,11 @@ def main() -> None:
         evaluate.function(copy, **settings["evaluate"])
         print(f"\nevaluate here: {time.monotonic() - begin:.1f} s; in the run:")
     run = file_bytes(arguments.workdir)
-    kinds = {name: (size, run[name]) for name, size in made.bytes.items()}
+    kinds = {name: (size, run.get(name, 0)) for name, size in made.bytes.items()}
     kinds["all of these"] = sum(size for size, _ in kinds.values()), sum(size for _, size in kinds.values())
     kinds["WORKDIR"] = kinds["all of these"][0], sum(run.values())
     for name, (planned, size) in kinds.items():
-        print(f"{name:32}{planned:15,}{size:15,}  {planned / size:.4f}")
+        print(f"{name:32}{planned:15,}{size:15,}" + (f"  {planned / size:.4f}" if size else ""))
     for name, stage in made.stages.items():
         print(f"{name:32}{stage.seconds:15.1f}{took[name]:15.1f}  {stage.seconds / took[name]:.2f}")
 
