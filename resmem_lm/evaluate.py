@@ -130,16 +130,21 @@ class SplitScorer:
                 bar.update(block[0].stop)
 
     def count_correct(
-        self, ks: list[int], sigmas: list[float], temperatures: list[float], lambdas: dict[Formula, list[float]]
+        self,
+        ks: list[int],
+        sigmas: list[float],
+        temperatures: list[float],
+        lambdas: dict[Formula, list[float]],
+        among: Bool[np.ndarray, " queries"] | None = None,
     ) -> dict[Setting, int]:
-        """Right predictions for every combination of hyperparameters."""
+        """Right predictions for every combination of hyperparameters, of all tokens or `among` some."""
         pairs = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
         weightings = _weightings(pairs)
         every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
         counts = np.zeros((len(temperatures), len(pairs), len(every_lambda)), np.int64)
         for some, candidates, neighbors in self.blocks("tune"):
             targets = np.full(BLOCK, -1, np.int32)
-            targets[: some.stop - some.start] = self.queries.tokens[some]
+            targets[: some.stop - some.start] = np.where(True if among is None else among[some], self.queries.tokens[some], -1)
             for number, temperature in enumerate(temperatures):
                 counts[number] += _correct_counts(
                     candidates,

@@ -15,18 +15,19 @@ from resmem_lm.documents import read_shard, shard_content, shard_paths, write_ma
 from resmem_lm.errors import UserError
 from resmem_lm.lock import assert_held, locked
 from resmem_lm.published import Record, folder_of, publish, remove_orphans
-from resmem_lm.storage import AnyPath, drop_copy, read_json, remove, write_bytes, write_json
+from resmem_lm.storage import AnyPath, children, drop_copy, read_json, remove, write_bytes, write_json
 from resmem_lm.workdir import disk_errors, finished
 
 COPY_ROWS = 2**16
-MADE_FROM_ROWS = ("neighbors", "results.json", "report.html")
-STAGES_FROM_ROWS = ("search", "evaluate", "report")
+MADE_FROM_ROWS = ("neighbors", "results.json", "report.html", "studies")
+STAGES_FROM_ROWS = ("search", "evaluate", "report", "study-*")
 
 
 def forget(workdir: AnyPath, *, document: str | None = None, source: str | None = None) -> Record:
     """Forgets documents: none of their rows is a neighbour any more, and their text is gone from WORKDIR/documents.
 
-    Cached neighbours, results and the report are removed, because they may show the documents. Killed and run again, it ends the same.
+    Cached neighbours, results, studies and the report are removed, because they may show the documents. Killed and run again, it ends the
+    same.
 
     Args:
         workdir: of a finished datastore.
@@ -58,11 +59,7 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
             raise UserError(
                 f"{workdir / 'datastore'} has no {what}: its documents.jsonl files have the ids; validation and test are not in it"
             )
-        # What shows the rows goes first, so that a kill at any moment leaves nothing that returns them.
-        for name in STAGES_FROM_ROWS:
-            remove(workdir / "stages" / f"{name}.json")
-        for name in MADE_FROM_ROWS:
-            remove(workdir / name)
+        _remove_what_shows_rows(workdir)  # first, so that a kill at any moment leaves nothing that returns them
         found = {"documents": 0, "rows": 0}
         for record, documents in zip(datastore.shards, meant, strict=True):
             before = [tuple(some) for some in record.get("forgotten", [])]
@@ -77,6 +74,13 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
         _remove_text(workdir, named | pending, is_meant)
         renew_build(workdir)
     return found
+
+
+def _remove_what_shows_rows(workdir: AnyPath) -> None:
+    for record in (path for name in STAGES_FROM_ROWS for path in children(workdir / "stages", f"{name}.json")):
+        remove(record)
+    for name in MADE_FROM_ROWS:
+        remove(workdir / name)
 
 
 def _remove_text(workdir: AnyPath, names: set[str], is_meant: Any) -> None:
@@ -117,10 +121,7 @@ def compact(workdir: AnyPath) -> Record:
                 record, written = _without_forgotten(datastore, shard), written + 1
             records.append(record)
         if written or records != datastore.shards:
-            for name in STAGES_FROM_ROWS:
-                remove(workdir / "stages" / f"{name}.json")
-            for name in MADE_FROM_ROWS:
-                remove(workdir / name)
+            _remove_what_shows_rows(workdir)
         rows = sum(record["rows"] for record in records)
         assert_held(workdir)
         write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})

@@ -22,7 +22,11 @@ STAGES = {
     "run": "all of these, one after another",
     "plan": "what all of these will take: rows, bytes, memory and time, from a rehearsal on this machine",
 }
-STUDIES = {"theory": "linear regression with a memory (paper: section 5)"}
+STUDIES = {
+    "sensitivity": "test accuracy against k, sigma, T and lambda (paper: Figures 5 and 6)",
+    "decomposition": "TPR, FPR and gain by two rules of choosing (paper: Table 2)",
+    "theory": "linear regression with a memory (paper: section 5)",
+}
 KEEPING = {
     "verify": "check every file and row of a work directory against its records",
     "forget": "forget documents: none of their rows is a neighbour any more",

@@ -1,0 +1,91 @@
+"""What ResMem mends and what it spoils (the paper's Table 2), with hyperparameters by two rules."""
+
+import numpy as np
+
+from resmem_lm.candidates import Formula, Setting
+from resmem_lm.datastore import open_datastore
+from resmem_lm.evaluate import SplitScorer, describe
+from resmem_lm.search import QUERY_SPLITS, open_queries
+from resmem_lm.storage import AnyPath
+from resmem_lm.studies.study import study, write_study
+from resmem_lm.workdir import Record
+
+DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
+TITLES: dict[Formula, str] = {"resmem": "ResMem", "knnlm": "kNN-LM"}
+
+
+def choose(right: dict[Setting, int], both: dict[Setting, int], deepnet: int, tokens: int, most_fpr: float) -> dict[str, Setting | None]:
+    """The setting of the largest gain, and that of the largest TPR with an FPR below a bound (none if no setting has one).
+
+    Args:
+        right: right predictions of each setting.
+        both: those among them that DeepNet gets right too.
+        deepnet: right predictions of DeepNet.
+        tokens: predictions in all.
+        most_fpr: the bound.
+    """
+    allowed = [setting for setting in right if (deepnet - both[setting]) / tokens < most_fpr]
+    return {
+        "largest gain": max(right, key=lambda setting: right[setting]),
+        f"largest TPR, FPR < {most_fpr:g}": max(allowed, key=lambda setting: right[setting] - both[setting]) if allowed else None,
+    }
+
+
+@study(name="decomposition")
+def study_decomposition(
+    workdir: AnyPath,
+    *,
+    ks: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 50),
+    sigmas: tuple[float, ...] | list[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    temperatures: tuple[float, ...] | list[float] = (0.7, 1.0, 1.4),
+    lambdas: tuple[float, ...] | list[float] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    most_fpr: float = 0.05,
+) -> Record:
+    """TPR, FPR and gain on test of ResMem and kNN-LM, for hyperparameters chosen on validation by each rule of the paper.
+
+    Args:
+        ks: numbers of neighbours to try; those above the searched number are passed over.
+        sigmas: bandwidths to try.
+        temperatures: temperatures to try, out of those of the datastore.
+        lambdas: factors to try, of both methods.
+        most_fpr: the bound of the second rule (paper: 0.05).
+    """
+    datastore = open_datastore(workdir / "datastore")
+    scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    usable = [k for k in ks if 1 <= k <= scorers["test"].queries.rows.shape[1]]
+    known = [temperature for temperature in temperatures if temperature in datastore.binding.temperatures]
+    validation, test = scorers["validation"], scorers["test"]
+    deepnet = validation.predict([DEEPNET])[DEEPNET][0] == validation.queries.tokens
+    grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+    right, both = (validation.count_correct(usable, list(sigmas), known, grid, among=among) for among in (None, deepnet))
+    chosen = {
+        (formula, rule): setting
+        for formula in grid
+        for rule, setting in choose(
+            {s: n for s, n in right.items() if s.formula == formula}, both, int(deepnet.sum()), len(deepnet), most_fpr
+        ).items()
+    }
+    found = test.predict(sorted({DEEPNET, *(setting for setting in chosen.values() if setting)}))
+    targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
+    rows: list[Record] = []
+    for (formula, rule), setting in chosen.items():
+        if setting is None:
+            continue
+        told = describe(setting, found[setting], found[DEEPNET][0], targets, lengths)
+        rows.append(
+            {
+                "method": TITLES[formula],
+                "chosen by": rule,
+                "TPR, %": 100 * told["tpr"],
+                "FPR, %": 100 * told["fpr"],
+                "gain, %": 100 * told["gain"],
+                "gain, 95%": "[{:.2f}, {:.2f}]".format(*(100 * value for value in told["gain_ci95"])),
+                "accuracy, %": 100 * told["accuracy"],
+                **{{"temperature": "T"}.get(name, name): value for name, value in setting.hyperparameters().items()},
+            }
+        )
+    text = (
+        "Tokens that DeepNet gets wrong and the method right (TPR), the reverse (FPR), and their difference, on test; hyperparameters are "
+        "chosen on validation, by the largest gain or by the largest TPR among those with a small FPR."
+    )
+    return write_study(workdir, "decomposition", title="What is mended and what is spoilt (Table 2)", text=text, rows=rows, draw=None)

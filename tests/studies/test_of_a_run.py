@@ -1,0 +1,89 @@
+"""Studies of a finished run."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm.candidates import Setting
+from resmem_lm.datastore import open_datastore
+from resmem_lm.evaluate import SplitScorer
+from resmem_lm.main import main
+from resmem_lm.search import open_queries
+from resmem_lm.storage import read_json
+from resmem_lm.studies.decomposition import DEEPNET, choose, study_decomposition
+from resmem_lm.studies.sensitivity import study_sensitivity
+from resmem_lm.verify import verify
+
+
+def rows_of(workdir, name):
+    return read_json(workdir / "studies" / name / "results.json")["rows"]
+
+
+def test_the_lines_of_sensitivity_meet_the_table_of_results(tiny_copy):
+    study_sensitivity(tiny_copy, ks=(1, 4, 12), sigmas=(0.5, 1.0, 4.0), lambdas=(0.0, 0.5, 1.0))
+    methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
+    found = {(row["varied"], row["value"], row["others"]): row["test accuracy, %"] for row in rows_of(tiny_copy, "sensitivity")}
+    for name, others in (("resmem_paper", "as in the paper"), ("resmem", "chosen on validation")):
+        chosen = methods[name]["hyperparameters"]
+        for axis, key in (("k", "k"), ("sigma", "sigma"), ("T", "temperature"), ("lambda", "lambda")):
+            assert found[axis, chosen[key], others] == pytest.approx(100 * methods[name]["accuracy"])
+        assert found["lambda", 0.0, others] == pytest.approx(100 * methods["deepnet"]["accuracy"])
+    assert {row["value"] for row in rows_of(tiny_copy, "sensitivity") if row["varied"] == "T"} == {0.5, 0.7, 1.0, 1.4, 2.0}
+
+
+def test_right_predictions_among_some_tokens_are_those_of_the_predictions(tiny_run):
+    scorer = SplitScorer("validation", open_queries(tiny_run, "validation"), open_datastore(tiny_run / "datastore"))
+    among = np.random.default_rng(0).random(len(scorer.queries.tokens)) < 0.5
+    counts = scorer.count_correct([4, 12], [1.0], [1.0, 1.4], {"resmem": [0.5, 1.0]}, among=among)
+    for setting, (predictions, _) in scorer.predict(list(counts)).items():
+        assert counts[setting] == ((predictions == scorer.queries.tokens) & among).sum()
+
+
+def test_the_decomposition_adds_up_and_its_first_rule_is_that_of_the_results(tiny_copy):
+    grid = {"ks": (1, 4, 12), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}
+    study_decomposition(tiny_copy, **grid)
+    rows = rows_of(tiny_copy, "decomposition")
+    methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
+    for row in rows:
+        assert row["gain, %"] == pytest.approx(row["TPR, %"] - row["FPR, %"])
+        assert row["accuracy, %"] == pytest.approx(100 * methods["deepnet"]["accuracy"] + row["gain, %"])
+    assert rows[0]["accuracy, %"] == pytest.approx(100 * methods["resmem"]["accuracy"])
+    assert {row["method"] for row in rows} == {"ResMem", "kNN-LM"}
+
+
+@given(st.dictionaries(st.integers(1, 50), st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1), st.floats(0.001, 0.5))
+def test_each_rule_takes_the_best_that_it_allows(counts, most_fpr):
+    settings = {Setting("resmem", k, 1.0, 1.0, 1.0): pair for k, pair in counts.items()}
+    right, both = {s: mended + kept for s, (mended, kept) in settings.items()}, {s: kept for s, (_, kept) in settings.items()}
+    gain, bounded = choose(right, both, 40, 100, most_fpr).values()
+    assert right[gain] == max(right.values())
+    allowed = [s for s in settings if (40 - both[s]) / 100 < most_fpr]
+    assert (bounded is None) == (not allowed)
+    assert bounded is None or settings[bounded][0] == max(settings[s][0] for s in allowed)
+    assert bounded is None or bounded in allowed
+
+
+def test_deepnet_is_resmem_without_memory(tiny_run):
+    scorer = SplitScorer("test", open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore"))
+    accuracy = (scorer.predict([DEEPNET])[DEEPNET][0] == scorer.queries.tokens).mean()
+    assert accuracy == pytest.approx(read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["deepnet"]["accuracy"])
+
+
+def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is_not(tiny_copy, capsys):
+    for _ in range(2):
+        assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
+    stamp = (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns
+    text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
+    command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'", "--gin.evaluate.ks=(1, 2)"]
+    assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
+    assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns == stamp
+    assert main(["run", *command]) == 0
+    assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
+    assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns > stamp
+    assert verify(tiny_copy) == []
+
+
+def test_without_a_run_it_is_told_which_stage_is_needed(tmp_path, capsys):
+    assert main(["study", "decomposition", f"--workdir={tmp_path}"]) == 2
+    assert "needs the stage search, which has not finished" in capsys.readouterr().err
