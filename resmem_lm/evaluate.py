@@ -96,8 +96,8 @@ def _weightings(pairs: list[tuple[Formula, int, float]]) -> tuple[Array, Array, 
 class SplitScorer:
     """A split's cached neighbours, read block by block with their residuals."""
 
-    def __init__(self, name: str, queries: Queries, datastore: Datastore) -> None:
-        self.name, self.queries, self.datastore = name, queries, datastore
+    def __init__(self, name: str, queries: Queries, datastore: Datastore, *, entries: int | None = None) -> None:
+        self.name, self.queries, self.datastore, self.entries = name, queries, datastore, entries  # so many of each residual; None is all
         self.temperatures = list(datastore.binding.temperatures)
         self.unit_number = self.temperatures.index(1.0)
 
@@ -116,7 +116,7 @@ class SplitScorer:
             neighbors = Neighbors(
                 jnp.asarray(q.distances[padded]),
                 jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
-                jnp.asarray(residuals_at(q.candidate_ids[padded], ids, values)),
+                jnp.asarray(residuals_at(q.candidate_ids[padded], ids[..., : self.entries], values[..., : self.entries])),
                 jnp.asarray(self.datastore.take("target_log_probability", rows)),
                 jnp.asarray(self.datastore.take("log_partition", rows)),
             )

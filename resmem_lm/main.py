@@ -25,6 +25,7 @@ STAGES = {
 STUDIES = {
     "sensitivity": "test accuracy against k, sigma, T and lambda (paper: Figures 5 and 6)",
     "decomposition": "TPR, FPR and gain by two rules of choosing (paper: Table 2)",
+    "residual-size": "accuracy and bytes for the largest entries of each residual (paper: appendix C)",
     "theory": "linear regression with a memory (paper: section 5)",
 }
 KEEPING = {

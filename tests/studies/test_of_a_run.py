@@ -1,5 +1,6 @@
 """Studies of a finished run."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from resmem_lm.main import main
 from resmem_lm.search import open_queries
 from resmem_lm.storage import read_json
 from resmem_lm.studies.decomposition import DEEPNET, choose, study_decomposition
+from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import study_sensitivity
 from resmem_lm.verify import verify
 
@@ -87,3 +89,35 @@ def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is
 def test_without_a_run_it_is_told_which_stage_is_needed(tmp_path, capsys):
     assert main(["study", "decomposition", f"--workdir={tmp_path}"]) == 2
     assert "needs the stage search, which has not finished" in capsys.readouterr().err
+
+
+def test_all_entries_are_the_evaluation_and_what_is_certified_stays_with_fewer(tiny_copy):
+    study_residual_size(tiny_copy, sizes=(1, 4, 8, 16, 500))
+    rows = rows_of(tiny_copy, "residual-size")
+    assert [row["entries"] for row in rows] == [1, 4, 8, 16]
+    paper = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem_paper"]
+    assert rows[-1]["test accuracy, %"] == pytest.approx(100 * paper["accuracy"])
+    datastore = open_datastore(tiny_copy / "datastore")
+    arrays = sum(file["bytes"] for name, file in datastore.shards[0]["files"].items() if name.endswith(".npy")) - 128 * 7
+    assert rows[-1]["bytes a row"] == arrays / datastore.shards[0]["rows"]
+    shares = [row["certified, %"] for row in rows]
+    assert shares == sorted(shares)
+    assert shares[-1] > shares[0]
+
+
+def test_a_certified_prediction_is_that_of_the_full_residual(tiny_run):
+    datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(tiny_run, "validation")
+    setting = Setting("resmem", 12, 1.0, 1.0, 1.0)
+    wanted = SplitScorer("validation", queries, datastore).predict([setting])[setting][0]
+    certified = 0
+    for entries in (1, 2, 6):
+        scorer = SplitScorer("validation", queries, datastore, entries=entries)
+        for some, candidates, neighbors in scorer.blocks("test"):
+            rows = np.maximum(queries.rows[np.arange(some.start, some.stop)], 0)
+            dropped = np.zeros(neighbors.distances.shape, np.float32)
+            dropped[: len(rows)] = largest_dropped(datastore, rows, entries)
+            kept = predict_with(candidates, neighbors, jnp.asarray(dropped), 12, 1.0, 1.0, scorer.unit_number)
+            sure = np.asarray(kept.certified)[: len(rows)]
+            np.testing.assert_array_equal(np.asarray(kept.predictions)[: len(rows)][sure], wanted[some][sure])
+            certified += sure.sum()
+    assert certified > 100

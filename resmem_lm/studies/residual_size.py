@@ -1,0 +1,110 @@
+"""How many residual entries a row needs (the paper's appendix C keeps 128 of 32,128): accuracy and bytes for the largest so many."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from resmem_lm.candidates import Candidates, Neighbors, best, score
+from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
+from resmem_lm.evaluate import SplitScorer
+from resmem_lm.plots import INK, Figure, line
+from resmem_lm.resmem import neighbor_weights
+from resmem_lm.search import open_queries
+from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.studies.study import study, write_study
+from resmem_lm.workdir import Record
+
+
+class Kept(NamedTuple):
+    """Predictions with some entries of each residual, and which of them are proved to be those of the full residual."""
+
+    predictions: Int[Array, " queries"]
+    certified: Bool[Array, " queries"]
+
+
+def predict_with(
+    candidates: Candidates, neighbors: Neighbors, dropped: Float[Array, "queries k"], k: int, sigma: float, lambda_: float, unit: int
+) -> Kept:
+    """ResMem's predictions at T = 1.
+
+    A dropped entry is at most `dropped` in absolute value, so no score moves by more than lambda times the weighted mean of these: where
+    the winner leads by more, it wins with the full residual too. (A dropped entry can only lower a score, unless it is that of the row's
+    own token.)
+    """
+    scores = score(candidates, neighbors, jnp.array([k]), jnp.array([sigma], jnp.float32), 1.0, unit, unit)
+    total = scores.base + lambda_ * scores.residual[0]
+    winner, top = best(total, candidates.ids)
+    second = jnp.max(jnp.where(candidates.ids == winner[:, None], -jnp.inf, total), axis=-1)
+    rank = jnp.arange(neighbors.distances.shape[1])
+    weights = neighbor_weights(jnp.where(rank < k, neighbors.distances, jnp.inf), sigma)
+    moved = lambda_ * jnp.sum(weights * dropped, axis=-1)
+    return Kept(winner, top - jnp.maximum(second, scores.bound) > moved)
+
+
+def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], entries: int) -> Float[np.ndarray, "queries k"]:
+    """The largest |r| of each row that is not among its `entries` largest. Entries are stored by size."""
+    if entries == datastore.binding.entries:
+        return datastore.take("dropped", rows)
+    return np.abs(datastore.take("residual_values", rows)[..., entries].astype(np.float32))
+
+
+@study(name="residual-size", after=("search", "build", "train", "evaluate"))
+def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 64, 128)) -> Record:
+    """Test accuracy with the largest entries of each residual only, at the paper's k, sigma, T and lambda; no row is written anew.
+
+    Args:
+        sizes: numbers of entries; those above what the datastore holds are passed over.
+    """
+    datastore = open_datastore(workdir / "datastore")
+    queries = open_queries(workdir, "test")
+    chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem_paper"]["hyperparameters"]
+    fixed = sum(
+        array.itemsize * int(np.prod(array.shape[1:]))
+        for name in ARRAYS
+        if not name.startswith("residual")
+        for array in datastore.shard_arrays(name)[:1]
+    )
+    entry = sum(datastore.shard_arrays(name)[0].itemsize for name in ("residual_ids", "residual_values"))
+    rows: list[Record] = []
+    for size in sorted({size for size in sizes if 1 <= size <= datastore.binding.entries}):
+        scorer = SplitScorer("test", queries, datastore, entries=size)
+        run = jax.jit(predict_with, static_argnames=("k", "sigma", "lambda_", "unit"))
+        right, sure = 0, 0
+        for some, candidates, neighbors in scorer.blocks(f"{size} entries"):
+            places = np.arange(some.start, some.stop)
+            dropped = largest_dropped(datastore, np.maximum(queries.rows[places], 0), size)
+            padded = np.pad(dropped, ((0, len(candidates.ids) - len(places)), (0, 0)))
+            kept = run(
+                candidates, neighbors, jnp.asarray(padded), chosen["k"], float(chosen["sigma"]), float(chosen["lambda"]), scorer.unit_number
+            )
+            right += int(np.sum(np.asarray(kept.predictions)[: len(places)] == queries.tokens[some]))
+            sure += int(np.sum(np.asarray(kept.certified)[: len(places)]))
+        count = len(queries.tokens)
+        rows.append(
+            {
+                "entries": size,
+                "bytes a row": fixed + entry * size,
+                "test accuracy, %": 100 * right / count,
+                "certified, %": 100 * sure / count,
+            }
+        )
+
+    def draw(figure: Figure) -> None:
+        x = [row["entries"] for row in rows]
+        for axes, (number, column) in zip(figure.subplots(1, 2), enumerate(("test accuracy, %", "certified, %")), strict=True):
+            line(axes, number, x, [row[column] for row in rows], column)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [str(value) for value in x])
+            axes.minorticks_off()
+            axes.set_xlabel("entries")
+            axes.set_ylabel(column)
+            axes.tick_params(colors=f"{INK}0")
+
+    text = (
+        "ResMem with the paper's hyperparameters, its rows cut to their largest entries. Certified: the share of tokens whose prediction "
+        "is proved to be that of the full residual, because the winner leads by more than what was dropped can change."
+    )
+    return write_study(workdir, "residual-size", title="Size of the residual (appendix C)", text=text, rows=rows, draw=draw)
