@@ -65,8 +65,9 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
             write_manifest(folder, names)
         datastore = open_datastore(workdir / "datastore")
         encode_units(workdir, datastore.binding, units_of(workdir, record["settings"]["shards"]), pipeline_options)
-        build_datastore.renew(workdir, describe(workdir))
-        return counts | {"rows": open_datastore(workdir / "datastore").remembered_rows}
+        described = describe(workdir)
+        build_datastore.renew(workdir, described)
+        return counts | {"rows": described["rows"]}
 
 
 def _new_documents(

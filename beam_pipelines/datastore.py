@@ -19,12 +19,12 @@ from apache_beam.utils.shared import Shared
 
 from beam_pipelines.runner import run_units
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import ARRAYS, Binding, document_line, open_datastore, shard_name
+from resmem_lm.datastore import FILES, Binding, document_line, open_datastore, shard_name
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.encode import Encoder, Head, residual_head
 from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.lock import assert_held
-from resmem_lm.published import Record, damaged_files, expect, publish, record_of, remove_orphans
+from resmem_lm.published import Record, damaged_files, expect, name_of, publish, record_of, record_path, remove_orphans
 from resmem_lm.storage import AnyPath, read_json, sha256, to_path, write_json
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.windows import WindowSpec
@@ -70,8 +70,7 @@ class EncodeShard(beam.DoFn):
         if not record_of(folder, unit.name, made_from):  # a runner may repeat what is finished
             documents = read_shard(workdir / "documents" / unit.documents)
             tokens = self._worker.vocabulary.encode_documents(documents)
-            expected = [*(f"{array}.npy" for array in ARRAYS), "documents.jsonl"]
-            with disk_errors(folder), publish(folder, unit.name, made_from, expected) as attempt:
+            with disk_errors(folder), publish(folder, unit.name, made_from, FILES) as attempt:
                 _write_documents(attempt.folder / "documents.jsonl", documents, tokens)
                 counts = write_arrays(attempt.folder, tokens, self._worker.encoder, unit.documents)
                 attempt.facts |= {"rows": counts["tokens"], "counts": counts}
@@ -146,7 +145,7 @@ def encode_units(workdir: AnyPath, binding: Binding, units: list[Unit], pipeline
     # What the manifest says of a shard goes before its own record: a worker that was given up long ago may still write one. Without
     # a record of its own it is made again: that is how a damaged one is told.
     listed = read_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else []
-    in_manifest = {record["folder"].rpartition(".")[0]: record for record in listed}
+    in_manifest = {name_of(record): record for record in listed}
     finished: dict[str, Record] = {}
     for unit in units:
         record = in_manifest.get(unit.name)
@@ -173,7 +172,7 @@ def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> 
         write_json(folder / "manifest.json", binding.to_json() | {"rows": sum(r["rows"] for r in records), "shards": records})
         remove_orphans(folder, records)
         for record in records:
-            path = folder / f"{record['folder'].rpartition('.')[0]}.json"
+            path = record_path(folder, record)
             with contextlib.suppress(DamagedError):
                 if read_json(path) == record:
                     continue

@@ -74,6 +74,10 @@ class Settings:
         workdir = to_path(self.workdir)
         return workdir / "neighbors", Datastore(workdir / "datastore", self.datastore)
 
+    def worker(self) -> EncodingWorker:
+        """The model, and an encoder of queries."""
+        return EncodingWorker(to_path(self.workdir), self.open()[1].binding, query_head)
+
     def sample(self, query: QueryShard) -> Int[np.ndarray, " sample"]:
         """The shard's share of the split's evenly spaced queries that are compared with exact search; none if the index is exact."""
         if self.index["kind"] == "exact":
@@ -122,9 +126,7 @@ class EncodeQueries(beam.DoFn):
 
     def setup(self) -> None:
         """Loads the model once a process."""
-        self._worker = self._shared.acquire(
-            lambda: EncodingWorker(to_path(self.settings.workdir), self.settings.open()[1].binding, query_head)
-        )
+        self._worker = self._shared.acquire(self.settings.worker)
 
     def process(self, name: str) -> Iterator[str]:
         """The shard's name, when it is published."""
@@ -240,9 +242,7 @@ class MergeNeighbors(beam.DoFn):
 
     def setup(self) -> None:
         """Loads the model once a process."""
-        self._worker = self._shared.acquire(
-            lambda: EncodingWorker(to_path(self.settings.workdir), self.settings.open()[1].binding, query_head)
-        )
+        self._worker = self._shared.acquire(self.settings.worker)
 
     def process(self, query: QueryShard) -> Iterator[str]:
         """The shard's name, when it is published."""

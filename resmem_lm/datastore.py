@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int, Shaped
 
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
-from resmem_lm.published import Record, damaged_files, folder_of
+from resmem_lm.published import Record, damaged_files, folder_of, record_path
 from resmem_lm.sharded import ShardedArray, load_array
 from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.windows import WindowSpec
@@ -29,6 +29,7 @@ from resmem_lm.windows import WindowSpec
 FORMAT = "resmem-datastore-2"
 KEY_POSITION = "last layer, after the pre-MLP LayerNorm, before the MLP"
 ARRAYS = DatastoreRows._fields
+FILES = (*(f"{name}.npy" for name in ARRAYS), "documents.jsonl")  # of a shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,8 @@ def document_line(name: str, first_row: int, rows: int) -> str:
 
 def mend(folder: AnyPath, record: Record) -> str:
     """What to do about a damaged shard."""
-    name = record["folder"].rpartition(".")[0]
     return (
-        f"delete {folder / (name + '.json')} and {folder.parent / 'stages' / 'build.json'} and run `resmem build` again: "
+        f"delete {record_path(folder, record)} and {folder.parent / 'stages' / 'build.json'} and run `resmem build` again: "
         "it makes this shard anew"
     )
 

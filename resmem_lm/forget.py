@@ -4,17 +4,16 @@ Rows of forgotten documents stay in their arrays, named in their shard's record,
 The model keeps what it learned from the documents in training.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from resmem_lm.datastore import ARRAYS, Datastore, document_line, open_datastore
+from resmem_lm.datastore import ARRAYS, FILES, Datastore, document_line, open_datastore
 from resmem_lm.documents import read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.errors import UserError
 from resmem_lm.lock import assert_held, locked
-from resmem_lm.published import Record, folder_of, publish, remove_orphans
+from resmem_lm.published import Record, folder_of, name_of, publish, record_path, remove_orphans
 from resmem_lm.storage import AnyPath, children, drop_copy, read_json, remove, write_bytes, write_json
 from resmem_lm.workdir import disk_errors, finished
 
@@ -67,7 +66,7 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
             found = {"documents": found["documents"] + len(new), "rows": found["rows"] + sum(rows for _, rows in new)}
             if new:
                 record["forgotten"] = sorted([*map(list, before), *map(list, new)])
-                write_json(workdir / "datastore" / f"{record['folder'].rpartition('.')[0]}.json", record)
+                write_json(record_path(workdir / "datastore", record), record)
         assert_held(workdir)
         write_json(workdir / "datastore" / "manifest.json", datastore.manifest)
         named = {r["made_from"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}
@@ -114,7 +113,7 @@ def compact(workdir: AnyPath) -> Record:
         datastore = open_datastore(folder)
         before, records, written = datastore.rows, [], 0
         for shard, record in enumerate(datastore.shards):
-            on_disk = read_json(folder / f"{record['folder'].rpartition('.')[0]}.json")
+            on_disk = read_json(record_path(folder, record))
             if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
                 record = on_disk  # a compact that was killed had written it
             elif record.get("forgotten"):
@@ -133,11 +132,9 @@ def compact(workdir: AnyPath) -> Record:
 def _without_forgotten(datastore: Datastore, shard: int) -> Record:
     part, record = datastore.part(shard, 1), datastore.shards[shard]
     kept = np.flatnonzero(~part.is_forgotten(np.arange(part.rows)))
-    name = record["folder"].rpartition(".")[0]
-    part.check_files(*(f"{array}.npy" for array in ARRAYS))
-    expected = [*(f"{array}.npy" for array in ARRAYS), "documents.jsonl"]
-    part.check_files("documents.jsonl")
-    with publish(datastore.folder, name, record["made_from"], expected) as attempt:
+    name = name_of(record)
+    part.check_files(*FILES)
+    with publish(datastore.folder, name, record["made_from"], FILES) as attempt:
         for array in ARRAYS:
             with (attempt.folder / f"{array}.npy").open("wb") as file:
                 whole = part.array(array)
@@ -145,7 +142,7 @@ def _without_forgotten(datastore: Datastore, shard: int) -> Record:
                 np.lib.format.write_array_header_1_0(file, header | {"shape": (len(kept), *whole.shape[1:])})
                 for start in range(0, len(kept), COPY_ROWS):
                     file.write(np.ascontiguousarray(whole[kept[start : start + COPY_ROWS]]).tobytes())
-        lines = list(_kept_lines(part, record))
+        lines = list(_kept_lines(part))
         (attempt.folder / "documents.jsonl").write_text("".join(lines), "utf-8")
         counts = record["counts"] | {"documents": len(lines), "tokens": len(kept)}
         attempt.facts |= {"rows": len(kept), "counts": counts, "compacted_from": record["folder"]}
@@ -154,10 +151,9 @@ def _without_forgotten(datastore: Datastore, shard: int) -> Record:
     return read_json(datastore.folder / f"{name}.json")
 
 
-def _kept_lines(part: Datastore, record: Record) -> Iterator[str]:
-    first, forgotten = 0, {begin for begin, rows in record["forgotten"] if rows}
-    path = folder_of(part.folder, record) / "documents.jsonl"
-    for document in map(json.loads, path.read_text("utf-8").splitlines()):
+def _kept_lines(part: Datastore) -> Iterator[str]:
+    first, forgotten = 0, {begin for begin, rows in part.shards[0]["forgotten"] if rows}
+    for document in part.documents(0):
         if document["first_row"] not in forgotten:
             yield document_line(document["id"], first, document["rows"])
             first += document["rows"]

@@ -226,13 +226,11 @@ def _study(arguments: argparse.Namespace, bindings: list[str]) -> None:
 
 
 def describe_study(results: dict[str, Any]) -> str:
-    """A study's title and table, aligned."""
-    from resmem_lm.results import study_rows
+    """A study's title and table."""
+    from resmem_lm.results import aligned, study_rows
 
     header, *rows = study_rows(results)
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)]
-    return "\n".join(["", results["title"], "", lines[0], "-" * len(lines[0]), *lines[1:], ""])
+    return "\n".join(["", results["title"], "", *aligned(header, rows), ""])
 
 
 def _keep(arguments: argparse.Namespace) -> int:

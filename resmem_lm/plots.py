@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
-MARKERS = "s^oDv"
+MARKERS = "s^oD"
 Figure = Any  # matplotlib's, which is imported when something is drawn
 
 
-def to_svg(draw: Callable[[Figure], None], *, width: float = 10, height: float = 3.8) -> str:
+def to_svg(draw: Callable[[Figure], None]) -> str:
     """What `draw` draws into an empty figure: the same text whenever it draws the same."""
     # Imported here, because it takes half a second, and every command imports every stage.
     from matplotlib import style
@@ -26,7 +26,7 @@ def to_svg(draw: Callable[[Figure], None], *, width: float = 10, height: float =
     }
     image = io.StringIO()
     with style.context(["default", options]):  # "default", because a user's matplotlibrc must not show in the page
-        figure = MatplotlibFigure(figsize=(width, height), layout="constrained")
+        figure = MatplotlibFigure(figsize=(10, 3.8), layout="constrained")
         draw(figure)
         metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
         figure.savefig(image, format="svg", transparent=True, metadata=metadata)
@@ -34,18 +34,15 @@ def to_svg(draw: Callable[[Figure], None], *, width: float = 10, height: float =
     return re.sub(rf"{INK}(\d)", r"var(--ink-\1)", svg[svg.index("<svg") :])
 
 
-def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str, **options: Any) -> None:
+def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str) -> None:
     """A line in ink `number` + 1. Lines that agree lie on each other: hollow markers of different sizes keep all of them visible."""
     axes.plot(
         x,
         y,
         color=f"{INK}{number + 1}",
-        **{
-            "marker": MARKERS[number],
-            "markersize": max(3, 9 - 2 * number),
-            "markerfacecolor": "none",
-            "linewidth": 1.5,
-            "label": label,
-        }
-        | options,
+        marker=MARKERS[number],
+        markersize=9 - 2 * number,
+        markerfacecolor="none",
+        linewidth=1.5,
+        label=label,
     )

@@ -73,6 +73,17 @@ def record_of(parent: AnyPath, name: str, made_from: Record) -> Record | None:
     return record if whole else None
 
 
+def record_path(parent: AnyPath, record: Record) -> AnyPath:
+    """Where a record itself lies, beside its folder."""
+    return parent / f"{name_of(record)}.json"
+
+
+def name_of(record: Record) -> str:
+    """The name under which something is published: that of its folder without the attempt."""
+    name: str = record["folder"].rpartition(".")[0]
+    return name
+
+
 def expect(parent: AnyPath, name: str, made_from: Record) -> Record:
     """The record of what must be published under `name`; UserError if it is not, or was made from something else."""
     record = record_of(parent, name, made_from)

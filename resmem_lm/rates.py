@@ -35,7 +35,7 @@ from resmem_lm.evaluate import evaluate
 from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, index_manifest, nearest, open_index, scann_parameters, scann_searcher
 from resmem_lm.model import ModelConfig, init_parameters
 from resmem_lm.search import QUERY_SPLITS
-from resmem_lm.storage import local_path, read_json, write_json
+from resmem_lm.storage import AnyPath, files_below, local_path, read_json, write_json
 from resmem_lm.train import optimizer, to_train_state, train
 from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
@@ -130,9 +130,9 @@ def save_fresh_checkpoint(directory: Path, model: ModelConfig, *, optimizer_stat
         return time.monotonic() - start
 
 
-def bytes_of(folder: Path) -> int:
+def bytes_of(folder: AnyPath) -> int:
     """Of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files_below(folder))
 
 
 def measure(settings: dict[str, dict[str, Any]], documents: list[Document], vocabulary: Path | None, wanted: set[str]) -> Costs:

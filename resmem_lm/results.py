@@ -45,17 +45,21 @@ def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
 HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "hyperparameters"]
 
 
+def aligned(header: list[str], lines: list[list[str]]) -> list[str]:
+    """A table's lines for a terminal."""
+    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *lines)]
+    return [text[0], "-" * len(text[0]), *text[1:]]
+
+
 def table(results: dict[str, Any]) -> str:
     """The table of all methods on the test split, aligned for a terminal."""
-    lines = [HEADER, *rows(results)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     test = results["splits"]["test"]
     facts = (
         f"{test['tokens']:,} tokens of {test['documents']} documents; {results['datastore']['rows']:,} datastore rows; "
         f"{results['index']['kind']} index, recall@k {test['recall_at_k']:.3f}; hyperparameters chosen on validation"
     )
-    return "\n".join(["", text[0], "-" * len(text[0]), *text[1:], facts])
+    return "\n".join(["", *aligned(HEADER, rows(results)), facts])
 
 
 def study_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -92,8 +92,8 @@ def count(workdir: AnyPath, settings: Settings) -> Counts:
         queries={split: counted(shard_paths(workdir, split)) for split in QUERY_SPLITS},
         query_shards=sum(len(shard_paths(workdir, split)) for split in QUERY_SPLITS),
         train_tokens=sum(shard.tokens for shard in train),
-        document_bytes=sum(path.stat().st_size for path in files_below(workdir / "documents")),
-        vocabulary_bytes=sum(path.stat().st_size for path in files_below(workdir / "vocabulary")),
+        document_bytes=bytes_of(workdir / "documents"),
+        vocabulary_bytes=bytes_of(workdir / "vocabulary"),
     )
 
 

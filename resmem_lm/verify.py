@@ -12,7 +12,7 @@ from resmem_lm.documents import read_shard
 from resmem_lm.errors import UserError
 from resmem_lm.index import index_manifest
 from resmem_lm.progress import progress
-from resmem_lm.published import Record, damaged_files
+from resmem_lm.published import Record, damaged_files, name_of, record_path
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.sharded import load_array
 from resmem_lm.storage import AnyPath, children, drop_copy, files_below, inside, read_json, sha256
@@ -116,7 +116,7 @@ def _train(workdir: AnyPath, known: set[str]) -> Iterator[str]:
 
 def _know(workdir: AnyPath, known: set[str], folder: str, records: list[Record]) -> None:
     for record in records:
-        known.add(f"{folder}/{record['folder'].rpartition('.')[0]}.json")
+        known.add(f"{folder}/{name_of(record)}.json")
         known |= {f"{folder}/{record['folder']}/{name}" for name in record["files"]}
 
 
@@ -129,7 +129,7 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     damaged = list(Datastore(folder, manifest).damaged(checksums=True))
     yield from damaged
     for record in manifest["shards"]:
-        beside = folder / f"{record['folder'].rpartition('.')[0]}.json"
+        beside = record_path(folder, record)
         try:
             if read_json(beside) != record:
                 yield f"{beside} says something else than the manifest: {mend(folder, record)}"
@@ -215,7 +215,7 @@ def _index(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     for record in records:
         for problem in damaged_files(workdir / "index", record, checksums=True):
             yield f"{problem}: {mend_it}"
-        read_json(workdir / "index" / f"{record['folder'].rpartition('.')[0]}.json")
+        read_json(record_path(workdir / "index", record))
     index_manifest(workdir, open_datastore(workdir / "datastore"))
 
 
@@ -231,7 +231,7 @@ def _neighbors(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     for record in records:
         damaged = list(damaged_files(workdir / "neighbors", record, checksums=True))
         yield from (f"{problem}: {mend_it}" for problem in damaged)
-        read_json(workdir / "neighbors" / f"{record['folder'].rpartition('.')[0]}.json")
+        read_json(record_path(workdir / "neighbors", record))
         found = np.zeros(0) if damaged else load_array(workdir / "neighbors" / record["folder"] / "rows.npy")
         if found.size and not -1 <= found.min() <= found.max() < rows:
             yield f"{workdir / 'neighbors' / record['folder']}/rows.npy names rows that the datastore has not: {mend_it}"

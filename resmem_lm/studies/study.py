@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from resmem_lm.plots import Figure, to_svg
 from resmem_lm.storage import AnyPath, sha256, write_bytes, write_json
@@ -18,9 +18,7 @@ def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[P,
     return stage(name=f"study-{name}", output=f"studies/{name}", after=after, redo=True)
 
 
-def write_study(
-    workdir: AnyPath, name: str, *, title: str, text: str, rows: list[Record], draw: Callable[[Figure], None] | None, **facts: Any
-) -> Record:
+def write_study(workdir: AnyPath, name: str, *, title: str, text: str, rows: list[Record], draw: Callable[[Figure], None] | None) -> Record:
     """Writes results.json, table.csv and figure.svg; returns the checksum of the numbers.
 
     Args:
@@ -30,7 +28,6 @@ def write_study(
         text: what is to be seen, in a paragraph.
         rows: the table, the same columns in each row.
         draw: draws into an empty figure; None for no plot.
-        facts: more numbers for results.json.
     """
     folder = workdir / "studies" / name
     table = io.StringIO()
@@ -40,5 +37,5 @@ def write_study(
     write_bytes(folder / "table.csv", table.getvalue().encode())
     if draw:
         write_bytes(folder / "figure.svg", to_svg(draw).encode())
-    write_json(folder / "results.json", {"title": title, "text": text, "rows": rows, **facts})
+    write_json(folder / "results.json", {"title": title, "text": text, "rows": rows})
     return {"sha256": sha256(folder / "results.json")}
