@@ -24,8 +24,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from resmem_lm.machine import processor
 from resmem_lm.main import import_stages
-from resmem_lm.rates import processor
 from resmem_lm.storage import files_below, read_json
 from resmem_lm.verify import verify
 from tests.tiny import arguments, write_corpus

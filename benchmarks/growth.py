@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resmem_lm.rates import processor
+from resmem_lm.machine import processor
 from resmem_lm.storage import read_json
 from tests.tiny import CONFIG
 

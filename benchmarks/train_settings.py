@@ -15,10 +15,10 @@ import optax
 
 import resmem_lm.train as training
 from resmem_lm import config
+from resmem_lm.machine import processor
 from resmem_lm.main import import_stages
 from resmem_lm.model import init_parameters
 from resmem_lm.packing import batches, pack, split_tokens
-from resmem_lm.rates import processor
 from resmem_lm.vocabulary import load_vocabulary
 
 VALIDATION_ROWS = 16

@@ -17,7 +17,8 @@ from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import BOOTSTRAP_SAMPLES
 from resmem_lm.index import SMALL, group_shards, index_bytes, index_memory, largest_index
-from resmem_lm.rates import Cost, Costs, measure, processor
+from resmem_lm.machine import processor
+from resmem_lm.rates import Cost, Costs, measure
 from resmem_lm.sizes import (
     Counts,
     Settings,

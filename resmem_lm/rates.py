@@ -10,7 +10,6 @@ import dataclasses
 import io
 import itertools
 import json
-import platform
 import shutil
 import sys
 import tempfile
@@ -32,11 +31,13 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.documents import Document, read_shard, shard_name, shard_paths, write_manifest
 from resmem_lm.encode import ROWS
 from resmem_lm.evaluate import evaluate
-from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, index_manifest, nearest, open_index, scann_parameters, scann_searcher
+from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, index_manifest, nearest, open_index
+from resmem_lm.machine import forget_peak_memory, least, peak_memory
 from resmem_lm.model import ModelConfig, init_parameters
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.storage import AnyPath, files_below, local_path, read_json, write_json
 from resmem_lm.train import optimizer, to_train_state, train
+from resmem_lm.tree_costs import TreeCosts, measure_tree
 from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
 
@@ -44,7 +45,6 @@ ENOUGH = 8.0  # seconds by which a longer run must outlast the shortest: compili
 FEW_QUERIES, MANY_QUERIES = 256, 16384
 QUERY_RATES = ("query_tokens_per_second", "queries_per_second", "evaluated_queries_per_second")
 TRAIN_TOKENS = 2048  # in a step of the rehearsal: the batch of an accelerator would take a processor minutes
-KMEANS_ROUNDS = 12  # ScaNN's own default: each sampled row is compared with every leaf so often
 
 
 class Cost(NamedTuple):
@@ -56,28 +56,6 @@ class Cost(NamedTuple):
     def seconds(self, units: int | float) -> float:
         """For so many units."""
         return self.once + units * self.each
-
-
-class TreeCosts(NamedTuple):
-    """Seconds of ScaNN with a tree and codes, for each of what it goes through (see `build_seconds` and `search_seconds`)."""
-
-    row: float
-    sampled_row: float
-    leaf_product: float
-    query: float
-    compared_row: float
-    query_leaf: float
-
-    def build_seconds(self, rows: int, dimensions: int, training_rows: int) -> float:
-        """Learning from a sample, then for each row its leaf, by comparison with all leaves, and its code."""
-        sample, leaves = min(training_rows, rows), scann_parameters(rows, dimensions)["leaves"]
-        return self.row * rows + self.sampled_row * sample + self.leaf_product * leaves * (KMEANS_ROUNDS * sample + rows)
-
-    def search_seconds(self, rows: int, dimensions: int) -> float:
-        """Of one query: comparison with all leaves, then with the codes in the searched ones."""
-        parameters = scann_parameters(rows, dimensions)
-        compared = rows * parameters["leaves_to_search"] / parameters["leaves"]
-        return self.query + self.query_leaf * parameters["leaves"] + self.compared_row * compared
 
 
 @dataclasses.dataclass
@@ -97,12 +75,6 @@ class Costs:
     validation: Cost | None = None  # of `evaluate`
     test: Cost | None = None
     memory: dict[str, int] = dataclasses.field(default_factory=dict)  # peak of a stage, in bytes
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def window_tokens(documents: list[np.ndarray], window: WindowSpec) -> int:
@@ -183,7 +155,9 @@ class _Rehearsal:
                 build_index.function(workdir, **self.settings["build_index"] | {"pipeline_options": "", "memory_gib": 1024.0})
                 self._search(workdir, wanted)
         if wanted & {"index_rows_per_second", "queries_per_second"} and self.settings["build_index"]["kind"] == "scann":
-            self._tree()
+            self.say("measure index")
+            index = self.settings["build_index"]
+            self.costs.tree = measure_tree(self.model.emb_dim, candidates=index["candidates"], training_rows=index["training_rows"])
         return self.costs
 
     def _workdir(self, name: str, tokens: dict[str, list[int]], shared: Path) -> Path:
@@ -234,9 +208,9 @@ class _Rehearsal:
         # the largest entries of a residual are found sooner than among those of fresh parameters.
         shutil.rmtree(self.shared / "checkpoints")
         shutil.copytree(self.folder / f"train-{last}" / "checkpoints", self.shared / "checkpoints")
-        self.costs.tokenize = _least(
-            lambda: self.vocabulary.encode_documents([Document("", text) for text, _ in self.pool]), times=1
-        ) / sum(n for _, n in self.pool)
+        self.costs.tokenize = least(lambda: self.vocabulary.encode_documents([Document("", text) for text, _ in self.pool]), times=1) / sum(
+            n for _, n in self.pool
+        )
         self.costs.save = save_fresh_checkpoint(self.folder / "save", self.model, optimizer_state=True)
 
     def _build(self) -> Path:
@@ -258,7 +232,7 @@ class _Rehearsal:
         self.costs.build = Cost(max(0.0, once + each - few * each * (last - 1) / (many - few)), each * (last - 1) / (many - few))
         workdir = self.folder / f"build-{last}"
         datastore = open_datastore(workdir / "datastore")
-        self.costs.checksum = _least(lambda: open_datastore(workdir / "datastore", checksums=True)) / datastore.bytes
+        self.costs.checksum = least(lambda: open_datastore(workdir / "datastore", checksums=True)) / datastore.bytes
         return workdir
 
     def _search(self, shared: Path, wanted: set[str]) -> None:
@@ -267,13 +241,13 @@ class _Rehearsal:
         index, _ = open_index(shared, datastore, index_manifest(shared, datastore), 0)
         keys = np.concatenate([np.asarray(shard[: 2 * QUERY_BLOCK], np.float32) for shard in datastore.shard_arrays("keys")])
         keys = keys[: 2 * QUERY_BLOCK]
-        searched = _least(lambda: index.search(keys, k)) / len(keys)
+        searched = least(lambda: index.search(keys, k)) / len(keys)
         sample = keys[: min(len(keys), max(1, settings["recall_queries"]))]
-        self.costs.exact = _least(lambda: ExactIndex(datastore).search(sample, k)) / len(sample) / datastore.rows
+        self.costs.exact = least(lambda: ExactIndex(datastore).search(sample, k)) / len(sample) / datastore.rows
         candidates = np.random.default_rng(0).integers(
             datastore.rows, size=(QUERY_BLOCK, max(k, self.settings["build_index"]["candidates"]))
         )
-        self.costs.rescore = _least(lambda: nearest(datastore, np.resize(keys, (QUERY_BLOCK, keys.shape[1])), candidates, k)) / QUERY_BLOCK
+        self.costs.rescore = least(lambda: nearest(datastore, np.resize(keys, (QUERY_BLOCK, keys.shape[1])), candidates, k)) / QUERY_BLOCK
         compares_all = isinstance(index, ExactIndex) or datastore.rows < SMALL
         self.costs.index = searched / datastore.rows if compares_all else self.costs.exact
         if not wanted & {"query_tokens_per_second", "evaluated_queries_per_second"}:
@@ -320,50 +294,6 @@ class _Rehearsal:
         self.costs.validation = Cost(max(0.0, first - FEW_QUERIES * sum(each)), each[0])
         self.costs.test = Cost(0.0, each[1])
 
-    def _tree(self) -> None:
-        """ScaNN's own costs, told apart by varying one of rows, sample and leaves at a time, on keys drawn at random."""
-        self.say("measure index")
-        emb, candidates = self.model.emb_dim, self.settings["build_index"]["candidates"]
-        block = scann_parameters(SMALL, emb)["block"]
-        # The sample is as large as it will be: k-means takes more rounds in a larger one.
-        few = int(np.clip(self.settings["build_index"]["training_rows"], 1.2 * SMALL, 100_000))
-        many, leaves, more_leaves = 2 * few, 100, 1600
-        keys = np.random.default_rng(0).normal(size=(many, emb)).astype(np.float32)
-        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-        queries = keys[:QUERY_BLOCK]
-
-        def build(rows: int, sample: int, leaves: int) -> tuple[Any, float]:
-            facts = {"measure": "dot_product", "leaves": leaves, "leaves_to_search": leaves, "block": block}
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                start = time.monotonic()
-                searcher = scann_searcher(keys[:rows], facts, candidates, sample)
-                searcher.serialize(folder, relative_path=True)
-                return searcher, time.monotonic() - start
-
-        def query(searcher: Any, searched: int) -> float:
-            def run() -> Any:
-                return searcher.search_batched_parallel(queries, final_num_neighbors=candidates, leaves_to_search=searched)
-
-            return _least(run, times=4) / len(queries)
-
-        _, sampled = build(few, few // 2, leaves)  # twice: for the first, ScaNN starts its threads
-        _, sampled = build(few, few // 2, leaves)
-        small, base = build(few, few, leaves)
-        _, rows = build(many, few, leaves)
-        leafy, leaved = build(few, few, more_leaves)
-        product = max(0.0, leaved - base) / ((more_leaves - leaves) * (KMEANS_ROUNDS * few + few))
-        compared, fewer = query(small, leaves * 8 // 10), query(small, leaves // 10)
-        compared_row = max(0.0, compared - fewer) / (few * 0.7)
-        query_leaf = max(0.0, query(leafy, more_leaves // 10) - fewer) / (more_leaves - leaves)
-        self.costs.tree = TreeCosts(
-            row=max(0.0, (rows - base) / (many - few) - product * leaves),
-            sampled_row=max(0.0, (base - sampled) / (few - few // 2) - product * leaves * KMEANS_ROUNDS),
-            leaf_product=product,
-            query=max(0.0, fewer - query_leaf * leaves - compared_row * few / 10),
-            compared_row=compared_row,
-            query_leaf=query_leaf,
-        )
-
 
 def _pieces(text: str, characters: int) -> Iterator[str]:
     return (text[start : start + characters] for start in range(0, len(text), characters))
@@ -379,17 +309,6 @@ def _small_vocabulary(documents: list[Document], pieces: int) -> bytes:
     return trained.getvalue()
 
 
-def _least(function: Callable[[], Any], times: int = 3) -> float:
-    """The shortest of some runs, behind one that is not counted."""
-    function()
-    seconds = []
-    for _ in range(times):
-        start = time.monotonic()
-        function()
-        seconds.append(time.monotonic() - start)
-    return min(seconds)
-
-
 def _line(run: Callable[[int], float], small: int, limit: int) -> tuple[float, float, int]:
     """Runs at growing sizes until the difference tells; seconds once and for each unit, and the largest size."""
     # The first run of a process also imports and allocates.
@@ -400,16 +319,3 @@ def _line(run: Callable[[int], float], small: int, limit: int) -> tuple[float, f
         if longer > ENOUGH or size >= limit:
             return max(0.0, shortest - small * each), each, size
         size = min(limit, int(size * min(8.0, max(2.0, 1.5 * ENOUGH / longer))))
-
-
-def forget_peak_memory() -> None:
-    """Where Linux can, `peak_memory` begins anew."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held since `forget_peak_memory`; 0 where that is not told."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

@@ -11,6 +11,7 @@ from resmem_lm.index import group_shards, largest_index
 from resmem_lm.main import import_stages, main, stages_of
 from resmem_lm.plan import plan, seconds_text, size_text
 from resmem_lm.sizes import assume, checkpoint_bytes, count, file_bytes, sizes
+from resmem_lm.tree_costs import TreeCosts
 from tests.tiny import arguments
 
 RATES = {
@@ -190,7 +191,7 @@ def test_the_rehearsal_measures_every_rate(tiny_run, settings, monkeypatch, caps
 
 
 def test_what_an_index_costs_grows_with_its_rows():
-    costs = rates.TreeCosts(row=1e-5, sampled_row=1e-5, leaf_product=1e-9, query=1e-5, compared_row=1e-9, query_leaf=1e-9)
+    costs = TreeCosts(row=1e-5, sampled_row=1e-5, leaf_product=1e-9, query=1e-5, compared_row=1e-9, query_leaf=1e-9)
     build = [costs.build_seconds(rows, 64, 100_000) for rows in (20_000, 10**6, 10**9)]
     search = [costs.search_seconds(rows, 64) for rows in (20_000, 10**6, 10**9)]
     assert build == sorted(build)
