@@ -71,8 +71,13 @@ def save_config(directory: AnyPath, config: ModelConfig, vocabulary: str) -> Non
 
 def load_model(directory: AnyPath) -> Model:
     """The newest checkpoint of `directory`. Raises UserError if there is none or it does not fit its model.json."""
-    config = ModelConfig(**read_json(directory / "model.json")["config"])
+    config = load_config(directory)
     return Model(config, read_parameters(local_path(newest_checkpoint(directory)), config))
+
+
+def load_config(directory: AnyPath) -> ModelConfig:
+    """The shape of the model of `directory`."""
+    return ModelConfig(**read_json(directory / "model.json")["config"])
 
 
 def newest_checkpoint(path: AnyPath) -> AnyPath:

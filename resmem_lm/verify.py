@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from resmem_lm.checkpoint import load_model
+from resmem_lm.checkpoint import load_config, load_model
 from resmem_lm.datastore import ARRAYS, Datastore, mend, open_datastore
 from resmem_lm.documents import read_shard
 from resmem_lm.errors import UserError
@@ -55,8 +55,9 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
             try:
                 record = read_json(path)
                 known |= set(record.get("files", {}))
-                yield from _stage_files(workdir, name, record)
-                if record.get("finished") and name in CHECKS:
+                damaged = list(_stage_files(workdir, name, record))
+                yield from damaged
+                if record.get("finished") and name in CHECKS and not damaged:
                     yield from CHECKS[name](workdir, known)
             except UserError as error:
                 yield str(error)
@@ -142,7 +143,7 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
         yield f"{folder / 'manifest.json'} does not add up: its shards have {datastore.rows} rows, it says {manifest['rows']}"
     if read_json(workdir / "stages" / "build.json")["result"]["manifest"] != sha256(folder / "manifest.json"):
         yield f"{folder / 'manifest.json'} is another than its stage's record says: run the command again that was writing it"
-    vocab_size = load_model(workdir / "checkpoints").config.vocab_size
+    vocab_size = load_config(workdir / "checkpoints").vocab_size
     for shard, record in enumerate(datastore.shards):
         part = datastore.part(shard, 1)
         for problem in (*_rows(part, vocab_size), *_tokens(workdir, part, vocabulary)):
