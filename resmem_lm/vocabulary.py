@@ -1,7 +1,8 @@
 """Documents -> tokens: a SentencePiece vocabulary, trained on the train split or given."""
 
 import io
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import sentencepiece
@@ -14,7 +15,6 @@ from resmem_lm.workdir import Record, stage
 
 # Longer lines are passed over by the trainer (its limit is 4,192 bytes).
 TRAINING_LINE_CHARACTERS = 1000
-MIN_TRAINING_LINES = 100  # SentencePiece refuses to draw so few
 
 
 class Vocabulary:
@@ -62,6 +62,21 @@ def _training_lines(workdir: AnyPath) -> Iterator[str]:
                     yield line[start : start + TRAINING_LINE_CHARACTERS]
 
 
+def draw_lines(lines: Iterable[str], count: int) -> list[str]:
+    """At most `count` of the lines, each as likely as any other (reservoir sampling): always the same of the same lines.
+
+    SentencePiece's own drawing differs from process to process, whatever its seed.
+    """
+    chance = random.Random(0)
+    drawn: list[str] = []
+    for number, line in enumerate(lines):
+        if number < count:
+            drawn.append(line)
+        elif (place := chance.randrange(number + 1)) < count:
+            drawn[place] = line
+    return drawn
+
+
 @stage(name="vocabulary", after=("documents",), output="vocabulary")
 def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4096, training_lines: int = 100_000) -> Record:
     """Writes WORKDIR/vocabulary/vocabulary.model.
@@ -74,28 +89,24 @@ def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4
     Raises:
         UserError: `model` is no SentencePiece model, or the text has too few words or too many characters for `size` pieces.
     """
-    if size < 1 or training_lines <= MIN_TRAINING_LINES:
-        raise UserError(
-            f"make_vocabulary.size = {size}, training_lines = {training_lines}: take pieces, and more than {MIN_TRAINING_LINES} lines"
-        )
+    if size < 1 or training_lines < 1:
+        raise UserError(f"make_vocabulary.size = {size}, training_lines = {training_lines}: take 1 or more of each")
     target = workdir / "vocabulary" / "vocabulary.model"
     if model is not None:
         Vocabulary(to_path(model))
         write_bytes(target, to_path(model).read_bytes())
     else:
         trained = io.BytesIO()
-        sentencepiece.set_random_generator_seed(0)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_training_lines(workdir),
+                sentence_iterator=iter(draw_lines(_training_lines(workdir), training_lines)),
                 model_writer=trained,
                 vocab_size=size,
                 pad_id=0,
                 eos_id=1,
                 unk_id=2,
                 bos_id=-1,
-                input_sentence_size=training_lines,
-                shuffle_input_sentence=True,
+                shuffle_input_sentence=False,
                 num_threads=2,  # a constant: the sums of its threads decide the pieces
                 minloglevel=2,
             )

@@ -1,6 +1,8 @@
 import io
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from resmem_lm.documents import Document, prepare_documents, read_shard, shard_paths
 from resmem_lm.errors import UserError
 from resmem_lm.packing import split_tokens
-from resmem_lm.vocabulary import Vocabulary, load_vocabulary, make_vocabulary
+from resmem_lm.vocabulary import Vocabulary, draw_lines, load_vocabulary, make_vocabulary
 
 LETTERS = "abcdefghijklmnop"
 
@@ -101,12 +103,29 @@ def test_the_tokens_of_a_split_are_those_of_its_documents_in_order(workdir, voca
 
 
 @pytest.mark.parametrize("training_lines", [100_000, 120], ids=["every line", "lines drawn at random"])
-def test_training_twice_gives_the_same_bytes(tmp_path, training_lines):
+def test_training_in_another_process_gives_the_same_bytes(tmp_path, training_lines):
     files = []
     for run in ("first", "second"):
-        make_vocabulary(prepare(tmp_path / run), size=200, training_lines=training_lines)
+        prepare(tmp_path / run)
+        code = f"from resmem_lm.vocabulary import make_vocabulary as m; from pathlib import Path; m(Path({str(tmp_path / run)!r}), size=200"
+        subprocess.run([sys.executable, "-c", f"{code}, training_lines={training_lines})"], check=True)
         files.append((tmp_path / run / "vocabulary" / "vocabulary.model").read_bytes())
     assert files[0] == files[1]
+
+
+@given(st.lists(st.text(LETTERS, max_size=3), max_size=30), st.integers(1, 40))
+def test_lines_are_drawn_without_repeating_one(lines, count):
+    numbered = [f"{number} {line}" for number, line in enumerate(lines)]
+    drawn = draw_lines(numbered, count)
+    assert len(set(drawn)) == len(drawn) == min(count, len(lines))
+    assert set(drawn) <= set(numbered)
+
+
+def test_each_line_is_as_likely_to_be_drawn(tmp_path):
+    drawn = np.array([int(line) for line in draw_lines(map(str, range(100_000)), 10_000)])
+    counts = np.histogram(drawn, bins=10, range=(0, 100_000))[0]
+    assert counts.min() > 850
+    assert counts.max() < 1150
 
 
 def test_only_the_train_split_is_learned_from(tmp_path):
@@ -161,6 +180,6 @@ def test_a_size_that_the_text_does_not_allow_is_named_with_one_that_it_does(tmp_
     assert not (tmp_path / "vocabulary").exists()
 
 
-@pytest.mark.parametrize(("setting", "value"), [("size", 0), ("size", -1), ("training_lines", 100), ("training_lines", -1)])
+@pytest.mark.parametrize(("setting", "value"), [("size", 0), ("size", -1), ("training_lines", 0), ("training_lines", -1)])
 def test_numbers_that_sentencepiece_refuses_are_named(tmp_path, setting, value):
     assert f"{setting} = {value}" in message(make_vocabulary, prepare(tmp_path), **{setting: value})
