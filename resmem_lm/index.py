@@ -210,7 +210,10 @@ def scann_searcher(keys: Float[np.ndarray, "rows emb"], facts: Record, candidate
     if "leaves" not in facts:
         return builder.score_brute_force().build()
     sample = min(training_rows, len(keys))
-    tree = builder.tree(num_leaves=facts["leaves"], num_leaves_to_search=facts["leaves_to_search"], training_sample_size=sample)
+    # Without random centres (k-means++ draws them by a fixed seed) two builds find the same candidates.
+    tree = builder.tree(
+        num_leaves=facts["leaves"], num_leaves_to_search=facts["leaves_to_search"], training_sample_size=sample, random_init=False
+    )
     return tree.score_ah(facts["block"], anisotropic_quantization_threshold=0.2, training_sample_size=sample).build()
 
 

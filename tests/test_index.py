@@ -78,6 +78,20 @@ def test_scann_finds_nearly_all_that_exact_search_finds_at_true_distances(tmp_pa
     assert (np.diff(distances, axis=1) >= 0).all()
 
 
+def test_two_builds_of_an_index_find_the_same(tmp_path):
+    """Clusters of very different sizes, some of one point only, as a language model's keys are: random centres would end elsewhere."""
+    rng = np.random.default_rng(0)
+    keys = clustered(30_000, 32)[(30_000 * rng.power(0.3, 30_000)).astype(int)]
+    datastore = write_keys(tmp_path / "datastore", keys)
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        build_scann(datastore, tmp_path / name, 20, 10_000)
+        found.append(ScannIndex(datastore, tmp_path / name, 20).search(keys[:300], 20))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert recall(found[0][0], ExactIndex(datastore).search(keys[:300], 20)[0]) < 1  # so that it could differ
+
+
 def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("resmem_lm.index.scann_parameters", lambda rows, dimensions: {"leaves": 1000, "leaves_to_search": 1, "block": 2})
     keys = clustered(30_000, 32)
