@@ -58,7 +58,8 @@ class BuildShard(beam.DoFn):
                 part.check_files("keys.npy")
                 with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
                     if self.settings["kind"] == "scann":
-                        attempt.facts |= build_scann(part, attempt.folder, self.settings["candidates"], self.settings["training_rows"])
+                        chosen = {name: self.settings[name] for name in ("candidates", "training_rows", "threads")}
+                        attempt.facts |= build_scann(part, attempt.folder, **chosen)
                     attempt.facts["rows"] = part.rows
                 for shard in part.shards:
                     drop_copy(folder_of(part.folder, shard) / "keys.npy")
@@ -78,6 +79,7 @@ def build_index(
     kind: Literal["scann", "exact"] = "scann",
     candidates: int = 200,
     training_rows: int = 100_000,
+    threads: int = 0,
     memory_gib: float = 8.0,
     pipeline_options: str = "",
 ) -> Record:
@@ -87,6 +89,8 @@ def build_index(
         kind: "scann", or "exact" where ScaNN cannot be installed or every comparison is wanted.
         candidates: neighbours that each shard of the index proposes for a query; the nearest by true distance are kept.
         training_rows: rows from which ScaNN learns its tree and codes.
+        threads: that ScaNN builds with; 0 is all cores. With 1, two builds are equal; with more, a row that is equally near to two
+            leaves is in either, and one query in some 60,000 finds other neighbours.
         memory_gib: of one worker process, which says how many rows a shard of the index has; a finished index stays as it is.
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
@@ -97,7 +101,7 @@ def build_index(
         UserError: ScaNN cannot be imported, the datastore is damaged, or the memory does not hold one of its shards.
     """
     datastore = open_datastore(workdir / "datastore")
-    settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows}
+    settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
     emb = read_json(workdir / "checkpoints" / "model.json")["config"]["emb_dim"]
     most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)

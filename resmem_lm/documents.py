@@ -35,10 +35,11 @@ EMBEDDED = "docstrings"
 
 
 class Document(NamedTuple):
-    """One file, or one record of a JSON-lines file."""
+    """One file, or one record of a JSON-lines file; documents of one `group`, such as the chapters of a book, go into one split."""
 
     id: str
     text: str
+    group: str | None = None
 
 
 def _kind(path: AnyPath) -> str | None:
@@ -81,10 +82,12 @@ def _matches(pattern: str) -> list[AnyPath]:
     return [Path(name) for name in names]
 
 
-def read_file(path: AnyPath) -> Iterator[Document]:
+def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
     """The documents of one file, empty ones included. Raises UserError naming the file and the line that is wrong."""
     for place, record in read_records(path):
-        yield Document(place, record["text"])
+        if group and _kind(path) == "lines" and not isinstance(record.get(group), str):
+            raise UserError(f'{place} has no field "{group}" with a string: prepare_documents.group names a field of every line')
+        yield Document(place, record["text"], record.get(group) if group else None)
 
 
 def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,13 +132,13 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
     return dict(record)
 
 
-def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float) -> Iterator[Document]:
-    """Every document of `text`, or the embedded docstrings for the word "docstrings"."""
+def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float, group: str | None = None) -> Iterator[Document]:
+    """Every document of `text`, or the embedded docstrings for the word "docstrings"; `group` is a field of JSON lines."""
     if text == EMBEDDED:
         yield from (Document(*pair) for pair in docstrings.documents(duplicate_threshold=duplicate_threshold))
         return
     for path in text_files(text):
-        yield from read_file(path)
+        yield from read_file(path, group=group)
 
 
 def digest(text: str) -> str:
@@ -152,7 +155,8 @@ def assign_splits(documents: Iterable[Document], *, validation_fraction: float, 
     """(split, document): test below `test_fraction`, validation above it, then train, by `position`.
 
     A document's split does not change when others are added. Only where a split would stay empty, because there are few
-    documents, the lowest position fills test, the one after it validation, and the highest train.
+    documents, the lowest position fills test, the one after it validation, and the highest train. Documents of one group have one position,
+    and are not moved to fill a split.
     """
 
     def natural(place: float) -> str:
@@ -161,6 +165,10 @@ def assign_splits(documents: Iterable[Document], *, validation_fraction: float, 
     held: list[tuple[float, int, Document]] = []  # by position: the two lowest and the highest
     filled = set()
     for number, document in enumerate(documents):
+        if document.group is not None:
+            filled.add(split := natural(position(document.group)))
+            yield split, document
+            continue
         bisect.insort(held, (position(document.text), number, document))
         if len(held) > 3:
             place, _, document = held.pop(2)
@@ -195,7 +203,7 @@ def read_shard(path: AnyPath) -> list[Document]:
 
 def shard_content(documents: Iterable[Document]) -> str:
     """The content of a shard."""
-    return "".join(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
+    return "".join(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n" for document in documents)
 
 
 def write_manifest(folder: AnyPath, changed: Iterable[str] | None = None) -> Record:
@@ -215,6 +223,7 @@ def prepare_documents(
     workdir: AnyPath,
     *,
     text: str | list[str] | tuple[str, ...] = EMBEDDED,
+    group: str | None = None,
     validation_fraction: float = 0.02,
     test_fraction: float = 0.02,
     duplicate_threshold: float = 0.7,
@@ -224,6 +233,7 @@ def prepare_documents(
 
     Args:
         text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or "docstrings".
+        group: a field of JSON lines: documents in which it is equal, such as the chapters of a book, go into one split.
         validation_fraction: share of the documents on which hyperparameters are chosen.
         test_fraction: share of the documents on which results are told.
         duplicate_threshold: Jaccard similarity of word 5-grams from which the later of two documents is dropped.
@@ -247,7 +257,7 @@ def prepare_documents(
 
     def distinct() -> Iterator[Document]:
         def nonempty() -> Iterator[tuple[Document, str]]:
-            for document in read_documents(text, duplicate_threshold=duplicate_threshold):
+            for document in read_documents(text, duplicate_threshold=duplicate_threshold, group=group):
                 if document.text.strip():
                     yield document, document.text
                 else:
@@ -278,6 +288,7 @@ def prepare_documents(
             raise UserError(
                 f"{text!r} has {total} different documents for {len(SPLITS)} splits "
                 f"({counts['empty']} more are empty, {counts['duplicate']} repeat others): give at least {len(SPLITS)}"
+                f"{', or larger validation_fraction and test_fraction, because groups stay together' if group else ''}"
             )
         checksums = write_manifest(folder)
     return {"documents": counts, "checksums": checksums}

@@ -190,7 +190,7 @@ def largest_index(memory: int, dimensions: int, training_rows: int) -> int:
     return low
 
 
-def build_scann(datastore: Datastore, folder: Path, candidates: int, training_rows: int) -> Record:
+def build_scann(datastore: Datastore, folder: Path, candidates: int, training_rows: int, threads: int = 0) -> Record:
     """Writes ScaNN's files of some shards of a datastore; returns the measure and the tree's parameters."""
     keys = np.empty((datastore.rows, datastore.array("keys").shape[1]), np.float32)
     for begin, shard in zip(datastore.offsets, datastore.shard_arrays("keys"), strict=False):
@@ -200,13 +200,13 @@ def build_scann(datastore: Datastore, folder: Path, candidates: int, training_ro
     facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}
     if datastore.rows >= SMALL:
         facts |= scann_parameters(*keys.shape)
-    scann_searcher(keys, facts, candidates, training_rows).serialize(str(folder), relative_path=True)
+    scann_searcher(keys, facts, candidates, training_rows, threads).serialize(str(folder), relative_path=True)
     return facts
 
 
-def scann_searcher(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, training_rows: int) -> Any:
+def scann_searcher(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, training_rows: int, threads: int) -> Any:
     """ScaNN's searcher of some keys, with what `scann_parameters` says; without that, it compares everything."""
-    builder = _scann().builder(keys, candidates, facts["measure"])
+    builder = _scann().builder(keys, candidates, facts["measure"]).set_n_training_threads(threads)
     if "leaves" not in facts:
         return builder.score_brute_force().build()
     sample = min(training_rows, len(keys))

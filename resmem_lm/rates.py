@@ -157,7 +157,8 @@ class _Rehearsal:
         if wanted & {"index_rows_per_second", "queries_per_second"} and self.settings["build_index"]["kind"] == "scann":
             self.say("measure index")
             index = self.settings["build_index"]
-            self.costs.tree = measure_tree(self.model.emb_dim, candidates=index["candidates"], training_rows=index["training_rows"])
+            chosen = {name: index[name] for name in ("candidates", "training_rows", "threads")}
+            self.costs.tree = measure_tree(self.model.emb_dim, **chosen)
         return self.costs
 
     def _workdir(self, name: str, tokens: dict[str, list[int]], shared: Path) -> Path:

@@ -34,7 +34,7 @@ class TreeCosts(NamedTuple):
         return self.query + self.query_leaf * parameters["leaves"] + self.compared_row * compared
 
 
-def measure_tree(emb: int, *, candidates: int, training_rows: int) -> TreeCosts:
+def measure_tree(emb: int, *, candidates: int, training_rows: int, threads: int) -> TreeCosts:
     """ScaNN's own costs, told apart by varying one of rows, sample and leaves at a time, on keys drawn at random."""
     block = scann_parameters(SMALL, emb)["block"]
     # The sample is as large as it will be: k-means takes more rounds in a larger one.
@@ -48,7 +48,7 @@ def measure_tree(emb: int, *, candidates: int, training_rows: int) -> TreeCosts:
         facts = {"measure": "dot_product", "leaves": leaves, "leaves_to_search": leaves, "block": block}
         with tempfile.TemporaryDirectory(prefix="resmem-plan-") as folder:
             start = time.monotonic()
-            searcher = scann_searcher(keys[:rows], facts, candidates, sample)
+            searcher = scann_searcher(keys[:rows], facts, candidates, sample, threads)
             searcher.serialize(folder, relative_path=True)
             return searcher, time.monotonic() - start
 

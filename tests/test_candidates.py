@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from resmem_lm import candidates as c
 from resmem_lm import resmem
 from resmem_lm.candidates import Setting
-from resmem_lm.evaluate import directions
+from resmem_lm.scoring import directions
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 SCORE = jax.jit(c.score, static_argnums=6)

@@ -293,6 +293,26 @@ def test_splits_do_not_depend_on_the_order_of_documents(documents, chance, valid
     assert split_of(shuffled, validation, test) == split_of(documents, validation, test)
 
 
+@given(st.lists(st.integers(0, 20), max_size=60), FRACTIONS, FRACTIONS)
+def test_documents_of_one_group_are_in_one_split(groups, validation, test):
+    documents = [Document(str(i), f"text {i}", f"group {group}") for i, group in enumerate(groups)]
+    splits = split_of(documents, validation, test)
+    for document in documents:
+        assert splits[document] == natural(Document("", document.group), validation, test)
+
+
+def test_a_field_of_json_lines_groups_them(tmp_path):
+    lines = [{"text": text, "book": f"book {number % 30}"} for number, text in enumerate(different_texts(120))]
+    write(tmp_path / "in.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    prepare_documents(tmp_path / "run", text=str(tmp_path / "in.jsonl"), group="book", validation_fraction=0.3, test_fraction=0.3)
+    book = {line["text"]: line["book"] for line in lines}
+    books = [{book[document.text] for path in shard_paths(tmp_path / "run", split) for document in read_shard(path)} for split in SPLITS]
+    assert all(books)
+    assert sum(len(some) for some in books) == len(set.union(*books))
+    said = message(prepare_documents, tmp_path / "other", text=str(tmp_path / "in.jsonl"), group="author")
+    assert said == f'{tmp_path / "in.jsonl"}#1 has no field "author" with a string: prepare_documents.group names a field of every line'
+
+
 def test_fractions_are_shares_of_the_documents():
     splits = split_of([Document(str(i), f"text {i}") for i in range(10_000)], 0.05, 0.1)
     counts = collections.Counter(splits.values())

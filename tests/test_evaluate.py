@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import SplitScorer, bootstrap_interval, describe, tune
+from resmem_lm.evaluate import bootstrap_interval, describe, tune
+from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 
 PAPER = Setting("resmem", 12, 1.0, 1.0, 1.0)

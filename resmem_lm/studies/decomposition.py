@@ -4,7 +4,8 @@ import numpy as np
 
 from resmem_lm.candidates import Formula, Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import SplitScorer, describe
+from resmem_lm.evaluate import describe
+from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import QUERY_SPLITS, open_queries
 from resmem_lm.storage import AnyPath
 from resmem_lm.studies.study import study, write_study

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from resmem_lm.candidates import Candidates, Neighbors, best, score
 from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
-from resmem_lm.evaluate import SplitScorer
 from resmem_lm.plots import INK, Figure, line
 from resmem_lm.resmem import neighbor_weights
+from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.studies.study import study, write_study

@@ -4,8 +4,8 @@ from typing import Any
 
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import SplitScorer
 from resmem_lm.plots import INK, Figure, line
+from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.studies.study import study, write_study

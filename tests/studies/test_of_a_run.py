@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import SplitScorer
 from resmem_lm.main import main
+from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 from resmem_lm.storage import read_json
 from resmem_lm.studies.decomposition import DEEPNET, choose, study_decomposition
