@@ -18,7 +18,7 @@ from resmem_lm.storage import AnyPath, children, drop_copy, read_json, remove, w
 from resmem_lm.workdir import disk_errors, finished
 
 COPY_ROWS = 2**16
-MADE_FROM_ROWS = ("neighbors", "results.json", "report.html", "studies")
+MADE_FROM_ROWS = ("neighbors", "results.json", "report.html", "studies", "derived")
 STAGES_FROM_ROWS = ("search", "evaluate", "report", "study-*")
 
 

@@ -72,6 +72,8 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
                 unfinished |= outputs
     for file in files_below(workdir):
         place = inside(file, workdir)
+        if place.startswith("derived/"):  # work directories of their own, which studies made
+            continue
         if place not in known and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(file.name):
             yield f"{file} is known to no record: it may be left from a run that was killed; delete it if it is not yours"
 

@@ -1,0 +1,41 @@
+"""Work directories that a study makes from a finished one, with some of its stages in common.
+
+WORKDIR/derived/NAME is a work directory like any other: every stage in it is skipped when it is finished and goes on where it stopped.
+"""
+
+from resmem_lm.storage import AnyPath, files_below, inside, read_json, remove, write_bytes, write_json
+from resmem_lm.workdir import Record, finished
+
+OUTPUTS = {"documents": ("documents",), "vocabulary": ("vocabulary",), "train": ("checkpoints", "metrics"), "build": ("datastore",)}
+
+
+def derive(workdir: AnyPath, name: str, stages: tuple[str, ...]) -> AnyPath:
+    """WORKDIR/derived/NAME, with copies of what these stages wrote. One that was made from other results is made anew.
+
+    Args:
+        workdir: of a finished run.
+        name: of the derived one, such as "model-size/emb-64".
+        stages: those in common: "documents", "vocabulary", "train", "build".
+
+    Raises:
+        UserError: one of the stages has not finished in `workdir`.
+    """
+    target = workdir / "derived" / name
+    records = {stage: finished(workdir, stage) for stage in stages}
+    places = {stage: target / "stages" / f"{stage}.json" for stage in stages}
+    if any(place.exists() and read_json(place) != records[stage] for stage, place in places.items()):
+        remove(target)
+    for stage, place in places.items():
+        if place.exists():
+            continue
+        for output in OUTPUTS[stage]:
+            for file in files_below(workdir / output):
+                write_bytes(target / inside(file, workdir), file.read_bytes())
+        write_json(place, records[stage])
+    return target
+
+
+def settings_of(workdir: AnyPath, stage: str) -> Record:
+    """With what a finished stage was run, as JSON has it."""
+    settings: Record = finished(workdir, stage)["settings"]
+    return settings

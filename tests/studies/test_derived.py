@@ -1,0 +1,35 @@
+import pytest
+
+from beam_pipelines.datastore import build_datastore
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.storage import read_json, write_json
+from resmem_lm.studies.derived import derive, settings_of
+from resmem_lm.verify import verify
+
+COMMON = ("documents", "vocabulary", "train")
+
+
+def test_a_derived_work_directory_goes_on_from_the_common_stages(tiny_copy):
+    derived = derive(tiny_copy, "some/other", COMMON)
+    assert load_model(derived / "checkpoints").fingerprint == load_model(tiny_copy / "checkpoints").fingerprint
+    build_datastore(derived, **settings_of(tiny_copy, "build") | {"entries": 4})
+    assert open_datastore(derived / "datastore").binding.entries == 4
+    assert derive(tiny_copy, "some/other", COMMON) == derived
+    assert (derived / "datastore/manifest.json").exists()
+    assert verify(derived) == []
+    assert verify(tiny_copy) == []
+
+
+def test_one_of_other_results_is_made_anew(tiny_copy):
+    derived = derive(tiny_copy, "some", COMMON)
+    (derived / "old").write_text("old")
+    record = read_json(tiny_copy / "stages/train.json")
+    write_json(tiny_copy / "stages/train.json", record | {"result": {"fingerprint": "another"}})
+    assert not (derive(tiny_copy, "some", COMMON) / "old").exists()
+
+
+def test_a_stage_that_has_not_finished_is_told(tmp_path):
+    with pytest.raises(UserError, match="the stage documents has not finished"):
+        derive(tmp_path, "some", COMMON)
