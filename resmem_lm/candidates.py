@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
 
-Formula = Literal["resmem", "knnlm"]
+Formula = Literal["resmem", "knnlm", "boosted", "clipped"]
 
 
 class Setting(NamedTuple):

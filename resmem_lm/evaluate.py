@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from resmem_lm import adaptive
+from resmem_lm.calibrated import SimplexFormula, calibration_error
 from resmem_lm.candidates import Formula, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.examples import mended_tokens
-from resmem_lm.scoring import SplitScorer
+from resmem_lm.scoring import SplitScorer, Told
 from resmem_lm.search import QUERY_SPLITS, open_queries
 from resmem_lm.storage import AnyPath, read_json, sha256, write_json
 from resmem_lm.workdir import Record, stage
 
 BOOTSTRAP_SAMPLES = 2000
+BOOSTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # lambda of "boosted", where r_kNN is a change of the logits
+FIT_TOKENS = 2**16  # of validation, that the adaptive gate is fitted to
+DIFFERENCES = (("resmem_adaptive", "resmem"), ("resmem_adaptive", "knnlm"), ("resmem", "knnlm"))
 
 
 def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
@@ -34,6 +39,15 @@ def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
     }
 
 
+def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
+    """The settings under which the true tokens are most probable: of kNN-LM, and of Calibrated ResMem in either form."""
+
+    def winner(*formulas: Formula) -> Setting:
+        return min((setting for setting in losses if setting.formula in formulas), key=lambda setting: losses[setting])
+
+    return {"knnlm_perplexity": winner("knnlm"), "resmem_calibrated": winner("boosted", "clipped")}
+
+
 def bootstrap_interval(values: Float[np.ndarray, " tokens"], document_lengths: Int[np.ndarray, " documents"]) -> tuple[float, float]:
     """95% interval of the mean of `values` over tokens, documents drawn with replacement (tokens of one are not independent)."""
     starts = np.concatenate([[0], np.cumsum(document_lengths)[:-1]])
@@ -46,7 +60,6 @@ def bootstrap_interval(values: Float[np.ndarray, " tokens"], document_lengths: I
 
 
 def describe(
-    setting: Setting,
     found: tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]],
     deepnet: Int[np.ndarray, " tokens"],
     targets: Int[np.ndarray, " tokens"],
@@ -64,7 +77,14 @@ def describe(
         "gain": tpr - fpr,
         "gain_ci95": bootstrap_interval(right.astype(np.float64) - deepnet_right, document_lengths),
         "certified": float(np.mean(sure)),
-        "hyperparameters": setting.hyperparameters(),
+    }
+
+
+def describe_distribution(told: Told, targets: Int[np.ndarray, " tokens"]) -> Record:
+    """Perplexity and expected calibration error of a method whose scores are probabilities."""
+    return {
+        "perplexity": float(np.exp(-np.mean(np.log(told.target_probability, dtype=np.float64)))),
+        "calibration_error": calibration_error(told.confidence, told.predictions == targets),
     }
 
 
@@ -108,14 +128,22 @@ def evaluate(
     grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
     tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), list(temperatures), grid))
     paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
+    below_1 = [value for value in lambdas if value < 1]
+    simplex: dict[SimplexFormula, list[float]] = {"knnlm": below_1, "boosted": list(BOOSTS), "clipped": list(lambdas)}
+    calibrated = calibrate(scorers["validation"].log_losses(list(sigmas), list(temperatures), simplex))
     methods = {
         "deepnet": Setting("resmem", 1, 1.0, 1.0, 0.0),
         "knn": tuned["knn"],
         "knnlm": tuned["knnlm"],
+        "knnlm_perplexity": calibrated["knnlm_perplexity"],
         "resmem_paper": paper,
         "resmem_lambda1": tuned["resmem_lambda1"],
         "resmem": tuned["resmem"],
+        "resmem_calibrated": calibrated["resmem_calibrated"],
     }
+    on_simplex = [methods[name] for name in ("deepnet", "knnlm", "knnlm_perplexity", "resmem_calibrated")]
+    sigma = tuned["resmem"].sigma
+    gate = adaptive.fit(*scorers["validation"].known(sigma, FIT_TOKENS))
     lines = ("knnlm", "resmem_lambda1", "resmem")
     curves = {
         "k": {name: [methods[name]._replace(k=k) for k in usable] for name in lines},
@@ -123,11 +151,12 @@ def evaluate(
     }
     results: Record = {"splits": {}}
     for split, scorer in scorers.items():
-        wanted = set(methods.values())
+        wanted = {setting for setting in methods.values() if setting.formula in grid}
         if split == "test":
             wanted |= {setting for by_name in curves.values() for settings in by_name.values() for setting in settings}
         found = scorer.predict(sorted(wanted))
-        results["splits"][split] = _describe_split(workdir, split, scorer, methods, found)
+        told = scorer.distributions(on_simplex)
+        results["splits"][split] = _describe_split(workdir, split, scorer, methods, found, told, scorer.adaptive(gate, sigma))
         if split == "test":
             targets = np.asarray(scorer.queries.tokens)
             results["curves"] = {
@@ -165,13 +194,35 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _describe_split(workdir: AnyPath, split: str, scorer: SplitScorer, methods: dict[str, Setting], found: dict[Setting, Any]) -> Record:
+def _describe_split(
+    workdir: AnyPath,
+    split: str,
+    scorer: SplitScorer,
+    methods: dict[str, Setting],
+    found: dict[Setting, Any],
+    told: dict[Setting, Told],
+    adapted: Told,
+) -> Record:
     lengths, targets = np.asarray(scorer.queries.document_lengths), np.asarray(scorer.queries.tokens)
     deepnet = found[methods["deepnet"]][0]
-    described = {name: describe(setting, found[setting], deepnet, targets, lengths) for name, setting in methods.items()}
+    described: Record = {}
+    right: dict[str, Bool[np.ndarray, " tokens"]] = {}
+    for name, setting in methods.items():
+        predictions = found[setting] if setting in found else told[setting][:2]
+        right[name] = predictions[0] == targets
+        described[name] = describe(predictions, deepnet, targets, lengths) | {"hyperparameters": setting.hyperparameters()}
+        # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0.
+        described[name] |= describe_distribution(told[setting], targets) if setting in told else {}
     described["deepnet"]["hyperparameters"] = {}
-    for name in ("deepnet", "knnlm"):
-        # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0: no perplexity.
-        described[name]["perplexity"] = float(np.exp(-np.mean(np.log(scorer.target_probability(methods[name])))))
+    described["resmem_calibrated"]["form"] = methods["resmem_calibrated"].formula
+    described["resmem_adaptive"] = describe(adapted[:2], deepnet, targets, lengths) | describe_distribution(adapted, targets)
+    described["resmem_adaptive"]["hyperparameters"] = {"k": scorer.queries.rows.shape[1], "sigma": methods["resmem"].sigma}
+    right["resmem_adaptive"] = adapted.predictions == targets
+    differences = []
+    for one, other in DIFFERENCES:
+        difference = right[one].astype(np.float64) - right[other]
+        interval = bootstrap_interval(difference, lengths)
+        differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
     facts = read_json(workdir / "neighbors" / "neighbors.json")[split]
-    return {name: facts[name] for name in ("tokens", "documents", "recall_at_k")} | {"methods": described}
+    shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")}
+    return shown | {"methods": described, "differences": differences}

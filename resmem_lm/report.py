@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 
 from resmem_lm.plots import INK, Figure, line, to_svg
-from resmem_lm.results import HEADER, METHODS, percent, rows, study_rows
+from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
 from resmem_lm.workdir import Record, stage
 
@@ -29,6 +29,7 @@ def write_report(workdir: AnyPath) -> Record:
         test=results["splits"]["test"],
         header=HEADER,
         rows=rows(results),
+        differences=differences(results),
         plots=_plots(results),
         studies=[_study(folder) for folder in studies],
         config=config.read_text("utf-8") if config.exists() else "",

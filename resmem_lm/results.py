@@ -6,9 +6,12 @@ METHODS = {
     "deepnet": "DeepNet",
     "knn": "kNN",
     "knnlm": "kNN-LM",
+    "knnlm_perplexity": "kNN-LM (for perplexity)",
     "resmem_paper": "ResMem (paper's k, sigma, T, lambda)",
     "resmem_lambda1": "ResMem (lambda 1)",
     "resmem": "ResMem",
+    "resmem_calibrated": "Calibrated ResMem",
+    "resmem_adaptive": "Adaptive ResMem",
 }
 
 
@@ -29,20 +32,20 @@ def hyperparameters(values: dict[str, int | float]) -> str:
 
 
 def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
-    """One row a method: name, accuracy, its interval, TPR, FPR, gain, its interval, perplexity, hyperparameters."""
+    """One row a method: name, accuracy, its interval, TPR, FPR, gain, its interval, perplexity, calibration error, hyperparameters."""
     found = []
     for name, title in METHODS.items():
         m = results["splits"][split]["methods"][name]
-        perplexity = f"{m['perplexity']:.1f}" if "perplexity" in m else "-"
+        simplex = [f"{m['perplexity']:.1f}", percent(m["calibration_error"])] if "perplexity" in m else ["-", "-"]
         shares = [percent(m["tpr"]), percent(m["fpr"]), percent(m["gain"]), interval(m["gain_ci95"])]
         shares = ["-"] * 4 if name == "deepnet" else shares
         found.append(
-            [title, percent(m["accuracy"]), interval(m["accuracy_ci95"]), *shares, perplexity, hyperparameters(m["hyperparameters"])]
+            [title, percent(m["accuracy"]), interval(m["accuracy_ci95"]), *shares, *simplex, hyperparameters(m["hyperparameters"])]
         )
     return found
 
 
-HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "hyperparameters"]
+HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "ECE", "hyperparameters"]
 
 
 def aligned(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -59,7 +62,15 @@ def table(results: dict[str, Any]) -> str:
         f"{test['tokens']:,} tokens of {test['documents']} documents; {results['datastore']['rows']:,} datastore rows; "
         f"{results['index']['kind']} index, recall@k {test['recall_at_k']:.3f}; hyperparameters chosen on validation"
     )
-    return "\n".join(["", *aligned(HEADER, rows(results)), facts])
+    return "\n".join(["", *aligned(HEADER, rows(results)), facts, *differences(results)])
+
+
+def differences(results: dict[str, Any], split: str = "test") -> list[str]:
+    """How much more accurate the methods are than each other, a line each."""
+    return [
+        f"{METHODS[d['method']]} over {METHODS[d['over']]}: {100 * d['accuracy']:+.2f} {interval(d['accuracy_ci95'])}"
+        for d in results["splits"][split]["differences"]
+    ]
 
 
 def study_rows(results: dict[str, Any]) -> list[list[str]]:

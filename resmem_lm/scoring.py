@@ -1,12 +1,14 @@
 """Cached neighbours -> counts of right predictions and predictions of many settings, block by block.
 
-Every method here is one of two formulas at some (k, sigma, T, lambda): ResMem, p_T + lambda r_kNN, of which lambda = 0 is DeepNet;
-and kNN-LM, (1 - lambda) p_T + lambda p_kNN, of which lambda = 1 is kNN alone.
+Two formulas are tried at every (k, sigma, T, lambda): ResMem, p_T + lambda r_kNN, of which lambda = 0 is DeepNet; and kNN-LM,
+(1 - lambda) p_T + lambda p_kNN, of which lambda = 1 is kNN alone. What is on the simplex (`resmem_lm.calibrated`, `resmem_lm.adaptive`) has
+probabilities besides.
 """
 
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import jax
@@ -14,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from resmem_lm.adaptive import Gate, Known, distribution, known, target_probability
+from resmem_lm.calibrated import SimplexFormula, is_first, of_target, on_simplex
 from resmem_lm.candidates import Candidates, Formula, Neighbors, Scores, Setting, best, residuals_at, score
 from resmem_lm.datastore import Datastore
 from resmem_lm.progress import progress
-from resmem_lm.resmem import neighbor_weights
 from resmem_lm.search import Queries
 
 BLOCK = 256
-PROBABILITY_BLOCK = 2**16
+T = TypeVar("T", bound=Any)
 
 
 def directions(scores: Scores, is_resmem: Bool[Array, " weightings"]) -> Float[Array, "weightings queries candidates"]:
@@ -77,6 +80,103 @@ def _predictions(
     winners, top = best(scores.base + lambdas[:, None, None] * directions(scores, is_resmem), candidates.ids)
     bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
     return winners, top >= bound  # certified: no token outside the candidates scores more
+
+
+class Told(NamedTuple):
+    """A method's prediction for every token, whether it is certified, its probability, and that of the true token."""
+
+    predictions: Int[np.ndarray, " queries"]
+    certified: Bool[np.ndarray, " queries"]
+    confidence: Float[np.ndarray, " queries"]
+    target_probability: Float[np.ndarray, " queries"]
+
+
+def _trimmed(arrays: T, some: slice) -> T:
+    """Without what a block was filled up with."""
+    return type(arrays)(*(np.asarray(array)[: some.stop - some.start] for array in arrays))
+
+
+@functools.partial(jax.jit, static_argnames=("formulas", "unit_number"))
+def _log_losses(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    target_base: Float[Array, " queries"],
+    sigmas: Float[Array, " sigmas"],
+    lambdas: Float[Array, " lambdas"],
+    temperature: Float[Array, ""],
+    temperature_number: Int[Array, ""],
+    *,
+    formulas: tuple[SimplexFormula, ...],
+    unit_number: int,
+) -> Float[Array, "formulas lambdas sigmas"]:
+    ks = jnp.full(len(sigmas), neighbors.distances.shape[1])
+    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
+    first = is_first(candidates.ids)
+
+    def losses(formula: SimplexFormula, lambda_: Float[Array, ""]) -> Float[Array, " sigmas"]:
+        q = on_simplex(formula, scores.base, scores.residual, scores.knn, first, lambda_)
+        log_p = jnp.log(of_target(q, candidates.ids, targets, target_base) + 1e-12)
+        return -jnp.sum(jnp.where(targets >= 0, log_p, 0), axis=-1)
+
+    return jnp.stack([jax.lax.map(functools.partial(losses, formula), lambdas) for formula in formulas])
+
+
+@functools.partial(jax.jit, static_argnames=("formula", "unit_number"))
+def _told(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    target_base: Float[Array, " queries"],
+    k: Int[Array, ""],
+    sigma: Float[Array, ""],
+    lambda_: Float[Array, ""],
+    temperature: Float[Array, ""],
+    temperature_number: Int[Array, ""],
+    *,
+    formula: SimplexFormula,
+    unit_number: int,
+) -> Told:
+    scores = score(candidates, neighbors, k[None], sigma[None], temperature, temperature_number, unit_number)
+    q = on_simplex(formula, scores.base, scores.residual[0], scores.knn[0], is_first(candidates.ids), lambda_)
+    winners, top = best(q.candidates, candidates.ids)
+    return Told(winners, top >= q.other * scores.bound, top, of_target(q, candidates.ids, targets, target_base))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnames="unit_number")
+def _known(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    target_base: Float[Array, " queries"],
+    sigma: Float[Array, ""],
+    *,
+    unit_number: int,
+) -> Known:
+    return known(candidates, neighbors, targets, target_base, sigma, unit_number)
+
+
+@functools.partial(jax.jit, static_argnames="unit_number")
+def _told_adaptive(
+    gate: Gate,
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    target_base: Float[Array, " queries"],
+    sigma: Float[Array, ""],
+    *,
+    unit_number: int,
+) -> Told:
+    some = known(candidates, neighbors, targets, target_base, sigma, unit_number)
+    q, k = distribution(gate, some), neighbors.tokens.shape[1]
+    log_z = candidates.log_partition[:, unit_number]
+    own = jnp.exp(candidates.logits[:, :-k] - log_z[:, None])
+    # DeepNet's candidates that no neighbour holds; the others stand among the neighbours' tokens.
+    held = jnp.any((candidates.ids[:, :-k, None] == neighbors.tokens[:, None, :]) & some.counted[:, None, :], axis=-1)
+    probabilities = jnp.concatenate([jnp.where(held, 0, q.other[:, None] * own), jnp.where(some.counted, q.candidates, 0)], axis=1)
+    winners, top = best(probabilities, candidates.ids)
+    sure = top >= q.other * jnp.exp(candidates.bound - log_z)
+    return Told(winners, sure, top, target_probability(q, some))  # type: ignore[arg-type]
 
 
 def _weightings(pairs: list[tuple[Formula, int, float]]) -> tuple[Array, Array, Array]:
@@ -177,17 +277,77 @@ class SplitScorer:
                     found[setting][1][some] = setting_sure[: some.stop - some.start]
         return found
 
-    def target_probability(self, setting: Setting) -> Float[np.ndarray, " queries"]:
-        """What DeepNet (lambda = 0) or kNN-LM gives the true token."""
-        q, number = self.queries, self.temperatures.index(setting.temperature)
+    def log_losses(
+        self, sigmas: list[float], temperatures: list[float], lambdas: dict[SimplexFormula, list[float]]
+    ) -> dict[Setting, float]:
+        """Sum over tokens of -log of the target's probability, for all the neighbours and every combination of these."""
+        k, every_lambda = self.queries.rows.shape[1], sorted({lambda_ for some in lambdas.values() for lambda_ in some})
+        losses = np.zeros((len(temperatures), len(lambdas), len(every_lambda), len(sigmas)))
+        for some, candidates, neighbors in self.blocks("calibrate"):
+            for number, temperature in enumerate(temperatures):
+                losses[number] += _log_losses(
+                    candidates,
+                    neighbors,
+                    *self._targets(some, temperature),
+                    np.array(sigmas, np.float32),
+                    np.array(every_lambda, np.float32),
+                    np.float32(temperature),
+                    np.int32(self.temperatures.index(temperature)),
+                    formulas=tuple(lambdas),
+                    unit_number=self.unit_number,
+                )
+        return {
+            Setting(formula, k, sigma, temperature, lambda_): float(losses[t, f, every_lambda.index(lambda_), s])
+            for t, temperature in enumerate(temperatures)
+            for f, formula in enumerate(lambdas)
+            for lambda_ in lambdas[formula]
+            for s, sigma in enumerate(sigmas)
+        }
 
-        def block(some: Int[np.ndarray, " some"]) -> Float[np.ndarray, " some"]:
-            base = np.exp(q.target_logits[some].astype(np.float64) / setting.temperature - q.log_partition[some][:, number])
-            weights = np.asarray(neighbor_weights(jnp.asarray(q.distances[some][:, : setting.k]), setting.sigma))
-            knn = np.sum(weights * (q.neighbor_tokens[some][:, : setting.k] == q.tokens[some, None]), axis=1)
-            return (1 - setting.lambda_) * base + setting.lambda_ * knn
+    def distributions(self, settings: list[Setting]) -> dict[Setting, Told]:
+        """Each setting's predictions with their probabilities; "resmem" settings are not on the simplex, but for lambda = 0."""
+        parts: dict[Setting, list[Told]] = {setting: [] for setting in settings}
+        for some, candidates, neighbors in self.blocks("score"):
+            for setting in settings:
+                told = _told(
+                    candidates,
+                    neighbors,
+                    *self._targets(some, setting.temperature),
+                    np.int32(setting.k),
+                    np.float32(setting.sigma),
+                    np.float32(setting.lambda_),
+                    np.float32(setting.temperature),
+                    np.int32(self.temperatures.index(setting.temperature)),
+                    formula="boosted" if setting.formula == "resmem" else setting.formula,
+                    unit_number=self.unit_number,
+                )
+                parts[setting].append(_trimmed(told, some))
+        return {setting: Told(*(np.concatenate(arrays) for arrays in zip(*told, strict=True))) for setting, told in parts.items()}
 
-        count = len(q.tokens)
-        return np.concatenate(
-            [block(np.arange(start, min(start + PROBABILITY_BLOCK, count))) for start in range(0, count, PROBABILITY_BLOCK)]
-        )
+    def known(self, sigma: float, most: int) -> tuple[Known, Int[np.ndarray, " some"]]:
+        """What the adaptive gate sees of at most about `most` tokens, in blocks evenly spaced, and the numbers of their documents."""
+        every = -(-len(self.queries.tokens) // most)
+        documents = np.repeat(np.arange(len(self.queries.document_lengths)), self.queries.document_lengths)
+        parts, numbers = [], []
+        for block, (some, candidates, neighbors) in enumerate(self.blocks("adapt")):
+            if block % every == 0:
+                parts.append(_trimmed(_known(candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some))
+                numbers.append(documents[some])
+        return Known(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), np.concatenate(numbers)  # type: ignore[arg-type]
+
+    def adaptive(self, gate: Gate, sigma: float) -> Told:
+        """Predictions with a lambda for each token."""
+        parts = [
+            _trimmed(_told_adaptive(gate, candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some)
+            for some, candidates, neighbors in self.blocks("adapt")
+        ]
+        return Told(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _targets(self, some: slice, temperature: float) -> tuple[Int[np.ndarray, " block"], Float[np.ndarray, " block"]]:
+        """The true tokens of a block and DeepNet's probability of each; -1 and 1 where the block is filled up."""
+        q, places = self.queries, np.arange(some.start, some.stop)
+        targets, base = np.full(BLOCK, -1, np.int32), np.ones(BLOCK, np.float32)
+        targets[: len(places)] = q.tokens[some]
+        log_z = q.log_partition[places][:, self.temperatures.index(temperature)]
+        base[: len(places)] = np.exp(q.target_logits[places].astype(np.float64) / temperature - log_z)
+        return targets, base

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import bootstrap_interval, describe, tune
+from resmem_lm.evaluate import bootstrap_interval, calibrate, describe, tune
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 
@@ -38,7 +38,7 @@ def test_tokens_of_one_document_are_not_taken_for_independent():
 
 def test_shares_are_those_of_the_papers_table_2():
     targets, deepnet, predictions = (np.array(x) for x in ([1, 2, 3, 4, 5, 6], [1, 2, 0, 0, 0, 0], [1, 0, 3, 4, 0, 0]))
-    found = describe(PAPER, (predictions, np.ones(6, bool)), deepnet, targets, np.array([2, 4]))
+    found = describe((predictions, np.ones(6, bool)), deepnet, targets, np.array([2, 4]))
     assert (found["accuracy"], found["tpr"], found["fpr"], found["gain"]) == pytest.approx((3 / 6, 2 / 6, 1 / 6, 1 / 6))
 
 
@@ -75,6 +75,27 @@ def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):
     np.testing.assert_array_equal(found[settings[0]][0], base)
     np.testing.assert_array_equal(found[settings[1]][0], base)
     np.testing.assert_array_equal(found[settings[2]][0], np.asarray(q.neighbor_tokens)[:, 0])
-    deepnet = scorer.target_probability(settings[0])
-    assert (deepnet > 0).all()
-    assert (deepnet <= 1).all()
+
+
+def test_distributions_have_the_predictions_of_their_formula_and_the_losses_of_the_sweep(tiny_run):
+    scorer = SplitScorer("test", open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore"))
+    losses = scorer.log_losses([0.5, 4.0], [1.0, 1.4], {"knnlm": [0.0, 0.5], "boosted": [0.0, 4.0], "clipped": [0.5]})
+    assert len(losses) == 2 * 2 * 5
+    told = scorer.distributions(list(losses))
+    for setting, loss in losses.items():
+        assert -np.log(told[setting].target_probability).sum() == pytest.approx(loss, rel=1e-3)
+        assert (told[setting].confidence <= 1 + 1e-5).all()
+    knnlm = [setting for setting in losses if setting.formula == "knnlm"]
+    for setting, (predictions, _) in scorer.predict(knnlm).items():
+        np.testing.assert_array_equal(told[setting].predictions, predictions)
+    deepnet = [setting for setting in losses if setting.lambda_ == 0 and setting.temperature == 1.0]
+    assert len({losses[setting].__round__(0) for setting in deepnet}) == 1
+
+
+def test_calibrating_takes_the_least_loss_of_each_kind():
+    losses = {Setting(formula, 12, 1.0, 1.0, lambda_): loss for formula, lambda_, loss in CALIBRATIONS}
+    found = calibrate(losses)
+    assert (found["knnlm_perplexity"].lambda_, found["resmem_calibrated"]) == (0.25, Setting("clipped", 12, 1.0, 1.0, 0.5))
+
+
+CALIBRATIONS = [("knnlm", 0.25, 8.0), ("knnlm", 0.5, 9.0), ("boosted", 2.0, 7.0), ("clipped", 0.5, 6.0), ("clipped", 1.0, 8.0)]

@@ -72,7 +72,7 @@ def study_decomposition(
     for (formula, rule), setting in chosen.items():
         if setting is None:
             continue
-        told = describe(setting, found[setting], found[DEEPNET][0], targets, lengths)
+        told = describe(found[setting], found[DEEPNET][0], targets, lengths)
         rows.append(
             {
                 "method": TITLES[formula],

@@ -1,0 +1,171 @@
+"""Adaptive ResMem: how far to trust the memory here, told by the neighbours' distances and DeepNet's confidence.
+
+    q is proportional to  p exp(g)    with g a small network of what is known about a neighbour's token, and 0 for all other tokens
+
+A step beyond one lambda for all tokens (paper, section 6); He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.1)
+learn kNN-LM's lambda from such features. The network is fitted on validation tokens by cross-entropy; held-out documents of these say
+after how many steps to stop.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from resmem_lm.calibrated import Distribution, normalised
+from resmem_lm.candidates import Candidates, Neighbors, score
+
+HIDDEN = 32
+STEPS, CHECK_STEPS = 800, 50
+BATCH = 1024
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
+HELD_OUT = 5  # one document in so many
+BANDWIDTHS = (0.5, 1.0, 4.0)  # times sigma
+SMALL = 1e-6
+
+
+class Known(NamedTuple):
+    """What the network sees of some queries, and what it is fitted to.
+
+    The neighbours' tokens are places on the last axis; a token that several neighbours hold counts at the nearest of them.
+    """
+
+    features: Float[Array, "queries k features"]
+    base: Float[Array, "queries k"]  # DeepNet's probability of the neighbour's token
+    counted: Bool[Array, "queries k"]
+    target: Bool[Array, "queries k"]  # the neighbour's token is the query's
+    target_base: Float[Array, " queries"]  # DeepNet's probability of the target, a neighbour's or not
+
+
+class Gate(NamedTuple):
+    """The network's weights, and the features' means and scales."""
+
+    weights: dict[str, Any]
+    mean: Float[Array, " features"]
+    scale: Float[Array, " features"]
+
+
+def known(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    target_base: Float[Array, " queries"],
+    sigma: float | Float[Array, ""],
+    unit_number: int,
+) -> Known:
+    """What is known at T = 1. Per neighbour's token y: p(y), p_kNN(y) at three bandwidths, r_kNN(y), the nearest distance at which it was
+    found and how little DeepNet knew it there; per query: distances, DeepNet's largest probability and entropy, the largest p_kNN.
+    """
+    k = neighbors.tokens.shape[1]
+    sigmas = sigma * jnp.array(BANDWIDTHS, jnp.float32)
+    scores = score(candidates, neighbors, jnp.full(len(BANDWIDTHS), k), sigmas, 1.0, unit_number, unit_number)
+    base, residual, knn = scores.base[:, -k:], scores.residual[1][:, -k:], scores.knn[..., -k:]
+    same = neighbors.tokens[:, :, None] == neighbors.tokens[:, None, :]
+    found = jnp.isfinite(neighbors.distances)
+    counted = ~jnp.any(jnp.tril(same & found[:, None, :], k=-1), axis=-1) & found
+    farthest = jnp.max(jnp.where(found, neighbors.distances, 0), axis=1, keepdims=True)
+    distances = jnp.log(jnp.where(found, neighbors.distances, farthest) + 1e-2)
+    unknown = -jnp.expm1(neighbors.target_log_probability)
+    own = scores.base[:, :-k]  # DeepNet's largest
+    of_token = [
+        jnp.log(base + SMALL),
+        *jnp.log(knn + 1e-4),
+        residual,
+        jnp.min(jnp.where(same & found[:, None, :], distances[:, None, :], jnp.inf), axis=-1, initial=10.0),
+        jnp.max(jnp.where(same & found[:, None, :], unknown[:, None, :], 0), axis=-1),
+    ]
+    of_query = [
+        *(distances[:, rank] for rank in (0, min(7, k - 1), k - 1)),
+        jnp.max(own, axis=-1),
+        -jnp.sum(own * jnp.log(jnp.maximum(own, SMALL)), axis=-1),
+        *jnp.log(jnp.max(knn, axis=-1) + 1e-4),
+    ]
+    columns = [*of_token, *(jnp.broadcast_to(column[:, None], base.shape) for column in of_query)]
+    return Known(jnp.stack(columns, axis=-1), base, counted, neighbors.tokens == targets[:, None], target_base)
+
+
+def trust(gate: Gate, features: Float[Array, "queries k features"]) -> Float[Array, "queries k"]:
+    """g: how much the logit of each neighbour's token is raised."""
+    w, x = gate.weights, (features - gate.mean) / gate.scale
+    x = jax.nn.gelu(x @ w["in"] + w["in_bias"])
+    x = jax.nn.gelu(x @ w["middle"] + w["middle_bias"])
+    return x @ w["out"]
+
+
+def distribution(gate: Gate, some: Known) -> Distribution:
+    """q at the neighbours' tokens."""
+    return normalised(some.base, some.base * jnp.exp(trust(gate, some.features)), some.counted)
+
+
+def target_probability(q: Distribution, some: Known) -> Float[Array, " queries"]:
+    """q of the target, a neighbour's token or not."""
+    among = jnp.max(jnp.where(some.target & some.counted, q.candidates, 0), axis=-1)
+    return jnp.where(jnp.any(some.target & some.counted, axis=-1), among, q.other * some.target_base)
+
+
+def _loss(weights: dict[str, Any], gate: Gate, some: Known) -> Float[Array, ""]:
+    q = distribution(gate._replace(weights=weights), some)
+    return -jnp.mean(jnp.log(target_probability(q, some) + 1e-12))
+
+
+def fit(some: Known, documents: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
+    """Fits the network; it begins as DeepNet alone.
+
+    Args:
+        some: what is known of validation tokens, as NumPy arrays.
+        documents: the number of each token's document.
+        seed: of the first weights and of the batches.
+    """
+    x = np.asarray(some.features)[np.asarray(some.counted)]
+    gate = Gate(_first_weights(x.shape[-1], seed), jnp.asarray(x.mean(axis=0)), jnp.asarray(x.std(axis=0) + 1e-3))
+    held_out = documents % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
+        held_out = np.arange(len(documents)) % HELD_OUT == HELD_OUT - 1  # too few documents
+    fitted, watched = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    loss = jax.jit(_loss)
+
+    def watch(weights: dict[str, Any]) -> float:
+        parts = np.array_split(watched, -(-len(watched) // 8192))
+        return sum(float(loss(weights, gate, _take(some, part))) * len(part) for part in parts) / len(watched)
+
+    losses = {0: watch(gate.weights)} if len(watched) else {STEPS: 0.0}
+    if len(watched) and len(fitted):
+        losses |= {step: watch(weights) for step, weights in _steps(gate, some, fitted, STEPS, seed)}
+    steps = min(losses, key=lambda step: losses[step])
+    again = [weights for _, weights in _steps(gate, some, np.arange(len(documents)), steps, seed)]
+    return gate._replace(weights=[gate.weights, *again][-1])
+
+
+def _take(some: Known, places: Int[np.ndarray, " some"]) -> Known:
+    return Known(*(array[places] for array in some))
+
+
+def _first_weights(features: int, seed: int) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "in": jax.random.normal(keys[0], (features, HIDDEN)) / np.sqrt(features),
+        "in_bias": jnp.zeros(HIDDEN),
+        "middle": jax.random.normal(keys[1], (HIDDEN, HIDDEN)) / np.sqrt(HIDDEN),
+        "middle_bias": jnp.zeros(HIDDEN),
+        "out": jnp.zeros(HIDDEN),
+    }
+
+
+def _steps(gate: Gate, some: Known, places: Int[np.ndarray, " some"], steps: int, seed: int) -> Any:
+    """(step, weights) after every CHECK_STEPS."""
+    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
+    weights, rng = gate.weights, np.random.default_rng(seed)
+    state = optimizer.init(weights)
+
+    @jax.jit
+    def update(weights: dict[str, Any], state: Any, batch: Known) -> tuple[dict[str, Any], Any]:
+        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, batch), state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    for step in range(1, steps + 1):
+        weights, state = update(weights, state, _take(some, rng.choice(places, BATCH)))
+        if step % CHECK_STEPS == 0:
+            yield step, weights
