@@ -7,6 +7,7 @@ learn kNN-LM's lambda from such features. The network is fitted on validation to
 after how many steps to stop.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +112,11 @@ def _loss(weights: dict[str, Any], gate: Gate, some: Known) -> Float[Array, ""]:
     return -jnp.mean(jnp.log(target_probability(q, some) + 1e-12))
 
 
+@jax.jit
+def _watched_loss(weights: dict[str, Any], gate: Gate, some: Known, places: Int[Array, " some"]) -> Float[Array, ""]:
+    return _loss(weights, gate, _take(some, places))
+
+
 def fit(some: Known, documents: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
     """Fits the network; it begins as DeepNet alone.
 
@@ -120,16 +126,16 @@ def fit(some: Known, documents: Int[np.ndarray, " queries"], seed: int = 0) -> G
         seed: of the first weights and of the batches.
     """
     x = np.asarray(some.features)[np.asarray(some.counted)]
+    some = Known(*map(jnp.asarray, some))
     gate = Gate(_first_weights(x.shape[-1], seed), jnp.asarray(x.mean(axis=0)), jnp.asarray(x.std(axis=0) + 1e-3))
     held_out = documents % HELD_OUT == HELD_OUT - 1
     if not held_out.any():
         held_out = np.arange(len(documents)) % HELD_OUT == HELD_OUT - 1  # too few documents
     fitted, watched = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    loss = jax.jit(_loss)
 
     def watch(weights: dict[str, Any]) -> float:
         parts = np.array_split(watched, -(-len(watched) // 8192))
-        return sum(float(loss(weights, gate, _take(some, part))) * len(part) for part in parts) / len(watched)
+        return sum(float(_watched_loss(weights, gate, some, part)) * len(part) for part in parts) / len(watched)
 
     losses = {0: watch(gate.weights)} if len(watched) else {STEPS: 0.0}
     if len(watched) and len(fitted):
@@ -139,7 +145,7 @@ def fit(some: Known, documents: Int[np.ndarray, " queries"], seed: int = 0) -> G
     return gate._replace(weights=[gate.weights, *again][-1])
 
 
-def _take(some: Known, places: Int[np.ndarray, " some"]) -> Known:
+def _take(some: Known, places: Int[Array, " some"] | Int[np.ndarray, " some"]) -> Known:
     return Known(*(array[places] for array in some))
 
 
@@ -154,18 +160,26 @@ def _first_weights(features: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _steps(gate: Gate, some: Known, places: Int[np.ndarray, " some"], steps: int, seed: int) -> Any:
+OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
+
+
+@jax.jit
+def _advance(
+    weights: dict[str, Any], state: Any, gate: Gate, some: Known, batches: Int[Array, "steps batch"]
+) -> tuple[dict[str, Any], Any]:
+    def step(carry: tuple[dict[str, Any], Any], places: Int[Array, " batch"]) -> tuple[tuple[dict[str, Any], Any], None]:
+        weights, state = carry
+        updates, state = OPTIMIZER.update(jax.grad(_loss)(weights, gate, _take(some, places)), state, weights)
+        return (optax.apply_updates(weights, updates), state), None
+
+    (weights, state), _ = jax.lax.scan(step, (weights, state), batches)
+    return weights, state
+
+
+def _steps(gate: Gate, some: Known, places: Int[np.ndarray, " some"], steps: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(step, weights) after every CHECK_STEPS."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
     weights, rng = gate.weights, np.random.default_rng(seed)
-    state = optimizer.init(weights)
-
-    @jax.jit
-    def update(weights: dict[str, Any], state: Any, batch: Known) -> tuple[dict[str, Any], Any]:
-        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, batch), state, weights)
-        return optax.apply_updates(weights, updates), state
-
-    for step in range(1, steps + 1):
-        weights, state = update(weights, state, _take(some, rng.choice(places, BATCH)))
-        if step % CHECK_STEPS == 0:
-            yield step, weights
+    state = OPTIMIZER.init(weights)
+    for step in range(CHECK_STEPS, steps + 1, CHECK_STEPS):
+        weights, state = _advance(weights, state, gate, some, rng.choice(places, (CHECK_STEPS, min(BATCH, len(places)))))
+        yield step, weights

@@ -26,6 +26,7 @@ STUDIES = {
     "sensitivity": "test accuracy against k, sigma, T and lambda (paper: Figures 5 and 6)",
     "decomposition": "TPR, FPR and gain by two rules of choosing (paper: Table 2)",
     "residual-size": "accuracy and bytes for the largest entries of each residual (paper: appendix C)",
+    "baselines": "every use of the memory, by frequency, distance and confidence, and the infinity-gram model (paper: section 3.2)",
     "theory": "linear regression with a memory (paper: section 5)",
 }
 KEEPING = {

@@ -1,0 +1,156 @@
+"""What other uses of the same memory reach (paper, section 3.2), and where: by token frequency, distance and DeepNet's confidence."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from resmem_lm import adaptive, infinigram
+from resmem_lm.candidates import Setting
+from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.evaluate import FIT_TOKENS, bootstrap_interval
+from resmem_lm.infinigram import Continuations, Mixture
+from resmem_lm.plots import INK, Figure, line
+from resmem_lm.results import METHODS, interval, percent
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import QUERY_SPLITS, open_queries, query_documents
+from resmem_lm.storage import AnyPath, is_local, local_path, read_json, remove, write_json
+from resmem_lm.studies.study import study, write_study
+from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.workdir import Record
+
+FORMULAS = {"deepnet": "resmem", "knn": "knnlm", "knnlm": "knnlm", "resmem_paper": "resmem", "resmem": "resmem"}
+FREQUENCIES = (10, 100, 1000, 10_000, 100_000)
+CONFIDENCES = (0.1, 0.2, 0.4, 0.6, 0.8)
+QUANTILES = (0.2, 0.4, 0.6, 0.8)
+DRAWN = ("kNN-LM", "ResMem", "Adaptive ResMem")
+
+
+@study(name="baselines", after=("search", "build", "train", "evaluate"))
+def study_baselines(
+    workdir: AnyPath, *, lambdas: tuple[float, ...] | list[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+) -> Record:
+    """Test accuracy of every method, of all tokens and of some: by frequency in the datastore, nearest distance, DeepNet's confidence.
+
+    Where the package infini-gram is installed, its model of the datastore's tokens is among them, alone and mixed with DeepNet.
+
+    Args:
+        lambdas: weights of the infinity-gram model to try, each where one and where several continuations were seen.
+    """
+    datastore = open_datastore(workdir / "datastore")
+    scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    test = scorers["test"]
+    targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
+    right, sigma = _predicted(workdir, test)
+    adapted = test.adaptive(adaptive.fit(*scorers["validation"].known(sigma, FIT_TOKENS)), sigma)
+    right[METHODS["resmem_adaptive"]] = adapted.predictions == targets
+    notes = "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its rows are left out."
+    if infinigram.installed() and is_local(workdir):
+        alone, mixed, chosen = _infinigram(workdir, datastore, scorers, sorted(lambdas))
+        right |= {"infini-gram": alone, "infini-gram with DeepNet": mixed}
+        notes = f"infini-gram with DeepNet: lambda {chosen[0]:g}, and {chosen[1]:g} where one continuation only was seen (validation)."
+
+    rows: list[Record] = []
+    for by, shown, some in _groups(test, datastore):
+        accuracies = {f"{method}, %": 100 * float(of[some].mean()) for method, of in right.items()}
+        rows.append({"by": by, "range": shown, "tokens": int(some.sum()), **accuracies})
+
+    def told(method: str) -> str:
+        gain = right[method].astype(np.float64) - right[METHODS["deepnet"]]
+        return f"{method} {percent(float(gain.mean()))} {interval(list(bootstrap_interval(gain, lengths)))}"
+
+    def draw(figure: Figure) -> None:
+        groups = ("frequency", "distance", "confidence")
+        for axes, by in zip(figure.subplots(1, len(groups), sharey=True), groups, strict=True):
+            some = [row for row in rows if row["by"] == by]
+            axes.axhline(0, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1.2, label="DeepNet")
+            for number, method in enumerate(DRAWN):
+                line(axes, number, range(len(some)), [row[f"{method}, %"] - row["DeepNet, %"] for row in some], method)
+            axes.set_xticks(range(len(some)), [row["range"] for row in some], rotation=30, ha="right", fontsize=8)
+            axes.set_xlabel({"frequency": "rows of the token", "distance": "nearest distance", "confidence": "DeepNet's confidence"}[by])
+        figure.get_axes()[0].set_ylabel("gain over DeepNet, points")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+
+    gains = "; ".join(told(method) for method in right if method != METHODS["deepnet"])
+    text = (
+        "Test accuracy by the frequency of the true token in the datastore, by the distance of the nearest neighbour (fifths), and by "
+        f"DeepNet's probability of its prediction. Gain over DeepNet on all tokens, with 95% intervals: {gains}. {notes}"
+    )
+    return write_study(workdir, "baselines", title="Baselines, and where they differ (section 3.2)", text=text, rows=rows, draw=draw)
+
+
+def _predicted(workdir: AnyPath, test: SplitScorer) -> tuple[dict[str, Bool[np.ndarray, " tokens"]], float]:
+    """Which tokens each method of the results gets right, by its title; and ResMem's sigma."""
+    methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
+    settings = {}
+    for name, formula in FORMULAS.items():
+        chosen = methods[name]["hyperparameters"] or {"k": 1, "sigma": 1.0, "temperature": 1.0, "lambda": 0.0}
+        numbers = chosen["k"], *(float(chosen[key]) for key in ("sigma", "temperature", "lambda"))
+        settings[METHODS[name]] = Setting(formula, *numbers)  # type: ignore[arg-type]
+    found = test.predict(sorted(set(settings.values())))
+    return {title: found[setting][0] == test.queries.tokens for title, setting in settings.items()}, settings[METHODS["resmem"]].sigma
+
+
+def _ranges(values: Float[np.ndarray, " tokens"], edges: list[float]) -> Iterator[tuple[str, Bool[np.ndarray, " tokens"]]]:
+    """(range, which tokens are in it), those that hold none left out."""
+    places = np.searchsorted(edges, values, side="right")
+    for place in range(len(edges) + 1):
+        some = places == place
+        below = f"below {edges[0]:,.4g}" if place == 0 else ""
+        above = f"{edges[-1]:,.4g} and above" if place == len(edges) else ""
+        if some.any():
+            yield below or above or f"{edges[place - 1]:,.4g} to {edges[place]:,.4g}", some
+
+
+def _groups(test: SplitScorer, datastore: Datastore) -> Iterator[tuple[str, str, Bool[np.ndarray, " tokens"]]]:
+    """(by what, range, which tokens)."""
+    q, unit = test.queries, test.unit_number
+    counts = np.zeros(2**17, np.int64)
+    for tokens in datastore.shard_arrays("tokens"):
+        counts += np.bincount(tokens, minlength=len(counts))
+    nearest = np.asarray(q.distances)[:, 0]
+    nearest = np.where(np.isfinite(nearest), nearest, np.inf)
+    confidence = np.exp(np.asarray(q.candidate_logits).max(axis=1) - np.asarray(q.log_partition)[:, unit])
+    yield "all", "", np.ones(len(q.tokens), bool)
+    for by, values, edges in (
+        ("frequency", counts[q.tokens].astype(np.float64), list(map(float, FREQUENCIES))),
+        ("distance", nearest, [float(edge) for edge in np.quantile(nearest, QUANTILES)]),
+        ("confidence", confidence, list(CONFIDENCES)),
+    ):
+        yield from ((by, shown, some) for shown, some in _ranges(values, edges))
+
+
+def _infinigram(
+    workdir: AnyPath, datastore: Datastore, scorers: dict[str, SplitScorer], lambdas: list[float]
+) -> tuple[Bool[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"], tuple[float, float]]:
+    """Which test tokens the infinity-gram model gets right, alone and with DeepNet, and the two weights chosen on validation."""
+    vocabulary, folder = load_vocabulary(workdir), local_path(workdir) / "derived" / "baselines" / "infini-gram"
+    checksum = read_json(workdir / "stages" / "build.json")["result"]["manifest"]
+    made = folder / "made.json"
+    if not made.exists() or read_json(made) != {"datastore": checksum}:
+        remove(folder)
+        infinigram.build(folder, _remembered(datastore))
+        write_json(made, {"datastore": checksum})
+
+    def mixed(split: str) -> tuple[Continuations, Mixture]:
+        q = scorers[split].queries
+        log_z = np.asarray(q.log_partition)[:, scorers[split].unit_number]
+        found = infinigram.continuations(folder, vocabulary.eos_id, vocabulary.encode_documents(query_documents(workdir, split)))
+        return found, infinigram.mixture(found, np.asarray(q.candidate_ids), np.exp(np.asarray(q.candidate_logits) - log_z[:, None]))
+
+    (_, validation), targets = mixed("validation"), scorers["validation"].queries.tokens
+    pairs = itertools.product(lambdas, lambdas)
+    chosen = max(pairs, key=lambda pair: int((validation.predict(*pair) == targets).sum()))
+    (alone, test), targets = mixed("test"), scorers["test"].queries.tokens
+    return alone.tokens[:, 0] == targets, test.predict(*chosen) == targets, chosen
+
+
+def _remembered(datastore: Datastore) -> Iterator[Int[np.ndarray, " tokens"]]:
+    """The tokens of every document of the datastore that is not forgotten."""
+    for shard, tokens in enumerate(datastore.shard_arrays("tokens")):
+        for entry in datastore.documents(shard):
+            rows = datastore.offsets[shard] + entry["first_row"] + np.arange(entry["rows"])
+            if len(rows) and not datastore.is_forgotten(rows[:1])[0]:
+                yield np.asarray(tokens[entry["first_row"] : entry["first_row"] + entry["rows"]], np.int64)
