@@ -26,6 +26,8 @@ STUDIES = {
     "sensitivity": "test accuracy against k, sigma, T and lambda (paper: Figures 5 and 6)",
     "decomposition": "TPR, FPR and gain by two rules of choosing (paper: Table 2)",
     "residual-size": "accuracy and bytes for the largest entries of each residual (paper: appendix C)",
+    "datastore-size": "gain with a tenth to all of the datastore (paper: Figure 3a)",
+    "examples": "tokens that ResMem mends where DeepNet is wrong but near, to be searched in the report (paper: Figure 2)",
     "theory": "linear regression with a memory (paper: section 5)",
 }
 KEEPING = {
