@@ -228,9 +228,11 @@ def _study(arguments: argparse.Namespace, bindings: list[str]) -> None:
 
 
 def describe_study(results: dict[str, Any]) -> str:
-    """A study's title and table."""
+    """A study's title and table; of examples only how many there are."""
     from resmem_lm.results import aligned, study_rows
 
+    if "examples" in results:
+        return "\n".join(["", results["title"], "", f"{len(results['examples']):,} examples", ""])
     header, *rows = study_rows(results)
     return "\n".join(["", results["title"], "", *aligned(header, rows), ""])
 
