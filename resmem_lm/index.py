@@ -121,8 +121,9 @@ class ScannIndex:
 
     def _candidates(self, queries: Float[np.ndarray, "queries emb"], wanted: int) -> Int[np.ndarray, "queries n"]:
         """So many rows for each query, -1 where there are fewer. Where forgotten ones are among them, ScaNN is asked for more."""
-        count, rows = min(wanted, self.datastore.rows), self.datastore.rows
-        result = np.full((len(queries), count), -1, np.int64)
+        rows, remembered = self.datastore.rows, max(1, self.datastore.remembered_rows)
+        result = np.full((len(queries), min(wanted, rows)), -1, np.int64)
+        count = min(rows, -(-wanted * rows // remembered))  # among which there are as many remembered ones as are wanted, on average
         asked = np.arange(len(queries))
         while len(asked):
             found, scores = self._searcher.search_batched_parallel(queries[asked], final_num_neighbors=count)
