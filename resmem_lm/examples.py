@@ -40,6 +40,11 @@ class _Texts:
         }
 
 
+def draw_tokens(pool: Int[np.ndarray, " pool"], count: int) -> Int[np.ndarray, " chosen"]:
+    """So many of the pool's tokens, or all where there are fewer, drawn at random and the same each time; in order."""
+    return np.sort(np.random.default_rng(0).choice(pool, size=min(count, len(pool)), replace=False))
+
+
 def mended_tokens(
     workdir: AnyPath,
     q: Queries,
@@ -47,12 +52,23 @@ def mended_tokens(
     setting: Setting,
     deepnet: Int[np.ndarray, " tokens"],
     mended: Int[np.ndarray, " tokens"],
+    chosen: Int[np.ndarray, " chosen"] | None = None,
 ) -> list[Record]:
-    """Test tokens that DeepNet gets wrong and ResMem right, drawn at random, with the neighbours that add most to the right one."""
+    """Test tokens that DeepNet gets wrong and ResMem right, with the neighbours that add most to the right one.
+
+    Args:
+        workdir: of the run.
+        q: the test split's queries.
+        datastore: of their neighbours.
+        setting: ResMem's.
+        deepnet: DeepNet's predictions.
+        mended: ResMem's.
+        chosen: which tokens; None draws EXAMPLES of all.
+    """
     vocabulary = load_vocabulary(workdir)
     texts = _Texts(workdir, vocabulary)
-    pool = np.flatnonzero((deepnet != q.tokens) & (mended == q.tokens))
-    chosen = np.sort(np.random.default_rng(0).choice(pool, size=min(EXAMPLES, len(pool)), replace=False))
+    if chosen is None:
+        chosen = draw_tokens(np.flatnonzero((deepnet != q.tokens) & (mended == q.tokens)), EXAMPLES)
     documents = query_documents(workdir, "test")
     first = np.concatenate([[0], np.cumsum(q.document_lengths)])
     examples = []

@@ -22,6 +22,7 @@ from resmem_lm.storage import AnyPath, local_path, read_json
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
 QUERY_BLOCK = 1024
+SEARCH_BLOCK = 4096  # queries looked up before what they found is merged
 SMALL = 20_000  # rows below which ScaNN compares everything: a tree would cost recall and save nothing
 
 
@@ -120,8 +121,9 @@ class ScannIndex:
 
     def _candidates(self, queries: Float[np.ndarray, "queries emb"], wanted: int) -> Int[np.ndarray, "queries n"]:
         """So many rows for each query, -1 where there are fewer. Where forgotten ones are among them, ScaNN is asked for more."""
-        count, rows = min(wanted, self.datastore.rows), self.datastore.rows
-        result = np.full((len(queries), count), -1, np.int64)
+        rows, remembered = self.datastore.rows, max(1, self.datastore.remembered_rows)
+        result = np.full((len(queries), min(wanted, rows)), -1, np.int64)
+        count = min(rows, -(-wanted * rows // remembered))  # among which there are as many remembered ones as are wanted, on average
         asked = np.arange(len(queries))
         while len(asked):
             found, scores = self._searcher.search_batched_parallel(queries[asked], final_num_neighbors=count)
@@ -258,3 +260,30 @@ def merge_nearest(
     rows, distances = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
     order = np.lexsort((rows, distances), axis=1)[:, :k]
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+def search_shards(
+    workdir: AnyPath, datastore: Datastore, queries: Float[np.ndarray, "queries emb"], k: int
+) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    """Rows and distances of the k nearest in all shards of WORKDIR/index, one shard in memory at a time.
+
+    Args:
+        workdir: of a finished index.
+        datastore: from which the index was made; rows that it calls forgotten are passed over.
+        queries: keys.
+        k: neighbours of each query.
+
+    Raises:
+        UserError: the index was made from another datastore or is damaged.
+    """
+    rows, distances = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32)
+    manifest = index_manifest(workdir, datastore)
+    for shard in range(len(manifest["shards"])):
+        index, first = open_index(workdir, datastore, manifest, shard)
+        for start in range(0, len(queries), SEARCH_BLOCK):
+            some = slice(start, start + SEARCH_BLOCK)
+            found, its = index.search(queries[some], k)
+            both = [(rows[some], distances[some]), (np.where(found < 0, -1, found + first), its)]
+            rows[some], distances[some] = merge_nearest(both, k)
+        del index  # its memory, before the next is loaded
+    return rows, distances

@@ -11,7 +11,7 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.documents import read_shard
 from resmem_lm.encode import Encoder, query_head
 from resmem_lm.errors import UserError
-from resmem_lm.index import index_manifest, merge_nearest, open_index
+from resmem_lm.index import search_shards
 from resmem_lm.resmem import at_temperature, merge_sparse, neighbor_weights, predict
 from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.vocabulary import load_vocabulary
@@ -38,16 +38,9 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     setting = Setting("resmem", chosen["k"], chosen["sigma"], chosen["temperature"], chosen["lambda"])
     tokens = vocabulary.encode(text)
     keys, hidden = (np.empty((len(tokens), model.config.emb_dim), np.float32) for _ in range(2))
-    for positions, rows in Encoder(model, datastore.binding.window, query_head)([tokens]):
-        keys[positions], hidden[positions] = rows.keys, rows.hidden
-
-    manifest = index_manifest(workdir, datastore)
-    found = []
-    for shard in range(len(manifest["shards"])):
-        index, first = open_index(workdir, datastore, manifest, shard)
-        rows, distances = index.search(keys, setting.k)
-        found.append((np.where(rows < 0, -1, rows + first), distances))
-    rows, distances = merge_nearest(found, setting.k)
+    for positions, encoded in Encoder(model, datastore.binding.window, query_head)([tokens]):
+        keys[positions], hidden[positions] = encoded.keys, encoded.hidden
+    rows, distances = search_shards(workdir, datastore, keys, setting.k)
 
     logits = model.logits(model.parameters, jnp.asarray(hidden)) / setting.temperature
     base = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))

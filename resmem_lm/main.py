@@ -27,6 +27,8 @@ STUDIES = {
     "decomposition": "TPR, FPR and gain by two rules of choosing (paper: Table 2)",
     "residual-size": "accuracy and bytes for the largest entries of each residual (paper: appendix C)",
     "baselines": "every use of the memory, by frequency, distance and confidence, and the infinity-gram model (paper: section 3.2)",
+    "datastore-size": "gain with a tenth to all of the datastore (paper: Figure 3a)",
+    "examples": "tokens that ResMem mends where DeepNet is wrong but near, to be searched in the report (paper: Figure 2)",
     "theory": "linear regression with a memory (paper: section 5)",
 }
 KEEPING = {
@@ -227,9 +229,11 @@ def _study(arguments: argparse.Namespace, bindings: list[str]) -> None:
 
 
 def describe_study(results: dict[str, Any]) -> str:
-    """A study's title and table."""
+    """A study's title and table; of examples only how many there are."""
     from resmem_lm.results import aligned, study_rows
 
+    if "examples" in results:
+        return "\n".join(["", results["title"], "", f"{len(results['examples']):,} examples", ""])
     header, *rows = study_rows(results)
     return "\n".join(["", results["title"], "", *aligned(header, rows), ""])
 

@@ -1,5 +1,7 @@
 """results.json -> report.html, one file that needs nothing else: a page with the table, two plots and ten examples."""
 
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,27 @@ from resmem_lm.plots import INK, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
 from resmem_lm.workdir import Record, stage
+
+# Shows the examples of a study that have every word of what is typed. The page's policy lets no other script run than this one.
+FILTER = """
+for (const filtered of document.querySelectorAll(".filtered")) {
+  const filter = filtered.querySelector(".filter"), input = filter.querySelector("input");
+  const examples = [...filtered.querySelectorAll(".example")].map(example => {
+    const parts = example.querySelectorAll("h3, .text, .token, .document");
+    return [example, [...parts].map(part => part.textContent.toLowerCase()).join(" ")];
+  });
+  const update = () => {
+    const words = input.value.toLowerCase().split(/\\s+/).filter(word => word);
+    for (const [example, text] of examples) example.hidden = !words.every(word => text.includes(word));
+    const shown = examples.filter(([example]) => !example.hidden).length;
+    filter.querySelector("output").textContent = `${shown} of ${examples.length}`;
+    filtered.querySelector(".list").scrollTop = 0;
+  };
+  input.addEventListener("input", update);
+  filter.hidden = false;
+  update();
+}
+"""
 
 
 @stage(name="report", after=("evaluate",), output="report.html", redo=True)
@@ -23,6 +46,8 @@ def write_report(workdir: AnyPath) -> Record:
     """
     results = read_json(workdir / "results.json")
     studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
+    sections = [_study(folder) for folder in studies]
+    script = FILTER if any(section["examples"] is not None for section in sections) else ""
     config = workdir / "config.gin"  # written by the command `resmem`; stages called from Python have none
     page = _template().render(
         results=results,
@@ -31,7 +56,9 @@ def write_report(workdir: AnyPath) -> Record:
         rows=rows(results),
         differences=differences(results),
         plots=_plots(results),
-        studies=[_study(folder) for folder in studies],
+        studies=sections,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         config=config.read_text("utf-8") if config.exists() else "",
     )
     # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
@@ -43,7 +70,8 @@ def _study(folder: AnyPath) -> dict[str, Any]:
     results, figure = read_json(folder / "results.json"), folder / "figure.svg"
     header, *rows = study_rows(results)
     plot = figure.read_text("utf-8") if figure.exists() else ""
-    return {"title": results["title"], "text": results["text"], "header": header, "rows": rows, "plot": plot}
+    told = {name: results.get(name) for name in ("title", "text", "examples")}
+    return told | {"header": header, "rows": rows, "plot": plot}
 
 
 def _template() -> jinja2.Template:

@@ -79,5 +79,5 @@ def study_rows(results: dict[str, Any]) -> list[list[str]]:
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    header = list(results["rows"][0])
+    header = list(results["rows"][0]) if results["rows"] else []
     return [header, *([cell(row[name]) for name in header] for row in results["rows"])]

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from beam_pipelines.datastore import build_datastore
 from resmem_lm.candidates import Candidates, Neighbors, best, score
 from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
+from resmem_lm.errors import UserError
 from resmem_lm.plots import INK, Figure, line
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
-from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.storage import AnyPath, read_json, remove
+from resmem_lm.studies.derived import derive, settings_of
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir import Record
 
@@ -51,14 +54,46 @@ def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], en
     return np.abs(datastore.take("residual_values", rows)[..., entries].astype(np.float32))
 
 
+def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datastore:
+    """The datastore's rows with so many entries or more, made once in WORKDIR/derived/residual-size; one that was interrupted goes on."""
+    mend = f"take study_residual_size.sizes up to {datastore.binding.entries}"
+    if datastore.remembered_rows < datastore.rows:
+        raise UserError(f"{datastore.folder} has rows of forgotten documents, whose text is gone: run `resmem compact` first, or {mend}")
+    derived, settings = derive(workdir, "residual-size", ("documents", "vocabulary", "train")), settings_of(workdir, "build")
+    record = derived / "stages" / "build.json"
+    held = read_json(record)["settings"] if record.exists() else {}
+    if held.get("entries", 0) >= entries and held == settings | {"entries": held["entries"]}:
+        entries = held["entries"]
+    else:
+        for place in (derived / "datastore", record):
+            remove(place)
+    build_datastore(derived, **settings | {"entries": entries})
+    made = open_datastore(derived / "datastore")
+    # Neighbours are cached by row: documents that were added since, or lie in another order, would put other tokens there.
+    if not np.array_equal(np.asarray(made.array("tokens")), np.asarray(datastore.array("tokens"))):
+        raise UserError(f"{made.folder} has other rows than {datastore.folder}: delete {derived} and run the study again, or {mend}")
+    return made
+
+
 @study(name="residual-size", after=("search", "build", "train", "evaluate"))
-def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 64, 128)) -> Record:
-    """Test accuracy with the largest entries of each residual only, at the paper's k, sigma, T and lambda; no row is written anew.
+def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) -> Record:
+    """Test accuracy with the largest entries of each residual only, at the paper's k, sigma, T and lambda.
+
+    Where more entries are asked for than the datastore holds, its rows are made again with so many, in WORKDIR/derived/residual-size.
 
     Args:
-        sizes: numbers of entries; those above what the datastore holds are passed over.
+        sizes: numbers of entries; those above the vocabulary's size are passed over.
+
+    Raises:
+        UserError: no usable size, or rows that can no more be made again because documents were forgotten or added.
     """
     datastore = open_datastore(workdir / "datastore")
+    vocabulary = read_json(workdir / "checkpoints" / "model.json")["config"]["vocab_size"]
+    usable = sorted({size for size in sizes if 1 <= size <= vocabulary})
+    if not usable:
+        raise UserError(f"study_residual_size.sizes = {sizes}: take numbers from 1 to {vocabulary}")
+    if usable[-1] > datastore.binding.entries:
+        datastore = with_entries(workdir, datastore, usable[-1])
     queries = open_queries(workdir, "test")
     chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem_paper"]["hyperparameters"]
     fixed = sum(
@@ -69,7 +104,7 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
     )
     entry = sum(datastore.shard_arrays(name)[0].itemsize for name in ("residual_ids", "residual_values"))
     rows: list[Record] = []
-    for size in sorted({size for size in sizes if 1 <= size <= datastore.binding.entries}):
+    for size in usable:
         scorer = SplitScorer("test", queries, datastore, entries=size)
         run = jax.jit(predict_with, static_argnames=("k", "sigma", "lambda_", "unit"))
         right, sure = 0, 0

@@ -18,7 +18,16 @@ def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[P,
     return stage(name=f"study-{name}", output=f"studies/{name}", after=after, redo=True)
 
 
-def write_study(workdir: AnyPath, name: str, *, title: str, text: str, rows: list[Record], draw: Callable[[Figure], None] | None) -> Record:
+def write_study(
+    workdir: AnyPath,
+    name: str,
+    *,
+    title: str,
+    text: str,
+    rows: list[Record],
+    draw: Callable[[Figure], None] | None,
+    examples: list[Record] | None = None,
+) -> Record:
     """Writes results.json, table.csv and figure.svg; returns the checksum of the numbers.
 
     Args:
@@ -28,14 +37,16 @@ def write_study(workdir: AnyPath, name: str, *, title: str, text: str, rows: lis
         text: what is to be seen, in a paragraph.
         rows: the table, the same columns in each row.
         draw: draws into an empty figure; None for no plot.
+        examples: shown in the report in place of the table, to be searched.
     """
     folder = workdir / "studies" / name
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]))
+    writer = csv.DictWriter(table, list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(folder / "table.csv", table.getvalue().encode())
     if draw:
         write_bytes(folder / "figure.svg", to_svg(draw).encode())
-    write_json(folder / "results.json", {"title": title, "text": text, "rows": rows})
+    more = {} if examples is None else {"examples": examples}
+    write_json(folder / "results.json", {"title": title, "text": text, "rows": rows, **more})
     return {"sha256": sha256(folder / "results.json")}

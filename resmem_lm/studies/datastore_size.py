@@ -1,0 +1,198 @@
+"""How the gain grows with the datastore (the paper's Figure 3a).
+
+No datastore or index is built anew: the run's own are searched with the documents outside of a fraction treated as forgotten. Encoded
+queries and the result of each finished fraction lie in WORKDIR/derived/datastore-size, so that an interrupted study goes on.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import numpy as np
+
+from beam_pipelines.datastore import EncodingWorker, write_arrays
+from resmem_lm.candidates import Formula, Setting
+from resmem_lm.checkpoint import Model
+from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.documents import position, read_shard, shard_paths
+from resmem_lm.encode import query_head
+from resmem_lm.errors import DamagedError, UserError
+from resmem_lm.evaluate import describe, tune
+from resmem_lm.index import ExactIndex, search_shards
+from resmem_lm.plots import Figure, line
+from resmem_lm.published import folder_of, publish, record_of
+from resmem_lm.results import hyperparameters
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import QUERY_SPLITS, Queries, describe_queries, open_queries, recall
+from resmem_lm.sharded import ShardedArray, load_array
+from resmem_lm.storage import AnyPath, read_json, remove, sha256, write_json
+from resmem_lm.studies.decomposition import DEEPNET
+from resmem_lm.studies.study import study, write_study
+from resmem_lm.workdir import Record
+
+FOLDER, ENCODED = "derived/datastore-size", "queries"
+FILES = ("keys.npy", "hidden.npy")
+FOUND = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
+
+
+def fraction_of(datastore: Datastore, fraction: float) -> Datastore:
+    """The datastore with all documents forgotten but those of the lowest hashes of their ids, the fewest that have the fraction's rows.
+
+    So a smaller fraction is part of a larger one. Documents that were forgotten before stay so.
+    """
+    forgotten = [{(first, rows) for first, rows in record.get("forgotten", [])} for record in datastore.shards]
+    documents = [
+        (position(document["id"]), shard, document["first_row"], document["rows"])
+        for shard in range(len(datastore.shards))
+        for document in datastore.documents(shard)
+        if document["rows"] and (document["first_row"], document["rows"]) not in forgotten[shard]
+    ]
+    documents.sort()
+    rows_before = np.cumsum([0, *(rows for *_, rows in documents)])
+    kept = int(np.searchsorted(rows_before, fraction * rows_before[-1]))
+    for _, shard, first_row, rows in documents[kept:]:
+        forgotten[shard].add((first_row, rows))
+    shards = [record | {"forgotten": [list(some) for some in sorted(its)]} for record, its in zip(datastore.shards, forgotten, strict=True)]
+    return Datastore(datastore.folder, datastore.manifest | {"shards": shards})
+
+
+def _encode(workdir: AnyPath, worker: EncodingWorker, split: str, made_from: Record) -> dict[str, ShardedArray]:
+    """Keys and hidden states of a split's tokens, a shard of documents at a time as in the search."""
+    folder, records = workdir / FOLDER / ENCODED, []
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in shard_paths(workdir, split):
+        name = path.name.removesuffix(".jsonl")
+        if not record_of(folder, name, made_from):
+            tokens = worker.vocabulary.encode_documents(read_shard(path))
+            with publish(folder, name, made_from, FILES) as attempt:
+                write_arrays(attempt.folder, tokens, worker.encoder, path.name)
+        records.append(read_json(folder / f"{name}.json"))
+    return {file.removesuffix(".npy"): ShardedArray([load_array(folder_of(folder, record) / file) for record in records]) for file in FILES}
+
+
+def _search(workdir: AnyPath, part: Datastore, model: Model, cached: Queries, encoded: dict[str, ShardedArray]) -> Queries:
+    """A split's queries with their neighbours in a part of the datastore."""
+    rows, distances = search_shards(workdir, part, np.asarray(encoded["keys"]), cached.rows.shape[1])
+    neighbor_tokens = part.take("tokens", np.maximum(rows, 0))
+    described = describe_queries(model, part, np.asarray(encoded["hidden"]), cached.tokens, neighbor_tokens)
+    arrays = [rows, distances, neighbor_tokens, *(np.concatenate(blocks) for blocks in zip(*described, strict=True))]
+    found: dict[str, Any] = {name: ShardedArray([array]) for name, array in zip(FOUND, arrays, strict=True)}
+    return cached._replace(**found)
+
+
+def _recall(part: Datastore, keys: ShardedArray, rows: ShardedArray, sample: int) -> float:
+    """Recall@k on evenly spaced queries."""
+    spaced = np.unique(np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(np.int64))
+    exact, _ = ExactIndex(part).search(keys[spaced], rows.shape[1])
+    return recall(rows[spaced], exact)
+
+
+@study(name="datastore-size", after=("search", "build", "train", "index"))
+def study_datastore_size(
+    workdir: AnyPath,
+    *,
+    fractions: tuple[float, ...] | list[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    ks: tuple[int, ...] | list[int] = (8, 50),
+    sigmas: tuple[float, ...] | list[float] = (0.5, 1.0, 2.0, 4.0),
+    temperatures: tuple[float, ...] | list[float] = (1.0,),
+    lambdas: tuple[float, ...] | list[float] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5),
+    recall_queries: int = 200,
+) -> Record:
+    """Gain on test of ResMem and kNN-LM with fractions of the datastore's documents, hyperparameters chosen on validation for each.
+
+    Args:
+        fractions: of the datastore's rows; whole documents, those of a smaller fraction among those of a larger.
+        ks: numbers of neighbours to try; those above the searched number are passed over.
+        sigmas: bandwidths to try.
+        temperatures: temperatures to try, out of those of the datastore.
+        lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them.
+        recall_queries: test queries, evenly spaced, on which each search is compared with exact search.
+
+    Raises:
+        UserError: a fraction that is none, or nothing to try.
+    """
+    name = "study_datastore_size"
+    if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+        raise UserError(f"{name}.fractions = {fractions}: take numbers above 0 and up to 1")
+    if recall_queries < 1:
+        raise UserError(f"{name}.recall_queries = {recall_queries}: take 1 or more")
+    datastore = open_datastore(workdir / "datastore")
+    cached = {split: open_queries(workdir, split) for split in QUERY_SPLITS}
+    searched = cached["test"].rows.shape[1]
+    usable = [k for k in ks if 1 <= k <= searched]
+    known = [temperature for temperature in temperatures if temperature in datastore.binding.temperatures]
+    if not (usable and known and sigmas and min(sigmas) > 0 and lambdas and 0 <= min(lambdas) < 1 and 1.0 in lambdas):
+        raise UserError(
+            f"{name}: needs 1 to {searched} in ks, sigmas above 0, some of {list(datastore.binding.temperatures)} in temperatures, 1.0 and "
+            f"less in lambdas: {ks}, {sigmas}, {temperatures}, {lambdas}"
+        )
+    grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+    paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
+    files = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
+    made_from: Record = {what: sha256(workdir / file) for what, file in files.items()}
+    tried: Record = {
+        "ks": usable,
+        "sigmas": list(sigmas),
+        "temperatures": known,
+        "lambdas": list(lambdas),
+        "recall_queries": recall_queries,
+    }
+
+    @functools.cache
+    def encoded() -> tuple[Model, dict[str, dict[str, ShardedArray]]]:
+        worker = EncodingWorker(workdir, datastore.binding, query_head)
+        return worker.model, {split: _encode(workdir, worker, split, made_from) for split in QUERY_SPLITS}
+
+    def gains(fraction: float) -> Record:
+        model, queries = encoded()
+        part = fraction_of(datastore, fraction)
+        scorers = {
+            split: SplitScorer(
+                f"{split}, {fraction:.4g} of the datastore", _search(workdir, part, model, cached[split], queries[split]), part
+            )
+            for split in QUERY_SPLITS
+        }
+        tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), known, grid))
+        methods = {"ResMem (paper)": paper, "ResMem": tuned["resmem"], "kNN-LM": tuned["knnlm"]}
+        test = scorers["test"].queries
+        found = scorers["test"].predict(sorted({DEEPNET, *methods.values()}))
+        targets, lengths = np.asarray(test.tokens), np.asarray(test.document_lengths)
+        row: Record = {
+            "fraction": fraction,
+            "rows": part.remembered_rows,
+            "recall@k": _recall(part, queries["test"]["keys"], test.rows, recall_queries),
+        }
+        for method, setting in methods.items():
+            told = describe(setting, found[setting], found[DEEPNET][0], targets, lengths)
+            row[f"{method}, gain, %"] = 100 * told["gain"]
+            row[f"{method}, 95%"] = "[{:.2f}, {:.2f}]".format(*(100 * value for value in told["gain_ci95"]))
+        return row | {f"{method} with": hyperparameters(methods[method].hyperparameters()) for method in ("ResMem", "kNN-LM")}
+
+    rows: list[Record] = []
+    for fraction in sorted(set(fractions)):
+        path = workdir / FOLDER / f"fraction-{fraction!r}.json"
+        with contextlib.suppress(DamagedError):  # also where it is not there
+            done = read_json(path)
+            if done["made_from"] == made_from and done["tried"] == tried:
+                rows.append(done["row"])
+                continue
+        row = gains(fraction)
+        write_json(path, {"made_from": made_from, "tried": tried, "row": row})
+        rows.append(row)
+    remove(workdir / FOLDER / ENCODED)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, method in enumerate(("ResMem (paper)", "ResMem", "kNN-LM")):
+            line(axes, number, [row["rows"] for row in rows], [row[f"{method}, gain, %"] for row in rows], method)
+        axes.set_xscale("log")
+        axes.set_xlabel("rows of the datastore")
+        axes.set_ylabel("gain on test, %")
+        axes.legend(frameon=False)
+
+    text = (
+        "Gain (TPR - FPR) on test with a part of the datastore's documents: ResMem with the paper's hyperparameters, and ResMem and kNN-LM "
+        "with those chosen on validation for each part. Recall@k, against exact search in the same part, is of "
+        f"{min(recall_queries, len(cached['test'].tokens)):,} test tokens."
+    )
+    return write_study(workdir, "datastore-size", title="Size of the datastore (Figure 3a)", text=text, rows=rows, draw=draw)

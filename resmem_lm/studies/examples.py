@@ -1,0 +1,73 @@
+"""Tokens that ResMem mends where DeepNet is wrong but near (the paper's Figure 2), with the neighbours that decided them."""
+
+import numpy as np
+
+from resmem_lm.candidates import Setting
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.examples import draw_tokens, mended_tokens
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import BASE_CANDIDATES, open_queries
+from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.studies.decomposition import DEEPNET
+from resmem_lm.studies.study import study, write_study
+from resmem_lm.workdir import Record
+
+
+@study(name="examples", after=("search", "build", "train", "evaluate"))
+def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> Record:
+    """Test tokens that DeepNet gets wrong and ResMem right, drawn at random among those whose token is nearly DeepNet's.
+
+    ResMem has the hyperparameters that `evaluate` chose.
+
+    Args:
+        examples: how many; fewer where there are not so many.
+        near: the token is among so many that DeepNet finds most probable.
+
+    Raises:
+        UserError: no example asked for, or a rank that is not known of each token.
+    """
+    if examples < 1:
+        raise UserError(f"study_examples.examples = {examples}: take 1 or more")
+    if not 2 <= near <= BASE_CANDIDATES:
+        raise UserError(f"study_examples.near = {near}: take 2 to {BASE_CANDIDATES} (a token that DeepNet gets wrong is not its first)")
+    datastore, queries = open_datastore(workdir / "datastore"), open_queries(workdir, "test")
+    chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
+    setting = Setting("resmem", chosen["k"], float(chosen["sigma"]), float(chosen["temperature"]), float(chosen["lambda"]))
+    scorer = SplitScorer("test", queries, datastore)
+    found = scorer.predict(sorted({DEEPNET, setting}))
+    deepnet, mended = found[DEEPNET][0], found[setting][0]
+    all_mended = np.flatnonzero((deepnet != queries.tokens) & (mended == queries.tokens))
+    # The first candidates are DeepNet's most probable tokens, which is all that is needed for a rank among the nearest.
+    above = queries.candidate_logits[all_mended][:, :BASE_CANDIDATES] > queries.target_logits[all_mended][:, None]
+    ranks = dict(zip(all_mended.tolist(), (1 + above.sum(axis=1)).tolist(), strict=True))
+    pool = np.array([query for query, rank in ranks.items() if rank <= near], np.int64)
+    drawn = draw_tokens(pool, examples)
+    log_probability = queries.target_logits[drawn] - queries.log_partition[drawn][:, scorer.unit_number]
+    shown: list[Record] = [
+        example | {"rank": ranks[int(query)], "probability": float(np.exp(value))}
+        for query, value, example in zip(
+            drawn, log_probability, mended_tokens(workdir, queries, datastore, setting, deepnet, mended, drawn), strict=True
+        )
+    ]
+    rows: list[Record] = [
+        {
+            "document": example["document"],
+            "context": example["context"],
+            "token": example["target"],
+            "DeepNet": example["deepnet"],
+            "rank of the token for DeepNet": example["rank"],
+            "neighbour's document": example["neighbors"][0]["document"],
+            "neighbour's context": example["neighbors"][0]["context"],
+            "distance": example["neighbors"][0]["distance"],
+        }
+        for example in shown
+    ]
+    share = f"{len(pool) / len(all_mended):.0%}" if len(all_mended) else "none"
+    text = (
+        f"{len(shown):,} test tokens drawn at random among the {len(pool):,} that DeepNet gets wrong but has among its {near} most "
+        f"probable tokens, and that ResMem gets right ({share} of the {len(all_mended):,} that it mends). ResMem has the "
+        "hyperparameters chosen on validation; the neighbours are those that add most to the token, and the weights of all k sum to 1."
+    )
+    title = "Wrong but near: examples (Figure 2)"
+    return write_study(workdir, "examples", title=title, text=text, rows=rows, draw=None, examples=shown)

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.forget import forget
+from resmem_lm.storage import read_json, remove, write_json
+from resmem_lm.studies.datastore_size import fraction_of, study_datastore_size
+from resmem_lm.verify import verify
+
+GRID = {"ks": (1, 4, 12, 50), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}  # as the run's evaluation
+
+
+def rows_of(workdir):
+    return read_json(workdir / "studies/datastore-size/results.json")["rows"]
+
+
+def kept(datastore):
+    return ~datastore.is_forgotten(np.arange(datastore.rows))
+
+
+def test_all_of_the_datastore_is_the_evaluation_and_a_smaller_part_is_told_with_its_recall(tiny_copy):
+    study_datastore_size(tiny_copy, fractions=(1.0, 0.02, 0.5), **GRID)
+    rows = rows_of(tiny_copy)
+    assert [row["fraction"] for row in rows] == [0.02, 0.5, 1.0]
+    assert rows[0]["rows"] < rows[1]["rows"] < rows[2]["rows"] == open_datastore(tiny_copy / "datastore").rows
+    methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
+    for name, key in (("ResMem (paper)", "resmem_paper"), ("ResMem", "resmem"), ("kNN-LM", "knnlm")):
+        assert rows[2][f"{name}, gain, %"] == 100 * methods[key]["gain"]
+        assert rows[2][f"{name}, 95%"] == "[{:.2f}, {:.2f}]".format(*(100 * value for value in methods[key]["gain_ci95"]))
+    assert all(0.9 < row["recall@k"] <= 1 for row in rows)
+    assert verify(tiny_copy) == []
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=2))
+def test_a_fraction_holds_whole_documents_about_its_rows_and_every_smaller_one(tiny_run, pair):
+    datastore = open_datastore(tiny_run / "datastore")
+    small, large = sorted(pair)
+    longest = max(document["rows"] for shard in range(3) for document in datastore.documents(shard))
+    for fraction in (small, large):
+        part = kept(fraction_of(datastore, fraction))
+        assert fraction * datastore.rows <= part.sum() < fraction * datastore.rows + longest
+        for shard, offset in enumerate(datastore.offsets[:-1]):
+            for document in datastore.documents(shard):
+                assert len(set(part[offset + document["first_row"] :][: document["rows"]])) == 1
+    assert not (kept(fraction_of(datastore, small)) & ~kept(fraction_of(datastore, large))).any()
+    assert kept(fraction_of(datastore, 1.0)).all()
+
+
+def test_forgotten_documents_are_in_no_fraction(tiny_copy):
+    forgotten = open_datastore(tiny_copy / "datastore").documents(0)[0]
+    forget(tiny_copy, document=forgotten["id"])
+    datastore = open_datastore(tiny_copy / "datastore")
+    assert fraction_of(datastore, 1.0).remembered_rows == datastore.remembered_rows
+    for fraction in (0.1, 0.6, 1.0):
+        assert not kept(fraction_of(datastore, fraction))[forgotten["first_row"] :][: forgotten["rows"]].any()
+
+
+def test_an_interrupted_study_goes_on_and_one_of_other_neighbours_is_made_anew(tiny_copy):
+    study_datastore_size(tiny_copy, fractions=(0.5,), **GRID)
+    first = tiny_copy / "derived/datastore-size/fraction-0.5.json"
+    stamp, before = first.stat().st_mtime_ns, rows_of(tiny_copy)
+    study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)
+    assert first.stat().st_mtime_ns == stamp
+    assert rows_of(tiny_copy)[0] == before[0]
+    for spoil in (lambda: write_json(first, read_json(first) | {"made_from": {}, "row": {}}), lambda: first.write_text("damaged")):
+        spoil()
+        remove(tiny_copy / "stages/study-datastore-size.json")
+        study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)
+        assert rows_of(tiny_copy)[0] == before[0]
+    study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID | {"lambdas": (0.25, 1.0)})
+    assert read_json(first)["tried"]["lambdas"] == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"fractions": (0.0, 1.0)}, "fractions = .*above 0 and up to 1"),
+        ({"fractions": ()}, "fractions"),
+        ({"ks": (100,)}, "1 to 12 in ks"),
+        ({"lambdas": (0.5,)}, "1.0 and less in lambdas"),
+        ({"recall_queries": 0}, "recall_queries = 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(tiny_copy, settings, told):
+    with pytest.raises(UserError, match=told):
+        study_datastore_size(tiny_copy, **settings)

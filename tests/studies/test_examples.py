@@ -1,0 +1,104 @@
+import base64
+import csv
+import hashlib
+import re
+
+import numpy as np
+import pytest
+
+from resmem_lm.candidates import Setting
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.main import main
+from resmem_lm.report import FILTER
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import open_queries
+from resmem_lm.storage import read_json, remove, write_json
+from resmem_lm.studies.decomposition import DEEPNET
+from resmem_lm.studies.examples import study_examples
+from resmem_lm.verify import verify
+from tests.test_report import HOSTILE, Elements, page_of, some_results
+
+
+def examples_of(workdir):
+    return read_json(workdir / "studies/examples/results.json")["examples"]
+
+
+def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
+    study_examples(tiny_copy, examples=10_000, near=3)
+    shown = examples_of(tiny_copy)
+    chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
+    setting = Setting("resmem", *chosen.values())
+    queries = open_queries(tiny_copy, "test")
+    found = SplitScorer("test", queries, open_datastore(tiny_copy / "datastore")).predict([DEEPNET, setting])
+    mended = (found[DEEPNET][0] != queries.tokens) & (found[setting][0] == queries.tokens)
+    near = (np.sort(np.asarray(queries.candidate_logits)[:, :32], axis=1)[:, -3] <= np.asarray(queries.target_logits)) & mended
+    assert 0 < len(shown) == near.sum() < mended.sum()
+    for example in shown:
+        assert example["target"] == example["resmem"] != example["deepnet"]
+        assert 2 <= example["rank"] <= 3
+        assert 0 < example["probability"] < 0.5
+        assert example["target"] in {neighbor["token"] for neighbor in example["neighbors"]}
+        assert sum(neighbor["weight"] for neighbor in example["neighbors"]) <= 1 + 1e-6
+    with (tiny_copy / "studies/examples/table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["document"], row["context"], row["token"]) for row in rows] == [(e["document"], e["context"], e["target"]) for e in shown]
+    study_examples(tiny_copy, examples=4, near=3)
+    few = examples_of(tiny_copy)
+    assert len(few) == 4
+    assert all(example in shown for example in few)
+
+
+def test_the_report_has_them_to_be_searched_and_the_command_prints_how_many(tiny_copy, capsys):
+    before = (tiny_copy / "report.html").read_text()
+    assert "<script" not in before
+    assert main(["study", "examples", f"--workdir={tiny_copy}", "--gin.study_examples.examples=5"]) == 0
+    assert "5 examples" in capsys.readouterr().out
+    page = (tiny_copy / "report.html").read_text()
+    section = page[page.index('class="filtered"') :]
+    assert section.count('class="example"') == 5
+    assert 'type="search"' in section
+    assert verify(tiny_copy) == []
+    assert read_json(tiny_copy / "results.json")["examples"] != examples_of(tiny_copy)
+    remove(tiny_copy / "studies")
+    assert main(["report", f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", text_of(tiny_copy)]) == 0
+
+
+def text_of(workdir):
+    return f"--gin.TEXT='{read_json(workdir / 'stages/documents.json')['settings']['text']}'"
+
+
+def write_some(workdir, examples):
+    write_json(workdir / "studies/examples/results.json", {"title": "Examples", "text": "Some.", "rows": [], "examples": examples})
+
+
+def test_only_the_page_s_own_script_may_run_and_text_stays_text(tmp_path):
+    hostile = some_results()["examples"][0] | {"context": HOSTILE, "rank": 2, "probability": 0.25}
+    write_some(tmp_path, [hostile])
+    page = page_of(tmp_path, some_results())
+    elements = Elements(page)
+    assert [tag for tag, _ in elements.found].count("script") == 1
+    assert HOSTILE in elements.text
+    script = page[page.index("<script>") + len("<script>") : page.index("</script>")]
+    assert script == FILTER
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'\"" in page
+    assert page_of(tmp_path, some_results()) == page
+
+
+def test_a_page_without_examples_to_search_has_no_script(tmp_path):
+    write_json(tmp_path / "studies/other/results.json", {"title": "Other", "text": "Some.", "rows": [{"a": 1}]})
+    page = page_of(tmp_path, some_results())
+    assert "<script" not in page
+    assert not re.search(r'class="filtered"', page)
+
+
+def test_none_at_all_is_an_empty_list(tmp_path):
+    write_some(tmp_path, [])
+    assert 'class="filtered"' in page_of(tmp_path, some_results())
+
+
+@pytest.mark.parametrize("settings", [{"near": 1}, {"near": 33}, {"examples": 0}])
+def test_settings_that_cannot_be_are_told(tiny_copy, settings):
+    with pytest.raises(UserError, match=f"study_examples.{next(iter(settings))}"):
+        study_examples(tiny_copy, **settings)

@@ -1,0 +1,81 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from beam_pipelines.append import append
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.forget import forget
+from resmem_lm.storage import read_json, remove, write_json
+from resmem_lm.studies.residual_size import study_residual_size, with_entries
+from resmem_lm.verify import verify
+
+
+def rows_of(workdir):
+    return read_json(workdir / "studies/residual-size/results.json")["rows"]
+
+
+def stamps(workdir):
+    return {path: path.stat().st_mtime_ns for path in (workdir / "derived/residual-size/datastore").rglob("*.npy")}
+
+
+def test_sizes_above_what_is_stored_go_up_to_the_whole_vocabulary(tiny_copy):
+    study_residual_size(tiny_copy, sizes=(1, 4, 16))
+    before = rows_of(tiny_copy)
+    assert not (tiny_copy / "derived").exists()
+    study_residual_size(tiny_copy, sizes=(1, 4, 16, 100, 256, 257))
+    rows = rows_of(tiny_copy)
+    assert [row["entries"] for row in rows] == [1, 4, 16, 100, 256]
+    assert rows[:3] == before
+    shares = [row["certified, %"] for row in rows]
+    assert shares == sorted(shares)
+    assert shares[-1] > 99
+    per_entry = {(b["bytes a row"] - a["bytes a row"]) / (b["entries"] - a["entries"]) for a, b in itertools.pairwise(rows)}
+    assert per_entry == {4.0}
+    assert verify(tiny_copy) == []
+    made = stamps(tiny_copy)
+    study_residual_size(tiny_copy, sizes=(2, 200))  # which those have already
+    assert stamps(tiny_copy) == made
+
+
+def test_the_rows_are_those_of_the_datastore_and_their_making_goes_on_where_it_stopped(tiny_copy):
+    datastore = open_datastore(tiny_copy / "datastore")
+    made = with_entries(tiny_copy, datastore, 40)
+    for name in ("keys", "tokens", "log_partition"):
+        np.testing.assert_array_equal(np.asarray(made.array(name)), np.asarray(datastore.array(name)))
+    np.testing.assert_array_equal(np.asarray(made.array("residual_values"))[:, :16], np.asarray(datastore.array("residual_values")))
+    before = stamps(tiny_copy)
+    derived = tiny_copy / "derived/residual-size"
+    remove(derived / "stages/build.json")  # as a kill after the first two shards leaves it
+    remove(derived / "datastore/manifest.json")
+    lost = made.shards[2]["folder"]
+    remove(derived / "datastore" / lost)
+    remove(derived / "datastore" / f"{lost.rpartition('.')[0]}.json")
+    interrupted = read_json(tiny_copy / "stages/build.json")
+    write_json(derived / "stages/build.json", interrupted | {"finished": False, "settings": interrupted["settings"] | {"entries": 40}})
+    with_entries(tiny_copy, datastore, 40)
+    after = stamps(tiny_copy)
+    kept = {path: stamp for path, stamp in before.items() if lost not in str(path)}
+    assert kept.items() <= after.items()
+    assert len(after) == len(before)
+    assert with_entries(tiny_copy, datastore, 60).binding.entries == 60
+
+
+def test_rows_that_can_no_more_be_made_are_told(tiny_copy):
+    datastore = open_datastore(tiny_copy / "datastore")
+    with_entries(tiny_copy, datastore, 20)
+    (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
+    append(tiny_copy, [str(tiny_copy / "more.txt")])
+    with pytest.raises(UserError, match=r"has other rows than .* delete .*residual-size and run the study again"):
+        with_entries(tiny_copy, open_datastore(tiny_copy / "datastore"), 20)
+    remove(tiny_copy / "derived")
+    with_entries(tiny_copy, open_datastore(tiny_copy / "datastore"), 20)
+    forget(tiny_copy, document=datastore.documents(0)[0]["id"])
+    with pytest.raises(UserError, match=r"run `resmem compact` first, or take study_residual_size.sizes up to 16"):
+        with_entries(tiny_copy, open_datastore(tiny_copy / "datastore"), 20)
+
+
+def test_no_usable_size_is_told(tiny_copy):
+    with pytest.raises(UserError, match=r"sizes = \(0, 1000\): take numbers from 1 to 256"):
+        study_residual_size(tiny_copy, sizes=(0, 1000))
