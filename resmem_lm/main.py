@@ -26,6 +26,8 @@ STUDIES = {
     "sensitivity": "test accuracy against k, sigma, T and lambda (paper: Figures 5 and 6)",
     "decomposition": "TPR, FPR and gain by two rules of choosing (paper: Table 2)",
     "residual-size": "accuracy and bytes for the largest entries of each residual (paper: appendix C)",
+    "model-size": "DeepNet and ResMem for models of growing size (paper: Figure 3b and Table 1)",
+    "shift": "a memory of a text that the model was not trained on, beside fine-tuning on it (paper: section 6)",
     "theory": "linear regression with a memory (paper: section 5)",
 }
 KEEPING = {
