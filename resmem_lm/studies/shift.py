@@ -92,7 +92,8 @@ def study_shift(
 
     Fine-tuning gets as many steps as fit into the seconds that the memory took to build and index; they are counted once and written
     down, so that a study that is resumed uses them again. Time to compile is the memory's but not the fine-tuning's, and neither is
-    charged for choosing on validation (hyperparameters, learning rate).
+    charged for choosing on validation (hyperparameters, learning rate). Of a build that was interrupted only the seconds of its last run
+    are known: then give `steps`, or delete WORKDIR/derived/shift first.
 
     Args:
         text: the second text, as prepare_documents.text. It should be another than the run's, of which the model knows much already;
