@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from backports import zstd
 
-from resmem_lm import docstrings, storage
+from resmem_lm import descriptions, docstrings, storage
 from resmem_lm.duplicates import mark_duplicates
 from resmem_lm.errors import UserError
 from resmem_lm.progress import progress
@@ -31,7 +31,7 @@ SPLITS = ("train", "validation", "test")
 TEXT_SUFFIXES = (".txt", ".md")
 LINES_SUFFIXES = (".jsonl", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
-EMBEDDED = "docstrings"
+EMBEDDED, DESCRIPTIONS = "docstrings", "descriptions"  # texts of the installation
 
 
 class Document(NamedTuple):
@@ -133,9 +133,12 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
 
 
 def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float, group: str | None = None) -> Iterator[Document]:
-    """Every document of `text`, or the embedded docstrings for the word "docstrings"; `group` is a field of JSON lines."""
+    """Every document of `text`, or of the installation for the words "docstrings" and "descriptions"; `group` is a field of JSON lines."""
     if text == EMBEDDED:
         yield from (Document(*pair) for pair in docstrings.documents(duplicate_threshold=duplicate_threshold))
+        return
+    if text == DESCRIPTIONS:
+        yield from (Document(*pair) for pair in descriptions.documents())
         return
     for path in text_files(text):
         yield from read_file(path, group=group)
@@ -232,7 +235,8 @@ def prepare_documents(
     """Writes WORKDIR/documents: the text's documents without duplicates, split and sharded.
 
     Args:
-        text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or "docstrings".
+        text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or of the installation: "docstrings" of
+            its modules, "descriptions" of its packages.
         group: a field of JSON lines: documents in which it is equal, such as the chapters of a book, go into one split.
         validation_fraction: share of the documents on which hyperparameters are chosen.
         test_fraction: share of the documents on which results are told.

@@ -29,6 +29,8 @@ STUDIES = {
     "baselines": "every use of the memory, by frequency, distance and confidence, and the infinity-gram model (paper: section 3.2)",
     "datastore-size": "gain with a tenth to all of the datastore (paper: Figure 3a)",
     "examples": "tokens that ResMem mends where DeepNet is wrong but near, to be searched in the report (paper: Figure 2)",
+    "model-size": "DeepNet and ResMem for models of growing size (paper: Figure 3b and Table 1)",
+    "shift": "a memory of a text that the model was not trained on, beside fine-tuning on it (paper: section 6)",
     "theory": "linear regression with a memory (paper: section 5)",
 }
 KEEPING = {

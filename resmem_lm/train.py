@@ -100,6 +100,25 @@ def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
+def compiled_update(model: ModelConfig, adafactor: optax.GradientTransformation, seed: int) -> tuple[Any, jax.sharding.Sharding]:
+    """One step of training, data parallel over the local devices, and how parameters and state lie on these.
+
+    The step takes parameters, state, batch and number of the step, and returns the first two and the metrics.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
+
+    def update(parameters: Any, state: Any, batch: Batch, step: Array) -> Any:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
+        gradients, metrics = jax.grad(lambda p: loss_and_metrics(model, p, batch, key), has_aux=True)(parameters)
+        updates, state = adafactor.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, metrics
+
+    return jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated)), replicated
+
+
 @stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",), beside="metrics")
 def train(
     workdir: AnyPath,
@@ -138,26 +157,15 @@ def train(
     """
     vocabulary = load_vocabulary(workdir)
     check_vocabulary(vocabulary, model)
-    devices = jax.local_devices()
-    if batch_size % len(devices):
-        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {len(devices)} devices: take a multiple of {len(devices)}")
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    devices = len(jax.local_devices())
+    if batch_size % devices:
+        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
 
     schedule = learning_rate_schedule(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
     adafactor = optimizer(schedule)
-    dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
-
-    def update(parameters: Any, state: Any, batch: Batch, step: Array) -> Any:
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
-        gradients, metrics = jax.grad(lambda p: loss_and_metrics(model, p, batch, key), has_aux=True)(parameters)
-        updates, state = adafactor.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state, metrics
-
-    update = jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated))
+    update, replicated = compiled_update(model, adafactor, seed)
     rows = batches(pack(list(split_tokens(workdir, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
     with _local(workdir) as (here, saved):
         directory = here / "checkpoints"

@@ -3,6 +3,12 @@
 WORKDIR/derived/NAME is a work directory like any other: every stage in it is skipped when it is finished and goes on where it stopped.
 """
 
+from typing import Any
+
+from beam_pipelines.datastore import build_datastore
+from beam_pipelines.index import build_index
+from beam_pipelines.search import search
+from resmem_lm.evaluate import evaluate
 from resmem_lm.storage import AnyPath, files_below, inside, read_json, remove, write_bytes, write_json
 from resmem_lm.workdir import Record, finished
 
@@ -39,3 +45,23 @@ def settings_of(workdir: AnyPath, stage: str) -> Record:
     """With what a finished stage was run, as JSON has it."""
     settings: Record = finished(workdir, stage)["settings"]
     return settings
+
+
+def checkpoint_steps(steps: int) -> int:
+    """Between the checkpoints of a short training: killed, it loses a quarter at most."""
+    return max(1, min(1000, steps // 4))
+
+
+def remember(workdir: AnyPath, target: AnyPath, **build: Any) -> Record:
+    """Builds, indexes, searches and evaluates in a derived work directory as in the finished run; returns its results.
+
+    Args:
+        workdir: the finished run.
+        target: the derived one, with documents, vocabulary and checkpoint.
+        build: settings of `build_datastore` that differ from those of the run.
+    """
+    build_datastore(target, **settings_of(workdir, "build") | build)
+    build_index(target, **settings_of(workdir, "index"))
+    search(target, **settings_of(workdir, "search"))
+    evaluate(target, **settings_of(workdir, "evaluate"))
+    return read_json(target / "results.json")

@@ -1,0 +1,102 @@
+"""DeepNet and ResMem for models of growing size."""
+
+import re
+import shutil
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm.checkpoint import load_config, load_model
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.model import ModelConfig
+from resmem_lm.storage import read_json, write_json
+from resmem_lm.studies.model_size import count_parameters, equal_deepnet, resized, study_model_size
+from resmem_lm.verify import verify
+
+POINTS = st.lists(st.tuples(st.integers(1, 10**9), st.floats(0, 1)), min_size=1, max_size=6, unique_by=lambda point: point[0]).map(sorted)
+
+
+def multiple(told):
+    return float(re.fullmatch(r"(?:at most |more than )?([\d.e+-]+)x", told)[1])
+
+
+@given(POINTS, st.floats(0, 1), st.integers(1, 10**9))
+def test_what_equals_a_deepnet_is_between_those_that_are_less_and_more_accurate(points, accuracy, own):
+    parameters, deepnet = zip(*points, strict=True)
+    told = equal_deepnet(parameters, deepnet, own, accuracy)
+    assert told.startswith("more than") == (max(deepnet) < accuracy)
+    assert told.startswith("at most") == (deepnet[0] > accuracy)
+    reached = next((i for i, value in enumerate(deepnet) if value >= accuracy), len(points) - 1)
+    about = 1.06  # two digits are told
+    assert parameters[max(0, reached - 1)] / own / about <= multiple(told) <= parameters[reached] / own * about
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=6, unique=True).map(sorted), st.integers(0, 5))
+def test_a_deepnet_equals_itself(parameters, number):
+    number %= len(parameters)
+    deepnet = [0.1 * rank for rank in range(len(parameters))]
+    assert equal_deepnet(parameters, deepnet, parameters[number], deepnet[number]) == "1x"
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 64), st.integers(1, 4))
+def test_a_width_changes_the_width_alone_and_its_own_nothing(width, other, head_dim, ratio):
+    model = ModelConfig(128, width, max(1, width // head_dim), 2, head_dim, ratio * width)
+    assert resized(model, width) == model
+    changed = resized(model, other)
+    assert (changed.emb_dim, changed.mlp_dim) == (other, ratio * other)
+    assert (count_parameters(changed) > count_parameters(model)) == (other > width)
+
+
+@pytest.fixture(scope="module")
+def studied(tiny_run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("model-size") / "run"
+    shutil.copytree(tiny_run, workdir, symlinks=True)
+    study_model_size(workdir, widths=(16, 32))
+    return workdir
+
+
+def test_every_row_is_that_of_a_run_and_the_runs_own_model_is_not_trained_again(studied):
+    rows = read_json(studied / "studies/model-size/results.json")["rows"]
+    assert [row["model"] for row in rows] == ["emb 16", "emb 32"]
+    assert sorted(path.name for path in (studied / "derived/model-size").iterdir()) == ["emb-16"]
+    for row, workdir in zip(rows, (studied / "derived/model-size/emb-16", studied), strict=True):
+        methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
+        assert row["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(load_model(workdir / "checkpoints").parameters))
+        for name, title in (("deepnet", "DeepNet"), ("resmem_paper", "ResMem (paper)"), ("resmem", "ResMem")):
+            assert row[f"{title}, %"] == pytest.approx(100 * methods[name]["accuracy"])
+        assert row["gain, %"] == pytest.approx(row["ResMem, %"] - row["DeepNet, %"])
+    assert verify(studied) == []
+
+
+def test_the_others_are_made_as_the_run_was(studied):
+    derived = studied / "derived/model-size/emb-16"
+    assert load_config(derived / "checkpoints") == resized(load_config(studied / "checkpoints"), 16)
+    assert open_datastore(derived / "datastore").rows == open_datastore(studied / "datastore").rows
+    for stage in ("documents", "vocabulary", "build", "index", "search", "evaluate", "train"):
+        own, other = (read_json(workdir / "stages" / f"{stage}.json")["settings"] for workdir in (studied, derived))
+        assert own | {"model": None} == other | {"model": None}
+    assert verify(derived) == []
+
+
+def test_what_is_there_is_not_made_again(studied):
+    stages = sorted((studied / "derived/model-size/emb-16/stages").iterdir())
+    before = [path.stat().st_mtime_ns for path in stages]
+    study_model_size(studied, widths=[16])
+    assert [path.stat().st_mtime_ns for path in stages] == before
+
+
+def test_a_model_that_was_trained_elsewhere_is_told(tiny_copy):
+    record = read_json(tiny_copy / "stages/train.json")
+    elsewhere = {"model": record["settings"]["model"], "checkpoint": "elsewhere"}
+    write_json(tiny_copy / "stages/train.json", record | {"settings": elsewhere})
+    with pytest.raises(UserError, match="took its checkpoint from elsewhere"):
+        study_model_size(tiny_copy)
+
+
+@pytest.mark.parametrize("widths", [(), (16, 0)])
+def test_widths_that_no_model_has_are_told(tiny_copy, widths):
+    with pytest.raises(UserError, match="take one or more widths"):
+        study_model_size(tiny_copy, widths=widths)
