@@ -62,7 +62,7 @@ def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, " toke
     """What follows the context of every token of some documents, in order."""
     from infini_gram.engine import InfiniGramEngine
 
-    engine: Any = InfiniGramEngine(index_dir=str(folder), eos_token_id=eos)
+    engine: Any = InfiniGramEngine(index_dir=str(folder), eos_token_id=eos, load_to_ram=True)
     count = sum(map(len, documents))
     tokens, shares = np.full((count, TOKENS), -1, np.int32), np.zeros((count, TOKENS), np.float32)
     sparse = np.zeros(count, bool)

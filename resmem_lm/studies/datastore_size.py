@@ -163,7 +163,7 @@ def study_datastore_size(
             "recall@k": _recall(part, queries["test"]["keys"], test.rows, recall_queries),
         }
         for method, setting in methods.items():
-            told = describe(setting, found[setting], found[DEEPNET][0], targets, lengths)
+            told = describe(found[setting], found[DEEPNET][0], targets, lengths)
             row[f"{method}, gain, %"] = 100 * told["gain"]
             row[f"{method}, 95%"] = "[{:.2f}, {:.2f}]".format(*(100 * value for value in told["gain_ci95"]))
         return row | {f"{method} with": hyperparameters(methods[method].hyperparameters()) for method in ("ResMem", "kNN-LM")}
