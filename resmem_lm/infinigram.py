@@ -38,7 +38,7 @@ def installed() -> bool:
     return importlib.util.find_spec("infini_gram") is not None
 
 
-def build(folder: Path, documents: Iterable[Int[np.ndarray, " tokens"]]) -> None:
+def build(folder: Path, documents: Iterable[Int[np.ndarray, "_"]]) -> None:
     """Writes the package's suffix array of some documents' tokens into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     offset = 0
@@ -58,8 +58,8 @@ def build(folder: Path, documents: Iterable[Int[np.ndarray, " tokens"]]) -> None
         raise UserError(f"infini-gram could not index {folder} ({made.stderr.strip()[-200:]}): install it again, or leave it out")
 
 
-def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, " tokens"]]) -> Continuations:
-    """What follows the context of every token of some documents, in order."""
+def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, "_"]]) -> Continuations:
+    """What follows the context of every token of some documents, in order; a document's beginning is part of the context."""
     from infini_gram.engine import InfiniGramEngine
 
     engine: Any = InfiniGramEngine(index_dir=str(folder), eos_token_id=eos, load_to_ram=True)
@@ -69,7 +69,8 @@ def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, " toke
     with progress("infini-gram", total=count, unit="tokens") as bar:
         for query, context in enumerate(_contexts(documents)):
             found = engine.infgram_ntd(prompt_ids=context, max_support=SUPPORT)
-            # The separator follows where a document ends without its end token having been seen: never a prediction.
+            if found["suffix_len"] == 0:  # no token of the context was ever seen: the package does not count all tokens then
+                continue
             following = {token: told["prob"] for token, told in found["result_by_token_id"].items() if token < SEPARATOR}
             best = sorted(following.items(), key=lambda pair: (-pair[1], pair[0]))[:TOKENS]
             tokens[query, : len(best)] = [token for token, _ in best]
@@ -81,10 +82,10 @@ def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, " toke
     return Continuations(tokens, shares, sparse)
 
 
-def _contexts(documents: list[Int[np.ndarray, " tokens"]]) -> Iterator[list[int]]:
+def _contexts(documents: list[Int[np.ndarray, "_"]]) -> Iterator[list[int]]:
     for document in documents:
         for position in range(len(document)):
-            yield [int(token) for token in document[max(0, position - CONTEXT) : position]]
+            yield [SEPARATOR] * (position < CONTEXT) + [int(token) for token in document[max(0, position - CONTEXT) : position]]
 
 
 class Mixture(NamedTuple):

@@ -147,7 +147,7 @@ def _infinigram(
     return alone.tokens[:, 0] == targets, test.predict(*chosen) == targets, chosen
 
 
-def _remembered(datastore: Datastore) -> Iterator[Int[np.ndarray, " tokens"]]:
+def _remembered(datastore: Datastore) -> Iterator[Int[np.ndarray, "_"]]:
     """The tokens of every document of the datastore that is not forgotten."""
     for shard, tokens in enumerate(datastore.shard_arrays("tokens")):
         for entry in datastore.documents(shard):

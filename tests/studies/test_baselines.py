@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm import infinigram
+from resmem_lm.results import METHODS
+from resmem_lm.storage import read_json
+from resmem_lm.studies.baselines import _ranges, study_baselines
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=50), st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(sorted))
+def test_every_token_is_in_one_range(values, edges):
+    ranges = [some for _, some in _ranges(np.array(values), [float(edge) for edge in edges])]
+    np.testing.assert_array_equal(np.sum(ranges, axis=0), 1)
+
+
+def test_the_accuracies_are_those_of_the_results_and_add_up(tiny_copy):
+    study_baselines(tiny_copy, lambdas=(0.0, 0.5, 1.0))
+    rows = read_json(tiny_copy / "studies/baselines/results.json")["rows"]
+    methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
+    whole = rows[0]
+    for name in ("deepnet", "knn", "knnlm", "resmem_paper", "resmem", "resmem_adaptive"):
+        assert whole[f"{METHODS[name]}, %"] == pytest.approx(100 * methods[name]["accuracy"])
+    for by in ("frequency", "distance", "confidence"):
+        some = [row for row in rows if row["by"] == by]
+        assert sum(row["tokens"] for row in some) == whole["tokens"]
+        for column in (column for column in whole if column.endswith(", %")):
+            assert sum(row["tokens"] * row[column] for row in some) / whole["tokens"] == pytest.approx(whole[column])
+    if infinigram.installed():  # a weight of 0 is DeepNet, so the best of all is at least as good on validation
+        assert whole["infini-gram with DeepNet, %"] > whole["DeepNet, %"] - 2
