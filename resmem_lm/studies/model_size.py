@@ -17,7 +17,7 @@ from resmem_lm.studies.study import study, write_study
 from resmem_lm.train import train
 from resmem_lm.workdir import Record
 
-LINES = {"deepnet": "DeepNet", "resmem_paper": "ResMem (paper)", "resmem": "ResMem"}
+LINES = {"deepnet": "DeepNet", "resmem_paper": "ResMem (paper)", "resmem": "ResMem", "resmem_adaptive": "Adaptive ResMem"}
 
 
 def resized(model: ModelConfig, width: int) -> ModelConfig:
@@ -91,6 +91,7 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
             "DeepNet, 95%": interval(method["deepnet"]["accuracy_ci95"]),
             "ResMem (paper), %": 100 * method["resmem_paper"]["accuracy"],
             "ResMem, %": 100 * method["resmem"]["accuracy"],
+            "Adaptive ResMem, %": 100 * method["resmem_adaptive"]["accuracy"],
             "gain, %": 100 * method["resmem"]["gain"],
             "gain, 95%": interval(method["resmem"]["gain_ci95"]),
             "equals a DeepNet of": equal_deepnet(parameters, accuracy["deepnet"], size, method["resmem"]["accuracy"]),

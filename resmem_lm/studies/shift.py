@@ -28,7 +28,14 @@ from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import Record, finished
 
-METHODS = {"deepnet": "DeepNet, trained on the first text", "resmem_paper": "ResMem (paper)", "resmem": "ResMem", "knnlm": "kNN-LM"}
+METHODS = {
+    "deepnet": "DeepNet, trained on the first text",
+    "knnlm": "kNN-LM",
+    "resmem_paper": "ResMem (paper)",
+    "resmem": "ResMem",
+    "resmem_calibrated": "Calibrated ResMem",
+    "resmem_adaptive": "Adaptive ResMem",
+}
 TIMED_STEPS = 20
 TRAINED_ELSEWHERE = {"batch_size": 16, "sequence_length": 128, "seed": 0}  # for fine-tuning a model of which no more is known
 

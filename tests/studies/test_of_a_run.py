@@ -51,7 +51,7 @@ def test_the_decomposition_adds_up_and_its_first_rule_is_that_of_the_results(tin
         assert row["gain, %"] == pytest.approx(row["TPR, %"] - row["FPR, %"])
         assert row["accuracy, %"] == pytest.approx(100 * methods["deepnet"]["accuracy"] + row["gain, %"])
     assert rows[0]["accuracy, %"] == pytest.approx(100 * methods["resmem"]["accuracy"])
-    assert {row["method"] for row in rows} == {"ResMem", "kNN-LM"}
+    assert {row["method"] for row in rows} == {"ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem"}
 
 
 @given(st.dictionaries(st.integers(1, 50), st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1), st.floats(0.001, 0.5))
