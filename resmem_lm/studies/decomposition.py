@@ -92,6 +92,6 @@ def study_decomposition(
         rows.append(row(METHODS[name], rule, methods[name], methods[name]["hyperparameters"]))
     text = (
         "Tokens that DeepNet gets wrong and the method right (TPR), the reverse (FPR), and their difference, on test; hyperparameters are "
-        "chosen on validation, by the largest gain or by the largest TPR among those with a small FPR; those of the last two as in the table."
+        "chosen on validation, by the largest gain or by the largest TPR among those with a small FPR, or as the last two say."
     )
     return write_study(workdir, "decomposition", title="What is mended and what is spoilt (Table 2)", text=text, rows=rows, draw=None)
