@@ -116,6 +116,7 @@ def test_files_are_found_from_any_folder_and_those_of_the_folder_come_first(tmp_
 # emb_dim, num_heads, num_layers, mlp_dim, and whether T5 1.1: gated, with an output of its own.
 SHAPES = {
     "mini.gin": (128, 2, 4, 512, False),
+    "small_256.gin": (256, 4, 4, 1024, False),
     "t5_small.gin": (512, 8, 6, 2048, False),
     "t5_base.gin": (768, 12, 12, 3072, False),
     "t5_1_1_small.gin": (512, 6, 8, 1024, True),

@@ -30,9 +30,14 @@ def method(accuracy: float, **more: Any) -> dict[str, Any]:
 
 def some_results() -> dict[str, Any]:
     methods = {name: method(0.31234 + 0.01 * number) for number, name in enumerate(METHODS)}
-    methods["deepnet"] |= {"hyperparameters": {}, "perplexity": 43.21, "certified": 1.0}
-    methods["knnlm"] |= {"perplexity": 38.76}
-    split = {"tokens": 12345, "documents": 17, "recall_at_k": 0.98765, "methods": methods}
+    methods["deepnet"] |= {"hyperparameters": {}, "certified": 1.0}
+    on_simplex = {"deepnet": 43.21, "knnlm": 38.76, "knnlm_perplexity": 35.3, "resmem_calibrated": 34.5, "resmem_adaptive": 33.6}
+    for name, perplexity in on_simplex.items():
+        methods[name] |= {"perplexity": perplexity, "calibration_error": perplexity / 1000}
+    methods["resmem_calibrated"] |= {"form": "clipped"}
+    methods["resmem_adaptive"] |= {"hyperparameters": {"k": 50, "sigma": 0.5}}
+    differences = [{"method": "resmem_adaptive", "over": "resmem", "accuracy": 0.00345, "accuracy_ci95": [0.0011, 0.0059]}]
+    split = {"tokens": 12345, "documents": 17, "recall_at_k": 0.98765, "methods": methods, "differences": differences}
     lines = ("knnlm", "resmem_lambda1", "resmem")
     neighbor = {"document": "python/ast.py", "context": "The name of", "token": " the", "distance": 0.61254, "weight": 0.21987}
     example = {
@@ -88,7 +93,7 @@ def test_shows_the_table_as_results_prints_it(tmp_path: Path) -> None:
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page.split("<tbody>")[1].split("</tbody>")[0])
     expected = rows(results)
     assert [cell.replace("&#39;", "'") for cell in cells] == [cell for row in expected for cell in row]
-    assert [row[1] for row in expected] == ["31.23", "32.23", "33.23", "34.23", "35.23", "36.23"]
+    assert [row[1] for row in expected] == [f"{31.23 + number:.2f}" for number in range(len(METHODS))]
 
 
 def test_tells_facts_configuration_versions_and_times(tmp_path: Path) -> None:
