@@ -82,8 +82,9 @@ def describe(
 
 def describe_distribution(told: Told, targets: Int[np.ndarray, " tokens"]) -> Record:
     """Perplexity and expected calibration error of a method whose scores are probabilities."""
+    least = np.finfo(np.float32).tiny  # a token may be less probable than float32 can say
     return {
-        "perplexity": float(np.exp(-np.mean(np.log(told.target_probability, dtype=np.float64)))),
+        "perplexity": float(np.exp(-np.mean(np.log(np.maximum(told.target_probability, least), dtype=np.float64)))),
         "calibration_error": calibration_error(told.confidence, told.predictions == targets),
     }
 

@@ -17,11 +17,10 @@ from resmem_lm.encode import Encoder, query_head
 from resmem_lm.index import ExactIndex
 from resmem_lm.main import main
 from resmem_lm.resmem import merge_sparse, neighbor_weights, predict
+from resmem_lm.results import METHODS
 from resmem_lm.search import open_queries
 from resmem_lm.vocabulary import load_vocabulary
 from tests.tiny import arguments, shard_folder
-
-METHODS = ["deepnet", "knn", "knnlm", "resmem_paper", "resmem_lambda1", "resmem"]
 
 
 def stamps(workdir):
@@ -33,7 +32,9 @@ def stamps(workdir):
 def test_results_have_every_number_and_agree_with_each_other(tiny_run):
     results = json.loads((tiny_run / "results.json").read_text())
     test = results["splits"]["test"]
-    assert list(test["methods"]) == METHODS
+    assert list(test["methods"]) == list(METHODS)
+    assert all(test["methods"][name]["perplexity"] > 1 for name in ("deepnet", "knnlm", "resmem_calibrated", "resmem_adaptive"))
+    assert len(test["differences"]) == 3
     assert 0.9 <= test["recall_at_k"] <= 1
     deepnet = test["methods"]["deepnet"]["accuracy"]
     for method in test["methods"].values():
