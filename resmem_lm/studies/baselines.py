@@ -96,12 +96,13 @@ def _predicted(workdir: AnyPath, test: SplitScorer) -> tuple[dict[str, Bool[np.n
 def _ranges(values: Float[np.ndarray, " tokens"], edges: list[float]) -> Iterator[tuple[str, Bool[np.ndarray, " tokens"]]]:
     """(range, which tokens are in it), those that hold none left out."""
     places = np.searchsorted(edges, values, side="right")
+    shown = [f"{edge:,.0f}" if edge >= 1000 else f"{edge:.4g}" for edge in edges]
     for place in range(len(edges) + 1):
         some = places == place
-        below = f"below {edges[0]:,.4g}" if place == 0 else ""
-        above = f"{edges[-1]:,.4g} and above" if place == len(edges) else ""
+        below = f"below {shown[0]}" if place == 0 else ""
+        above = f"{shown[-1]} and above" if place == len(edges) else ""
         if some.any():
-            yield below or above or f"{edges[place - 1]:,.4g} to {edges[place]:,.4g}", some
+            yield below or above or f"{shown[place - 1]} to {shown[place]}", some
 
 
 def _groups(test: SplitScorer, datastore: Datastore) -> Iterator[tuple[str, str, Bool[np.ndarray, " tokens"]]]:
