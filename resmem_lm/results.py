@@ -1,5 +1,6 @@
 """results.json -> the table, as text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 METHODS = {
@@ -20,7 +21,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def interval(values: list[float]) -> str:
+def interval(values: Sequence[float]) -> str:
     """[12.34, 13.45]."""
     return f"[{percent(values[0])}, {percent(values[1])}]"
 
