@@ -26,6 +26,7 @@ LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
 HELD_OUT = 5  # one document in so many
 BANDWIDTHS = (0.5, 1.0, 4.0)  # times sigma
 SMALL = 1e-6
+LARGEST = 30.0  # change of a logit
 
 
 class Known(NamedTuple):
@@ -93,7 +94,7 @@ def trust(gate: Gate, features: Float[Array, "queries k features"]) -> Float[Arr
     w, x = gate.weights, (features - gate.mean) / gate.scale
     x = jax.nn.gelu(x @ w["in"] + w["in_bias"])
     x = jax.nn.gelu(x @ w["middle"] + w["middle_bias"])
-    return x @ w["out"]
+    return jnp.clip(x @ w["out"], -LARGEST, LARGEST)  # exp of it must be a number
 
 
 def distribution(gate: Gate, some: Known) -> Distribution:
