@@ -308,7 +308,7 @@ class SplitScorer:
         """Each setting's predictions with their probabilities; "resmem" settings are not on the simplex, but for lambda = 0."""
         parts: dict[Setting, list[Told]] = {setting: [] for setting in settings}
         for some, candidates, neighbors in self.blocks("score"):
-            for setting in settings:
+            for setting in parts:  # a setting may have been chosen twice
                 told = _told(
                     candidates,
                     neighbors,
