@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.calibrated import Distribution, normalised
+from resmem_lm.calibrated import Distribution, is_first, normalised, of_target
 from resmem_lm.candidates import Candidates, Neighbors, score
 
 HIDDEN = 32
@@ -38,7 +38,7 @@ class Known(NamedTuple):
     features: Float[Array, "queries k features"]
     base: Float[Array, "queries k"]  # DeepNet's probability of the neighbour's token
     counted: Bool[Array, "queries k"]
-    target: Bool[Array, "queries k"]  # the neighbour's token is the query's
+    target: Bool[Array, "queries k"]  # counted, and the query's token
     target_base: Float[Array, " queries"]  # DeepNet's probability of the target, a neighbour's or not
 
 
@@ -67,7 +67,7 @@ def known(
     base, residual, knn = scores.base[:, -k:], scores.residual[1][:, -k:], scores.knn[..., -k:]
     same = neighbors.tokens[:, :, None] == neighbors.tokens[:, None, :]
     found = jnp.isfinite(neighbors.distances)
-    counted = ~jnp.any(jnp.tril(same & found[:, None, :], k=-1), axis=-1) & found
+    counted = is_first(neighbors.tokens) & found  # neighbours that were not found stand last
     farthest = jnp.max(jnp.where(found, neighbors.distances, 0), axis=1, keepdims=True)
     distances = jnp.log(jnp.where(found, neighbors.distances, farthest) + 1e-2)
     unknown = -jnp.expm1(neighbors.target_log_probability)
@@ -86,7 +86,7 @@ def known(
         *jnp.log(jnp.max(knn, axis=-1) + 1e-4),
     ]
     columns = [*of_token, *(jnp.broadcast_to(column[:, None], base.shape) for column in of_query)]
-    return Known(jnp.stack(columns, axis=-1), base, counted, neighbors.tokens == targets[:, None], target_base)
+    return Known(jnp.stack(columns, axis=-1), base, counted, counted & (neighbors.tokens == targets[:, None]), target_base)
 
 
 def trust(gate: Gate, features: Float[Array, "queries k features"]) -> Float[Array, "queries k"]:
@@ -102,15 +102,9 @@ def distribution(gate: Gate, some: Known) -> Distribution:
     return normalised(some.base, some.base * jnp.exp(trust(gate, some.features)), some.counted)
 
 
-def target_probability(q: Distribution, some: Known) -> Float[Array, " queries"]:
-    """q of the target, a neighbour's token or not."""
-    among = jnp.max(jnp.where(some.target & some.counted, q.candidates, 0), axis=-1)
-    return jnp.where(jnp.any(some.target & some.counted, axis=-1), among, q.other * some.target_base)
-
-
 def _loss(weights: dict[str, Any], gate: Gate, some: Known) -> Float[Array, ""]:
     q = distribution(gate._replace(weights=weights), some)
-    return -jnp.mean(jnp.log(target_probability(q, some) + 1e-12))
+    return -jnp.mean(jnp.log(of_target(q, some.target, some.target_base) + 1e-12))
 
 
 @jax.jit

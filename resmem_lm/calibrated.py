@@ -56,10 +56,9 @@ def on_simplex(
 
 
 def of_target(
-    q: Distribution, ids: Int[Array, "queries candidates"], targets: Int[Array, " queries"], base: Float[Array, " queries"]
+    q: Distribution, is_target: Bool[Array, "queries candidates"], base: Float[Array, " queries"]
 ) -> Float[Array, "*some queries"]:
-    """The probability of each query's target, candidate or not; `base` is what DeepNet gives it."""
-    is_target = ids == targets[:, None]
+    """The probability of each query's target, which may be none of the candidates; `base` is what DeepNet gives it."""
     among = jnp.max(jnp.where(is_target, q.candidates, 0), axis=-1)
     return jnp.where(jnp.any(is_target, axis=-1), among, q.other * base)
 

@@ -5,7 +5,7 @@ largest logits nor a neighbour's token scores at most DeepNet's own probability 
 candidate reaches that bound, the prediction is certified to be that of the full formula.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,14 @@ class Setting(NamedTuple):
     def hyperparameters(self) -> dict[str, int | float]:
         """As results.json names them."""
         return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
+
+    @classmethod
+    def of(cls, formula: Formula, chosen: dict[str, Any]) -> "Setting":
+        """From what results.json names."""
+        return cls(formula, chosen["k"], float(chosen["sigma"]), float(chosen["temperature"]), float(chosen["lambda"]))
+
+
+DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
 
 
 class Candidates(NamedTuple):

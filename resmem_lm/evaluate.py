@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from resmem_lm import adaptive
 from resmem_lm.calibrated import SimplexFormula, calibration_error
-from resmem_lm.candidates import Formula, Setting
+from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.examples import mended_tokens
@@ -133,7 +133,7 @@ def evaluate(
     simplex: dict[SimplexFormula, list[float]] = {"knnlm": below_1, "boosted": list(BOOSTS), "clipped": list(lambdas)}
     calibrated = calibrate(scorers["validation"].log_losses(list(sigmas), list(temperatures), simplex))
     methods = {
-        "deepnet": Setting("resmem", 1, 1.0, 1.0, 0.0),
+        "deepnet": DEEPNET,
         "knn": tuned["knn"],
         "knnlm": tuned["knnlm"],
         "knnlm_perplexity": calibrated["knnlm_perplexity"],

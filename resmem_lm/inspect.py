@@ -35,7 +35,7 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     datastore = open_datastore(workdir / "datastore", model=model.fingerprint, vocabulary=vocabulary.sha256)
     chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
-    setting = Setting("resmem", chosen["k"], chosen["sigma"], chosen["temperature"], chosen["lambda"])
+    setting = Setting.of("resmem", chosen)
     tokens = vocabulary.encode(text)
     keys, hidden = (np.empty((len(tokens), model.config.emb_dim), np.float32) for _ in range(2))
     for positions, encoded in Encoder(model, datastore.binding.window, query_head)([tokens]):

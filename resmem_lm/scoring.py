@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.adaptive import Gate, Known, distribution, known, target_probability
+from resmem_lm.adaptive import Gate, Known, distribution, known
 from resmem_lm.calibrated import SimplexFormula, is_first, of_target, on_simplex
 from resmem_lm.candidates import Candidates, Formula, Neighbors, Scores, Setting, best, residuals_at, score
 from resmem_lm.datastore import Datastore
@@ -96,6 +96,11 @@ def _trimmed(arrays: T, some: slice) -> T:
     return type(arrays)(*(np.asarray(array)[: some.stop - some.start] for array in arrays))
 
 
+def _joined(parts: list[T]) -> T:
+    """The arrays of all blocks."""
+    return type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
 @functools.partial(jax.jit, static_argnames=("formulas", "unit_number"))
 def _log_losses(
     candidates: Candidates,
@@ -116,7 +121,7 @@ def _log_losses(
 
     def losses(formula: SimplexFormula, lambda_: Float[Array, ""]) -> Float[Array, " sigmas"]:
         q = on_simplex(formula, scores.base, scores.residual, scores.knn, first, lambda_)
-        log_p = jnp.log(of_target(q, candidates.ids, targets, target_base) + 1e-12)
+        log_p = jnp.log(of_target(q, candidates.ids == targets[:, None], target_base) + 1e-12)
         return -jnp.sum(jnp.where(targets >= 0, log_p, 0), axis=-1)
 
     return jnp.stack([jax.lax.map(functools.partial(losses, formula), lambdas) for formula in formulas])
@@ -140,20 +145,11 @@ def _told(
     scores = score(candidates, neighbors, k[None], sigma[None], temperature, temperature_number, unit_number)
     q = on_simplex(formula, scores.base, scores.residual[0], scores.knn[0], is_first(candidates.ids), lambda_)
     winners, top = best(q.candidates, candidates.ids)
-    return Told(winners, top >= q.other * scores.bound, top, of_target(q, candidates.ids, targets, target_base))  # type: ignore[arg-type]
+    probability = of_target(q, candidates.ids == targets[:, None], target_base)
+    return Told(winners, top >= q.other * scores.bound, top, probability)  # type: ignore[arg-type]
 
 
-@functools.partial(jax.jit, static_argnames="unit_number")
-def _known(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    target_base: Float[Array, " queries"],
-    sigma: Float[Array, ""],
-    *,
-    unit_number: int,
-) -> Known:
-    return known(candidates, neighbors, targets, target_base, sigma, unit_number)
+_known = jax.jit(known, static_argnames="unit_number")
 
 
 @functools.partial(jax.jit, static_argnames="unit_number")
@@ -176,7 +172,7 @@ def _told_adaptive(
     probabilities = jnp.concatenate([jnp.where(held, 0, q.other[:, None] * own), jnp.where(some.counted, q.candidates, 0)], axis=1)
     winners, top = best(probabilities, candidates.ids)
     sure = top >= q.other * jnp.exp(candidates.bound - log_z)
-    return Told(winners, sure, top, target_probability(q, some))  # type: ignore[arg-type]
+    return Told(winners, sure, top, of_target(q, some.target, some.target_base))  # type: ignore[arg-type]
 
 
 def _weightings(pairs: list[tuple[Formula, int, float]]) -> tuple[Array, Array, Array]:
@@ -193,8 +189,8 @@ class SplitScorer:
         self.temperatures = list(datastore.binding.temperatures)
         self.unit_number = self.temperatures.index(1.0)
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, Candidates, Neighbors]]:
-        """Blocks of BLOCK queries; the last repeats its first query."""
+    def blocks(self, name: str, *, every: int = 1) -> Iterator[tuple[slice, Candidates, Neighbors]]:
+        """Blocks of BLOCK queries, all or one in `every`; the last repeats its first query."""
         q, count = self.queries, len(self.queries.tokens)
 
         def load(start: int) -> tuple[slice, Candidates, Neighbors]:
@@ -217,7 +213,7 @@ class SplitScorer:
         # Rows are fetched by other threads while the last block is scored.
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         with progress(f"{name} {self.name}", total=count, unit="tokens") as bar:
-            for block in grain.MapDataset.range(0, count, BLOCK).map(load).to_iter_dataset(ahead):
+            for block in grain.MapDataset.range(0, count, BLOCK * every).map(load).to_iter_dataset(ahead):
                 yield block
                 bar.update(block[0].stop)
 
@@ -322,18 +318,17 @@ class SplitScorer:
                     unit_number=self.unit_number,
                 )
                 parts[setting].append(_trimmed(told, some))
-        return {setting: Told(*(np.concatenate(arrays) for arrays in zip(*told, strict=True))) for setting, told in parts.items()}
+        return {setting: _joined(told) for setting, told in parts.items()}
 
     def known(self, sigma: float, most: int) -> tuple[Known, Int[np.ndarray, " some"]]:
         """What the adaptive gate sees of at most about `most` tokens, in blocks evenly spaced, and the numbers of their documents."""
         every = -(-len(self.queries.tokens) // most)
         documents = np.repeat(np.arange(len(self.queries.document_lengths)), self.queries.document_lengths)
         parts, numbers = [], []
-        for block, (some, candidates, neighbors) in enumerate(self.blocks("adapt")):
-            if block % every == 0:
-                parts.append(_trimmed(_known(candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some))
-                numbers.append(documents[some])
-        return Known(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), np.concatenate(numbers)  # type: ignore[arg-type]
+        for some, candidates, neighbors in self.blocks("adapt", every=every):
+            parts.append(_trimmed(_known(candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some))
+            numbers.append(documents[some])
+        return _joined(parts), np.concatenate(numbers)
 
     def adaptive(self, gate: Gate, sigma: float) -> Told:
         """Predictions with a lambda for each token."""
@@ -341,7 +336,7 @@ class SplitScorer:
             _trimmed(_told_adaptive(gate, candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some)
             for some, candidates, neighbors in self.blocks("adapt")
         ]
-        return Told(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return _joined(parts)
 
     def _targets(self, some: slice, temperature: float) -> tuple[Int[np.ndarray, " block"], Float[np.ndarray, " block"]]:
         """The true tokens of a block and DeepNet's probability of each; -1 and 1 where the block is filled up."""

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmem_lm import adaptive
-from resmem_lm.adaptive import Gate, Known, distribution, fit, known, target_probability
+from resmem_lm.adaptive import Gate, Known, distribution, fit, known
+from resmem_lm.calibrated import of_target
 from resmem_lm.candidates import Candidates, Neighbors
 from resmem_lm.datastore import open_datastore
 from resmem_lm.scoring import SplitScorer
@@ -47,7 +48,7 @@ def test_it_is_a_distribution_that_raises_the_neighbours_tokens_only(seed, absen
         some = known(candidates, neighbors, targets, jnp.exp(log_p[:, token]), 1.0, 0)
         assert np.isfinite(some.features).all()
         q = distribution(some_gate(some.features.shape[-1], seed), some)
-        of_token.append(np.asarray(target_probability(q, some)))
+        of_token.append(np.asarray(of_target(q, some.target, some.target_base)))
         outside = ~(found == token).any(axis=1)
         np.testing.assert_allclose(of_token[-1][outside], (np.asarray(q.other) * np.exp(log_p[:, token]))[outside], rtol=1e-5)
     np.testing.assert_allclose(np.sum(of_token, axis=0), 1, rtol=1e-4)
@@ -87,6 +88,9 @@ def test_fresh_weights_are_deepnet_on_a_run(tiny_run):
     scorer = SplitScorer("test", open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore"))
     some, documents = scorer.known(1.0, 10**6)
     assert len(documents) == len(scorer.queries.tokens)
+    third, _ = scorer.known(1.0, len(documents) // 3)
+    np.testing.assert_array_equal(third.target_base[:256], some.target_base[:256])
+    assert len(third.target_base) < len(documents)
     features = some.features.shape[-1]
     told = scorer.adaptive(Gate(adaptive._first_weights(features, 0), jnp.zeros(features), jnp.ones(features)), 1.0)
     q = scorer.queries

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from resmem_lm import adaptive, infinigram
-from resmem_lm.candidates import Setting
+from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.evaluate import FIT_TOKENS, bootstrap_interval
 from resmem_lm.infinigram import Continuations, Mixture
@@ -20,14 +20,14 @@ from resmem_lm.studies.study import study, write_study
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.workdir import Record
 
-FORMULAS = {"deepnet": "resmem", "knn": "knnlm", "knnlm": "knnlm", "resmem_paper": "resmem", "resmem": "resmem"}
+FORMULAS: dict[str, Formula] = {"knn": "knnlm", "knnlm": "knnlm", "resmem_paper": "resmem", "resmem": "resmem"}
 FREQUENCIES = (10, 100, 1000, 10_000, 100_000)
 CONFIDENCES = (0.1, 0.2, 0.4, 0.6, 0.8)
 QUANTILES = (0.2, 0.4, 0.6, 0.8)
 DRAWN = ("kNN-LM", "ResMem", "Adaptive ResMem")
 
 
-@study(name="baselines", after=("search", "build", "train", "evaluate"))
+@study(name="baselines")
 def study_baselines(
     workdir: AnyPath, *, lambdas: tuple[float, ...] | list[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ) -> Record:
@@ -84,11 +84,8 @@ def study_baselines(
 def _predicted(workdir: AnyPath, test: SplitScorer) -> tuple[dict[str, Bool[np.ndarray, " tokens"]], float]:
     """Which tokens each method of the results gets right, by its title; and ResMem's sigma."""
     methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
-    settings = {}
-    for name, formula in FORMULAS.items():
-        chosen = methods[name]["hyperparameters"] or {"k": 1, "sigma": 1.0, "temperature": 1.0, "lambda": 0.0}
-        numbers = chosen["k"], *(float(chosen[key]) for key in ("sigma", "temperature", "lambda"))
-        settings[METHODS[name]] = Setting(formula, *numbers)  # type: ignore[arg-type]
+    settings = {METHODS[name]: Setting.of(formula, methods[name]["hyperparameters"]) for name, formula in FORMULAS.items()}
+    settings = {METHODS["deepnet"]: DEEPNET} | settings
     found = test.predict(sorted(set(settings.values())))
     return {title: found[setting][0] == test.queries.tokens for title, setting in settings.items()}, settings[METHODS["resmem"]].sigma
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from beam_pipelines.datastore import EncodingWorker, write_arrays
-from resmem_lm.candidates import Formula, Setting
+from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.checkpoint import Model
 from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.documents import position, read_shard, shard_paths
@@ -21,12 +21,11 @@ from resmem_lm.evaluate import describe, tune
 from resmem_lm.index import ExactIndex, search_shards
 from resmem_lm.plots import Figure, line
 from resmem_lm.published import folder_of, publish, record_of
-from resmem_lm.results import hyperparameters
+from resmem_lm.results import hyperparameters, interval
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import QUERY_SPLITS, Queries, describe_queries, open_queries, recall
 from resmem_lm.sharded import ShardedArray, load_array
 from resmem_lm.storage import AnyPath, read_json, remove, sha256, write_json
-from resmem_lm.studies.decomposition import DEEPNET
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir import Record
 
@@ -165,7 +164,7 @@ def study_datastore_size(
         for method, setting in methods.items():
             told = describe(found[setting], found[DEEPNET][0], targets, lengths)
             row[f"{method}, gain, %"] = 100 * told["gain"]
-            row[f"{method}, 95%"] = "[{:.2f}, {:.2f}]".format(*(100 * value for value in told["gain_ci95"]))
+            row[f"{method}, 95%"] = interval(told["gain_ci95"])
         return row | {f"{method} with": hyperparameters(methods[method].hyperparameters()) for method in ("ResMem", "kNN-LM")}
 
     rows: list[Record] = []

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from resmem_lm.candidates import Formula, Setting
+from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.evaluate import describe
 from resmem_lm.results import METHODS, interval
@@ -12,7 +12,6 @@ from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir import Record
 
-DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
 TITLES: dict[Formula, str] = {"resmem": "ResMem", "knnlm": "kNN-LM"}
 
 
@@ -33,7 +32,7 @@ def choose(right: dict[Setting, int], both: dict[Setting, int], deepnet: int, to
     }
 
 
-@study(name="decomposition", after=("search", "build", "train", "evaluate"))
+@study(name="decomposition")
 def study_decomposition(
     workdir: AnyPath,
     *,

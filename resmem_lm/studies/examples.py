@@ -2,19 +2,18 @@
 
 import numpy as np
 
-from resmem_lm.candidates import Setting
+from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.examples import draw_tokens, mended_tokens
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import BASE_CANDIDATES, open_queries
 from resmem_lm.storage import AnyPath, read_json
-from resmem_lm.studies.decomposition import DEEPNET
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir import Record
 
 
-@study(name="examples", after=("search", "build", "train", "evaluate"))
+@study(name="examples")
 def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> Record:
     """Test tokens that DeepNet gets wrong and ResMem right, drawn at random among those whose token is nearly DeepNet's.
 
@@ -33,7 +32,7 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
         raise UserError(f"study_examples.near = {near}: take 2 to {BASE_CANDIDATES} (a token that DeepNet gets wrong is not its first)")
     datastore, queries = open_datastore(workdir / "datastore"), open_queries(workdir, "test")
     chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
-    setting = Setting("resmem", chosen["k"], float(chosen["sigma"]), float(chosen["temperature"]), float(chosen["lambda"]))
+    setting = Setting.of("resmem", chosen)
     scorer = SplitScorer("test", queries, datastore)
     found = scorer.predict(sorted({DEEPNET, setting}))
     deepnet, mended = found[DEEPNET][0], found[setting][0]

@@ -50,7 +50,7 @@ def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int,
     return f"more than {parameters[-1] / own:.2g}x"
 
 
-@study(name="model-size", after=("search", "build", "train", "evaluate"))
+@study(name="model-size")
 def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = (64, 192, 256)) -> Record:
     """Test accuracy of DeepNet and ResMem for the run's model and for others, trained, indexed and evaluated alike.
 

@@ -75,7 +75,7 @@ def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datast
     return made
 
 
-@study(name="residual-size", after=("search", "build", "train", "evaluate"))
+@study(name="residual-size")
 def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) -> Record:
     """Test accuracy with the largest entries of each residual only, at the paper's k, sigma, T and lambda.
 

@@ -19,7 +19,7 @@ def _varied(setting: Setting, axis: str, value: int | float) -> Setting:
     return setting._replace(**changed)
 
 
-@study(name="sensitivity", after=("search", "build", "train", "evaluate"))
+@study(name="sensitivity")
 def study_sensitivity(
     workdir: AnyPath,
     *,
@@ -47,8 +47,7 @@ def study_sensitivity(
     rows: list[Record] = []
     curves: dict[tuple[str, str], list[float]] = {}
     for name, title in (("resmem_paper", "others as in the paper"), ("resmem", "others chosen on validation")):
-        chosen = methods[name]["hyperparameters"]
-        middle = Setting("resmem", chosen["k"], float(chosen["sigma"]), float(chosen["temperature"]), float(chosen["lambda"]))
+        middle = Setting.of("resmem", methods[name]["hyperparameters"])
         settings = {(axis, value): _varied(middle, axis, value) for axis in values for value in values[axis]}
         found = scorer.predict(sorted(set(settings.values())))
         for axis in values:

@@ -84,7 +84,7 @@ def begin_from(base: Model, target: AnyPath) -> None:
             manager.save(0, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(to_train_state(base.parameters, state, 0))}))
 
 
-@study(name="shift", after=("search", "build", "train", "evaluate"))
+@study(name="shift")
 def study_shift(
     workdir: AnyPath,
     *,

@@ -10,7 +10,7 @@ from resmem_lm.storage import AnyPath, sha256, write_bytes, write_json
 from resmem_lm.workdir import Record, Stage, stage
 
 P = ParamSpec("P")
-NEEDS = ("search", "build", "train")
+NEEDS = ("search", "build", "train", "evaluate")
 
 
 def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[P, Record]], Stage[P]]:

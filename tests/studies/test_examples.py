@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from resmem_lm.candidates import Setting
+from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.main import main
@@ -14,7 +14,6 @@ from resmem_lm.report import FILTER
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 from resmem_lm.storage import read_json, remove, write_json
-from resmem_lm.studies.decomposition import DEEPNET
 from resmem_lm.studies.examples import study_examples
 from resmem_lm.verify import verify
 from tests.test_report import HOSTILE, Elements, page_of, some_results

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmem_lm.candidates import Setting
+from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.main import main
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 from resmem_lm.storage import read_json
-from resmem_lm.studies.decomposition import DEEPNET, choose, study_decomposition
+from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import study_sensitivity
 from resmem_lm.verify import verify
