@@ -11,7 +11,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from beam_pipelines.runner import run_units
-from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
 from resmem_lm.lock import assert_held
@@ -55,14 +55,15 @@ class BuildShard(beam.DoFn):
         made_from = source_of(part, self.settings)
         with self._turn.lock:
             if not record_of(workdir / "index", unit.name, made_from):
-                part.check_files("keys.npy")
+                part.check_files(*KEY_FILES)
                 with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
                     if self.settings["kind"] == "scann":
                         chosen = {name: self.settings[name] for name in ("candidates", "training_rows", "threads")}
                         attempt.facts |= build_scann(part, attempt.folder, **chosen)
                     attempt.facts["rows"] = part.rows
                 for shard in part.shards:
-                    drop_copy(folder_of(part.folder, shard) / "keys.npy")
+                    for name in KEY_FILES:
+                        drop_copy(folder_of(part.folder, shard) / name)
                 self._rows.inc(part.rows)
         yield unit.name
 

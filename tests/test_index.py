@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmem_lm import index as index_module
+from resmem_lm.codes import encode_keys
 from resmem_lm.datastore import Binding, Datastore, open_datastore, shard_name
 from resmem_lm.errors import UserError
 from resmem_lm.index import (
@@ -30,9 +31,10 @@ BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json(
 def write_keys(folder, keys, forgotten=()):
     """Just the keys of a datastore, in two shards; `forgotten` are ranges of rows of the first."""
     shards = []
-    for number, part in enumerate(np.split(keys.astype(np.float16), [len(keys) // 3])):
+    for number, part in enumerate(np.split(keys, [len(keys) // 3])):
         with publish(folder, shard_name(number, 2), BINDING) as attempt:
-            np.save(attempt.folder / "keys.npy", part)
+            for name, array in zip(("key_codes", "key_scales"), encode_keys(part), strict=True):
+                np.save(attempt.folder / f"{name}.npy", array)
             attempt.facts |= {"rows": len(part), "forgotten": [] if number else list(forgotten)}
         shards.append(read_json(folder / f"{shard_name(number, 2)}.json"))
     return Datastore(folder, BINDING | {"shards": shards})

@@ -59,14 +59,14 @@ def test_shards_of_other_settings_are_never_taken_over(tiny_copy):
 
 def test_a_shard_that_was_cut_is_made_again(tiny_copy):
     before = content(tiny_copy)
-    os.truncate(shard_folder(tiny_copy, 0) / "keys.npy", 500)
+    os.truncate(shard_folder(tiny_copy, 0) / "key_codes.npy", 500)
     (tiny_copy / "stages/build.json").unlink()
     build_datastore(tiny_copy, **SETTINGS)
     assert content(tiny_copy) == before
 
 
 def test_following_the_mend_of_an_altered_shard_makes_it_again(tiny_copy):
-    before, path = content(tiny_copy), shard_folder(tiny_copy, 0) / "keys.npy"
+    before, path = content(tiny_copy), shard_folder(tiny_copy, 0) / "key_codes.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="was altered") as caught:
         open_datastore(tiny_copy / "datastore", checksums=True)
