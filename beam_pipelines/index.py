@@ -16,7 +16,7 @@ from resmem_lm.errors import UserError
 from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
 from resmem_lm.lock import assert_held
 from resmem_lm.published import Record, expect, folder_of, publish, record_of, remove_orphans
-from resmem_lm.storage import AnyPath, drop_copy, read_json, to_path, write_json
+from resmem_lm.storage import AnyPath, drop_copy, to_path, write_json
 from resmem_lm.workdir import disk_errors, stage
 
 PROCESS_BYTES = 2**30  # libraries and compiled programs
@@ -103,7 +103,7 @@ def build_index(
     """
     datastore = open_datastore(workdir / "datastore")
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
-    emb = read_json(workdir / "checkpoints" / "model.json")["config"]["emb_dim"]
+    emb = datastore.array("key_codes").shape[1]
     most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:

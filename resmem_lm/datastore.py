@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from resmem_lm.codes import decode_keys, decode_probabilities
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
+from resmem_lm.projection import load_projection, projection_path
 from resmem_lm.published import Record, damaged_files, folder_of, record_path
 from resmem_lm.resmem import at_temperature
 from resmem_lm.sharded import ShardedArray, load_array
@@ -45,11 +46,20 @@ class Binding:
     window: WindowSpec
     temperatures: tuple[float, ...]
     entries: int
+    key_dimensions: int | None = None
+    projection: str | None = None  # checksum of that which makes keys of so many dimensions
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the manifest."""
         value: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self)}))
         return value
+
+
+def projection_of(folder: AnyPath, binding: Binding) -> Float[np.ndarray, "emb dimensions"] | None:
+    """See `Datastore.projection`."""
+    if binding.projection is None or binding.key_dimensions is None:
+        return None
+    return load_projection(projection_path(folder, binding.model, binding.key_dimensions), binding.projection)
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -78,7 +88,8 @@ class Datastore:
         self.shards: list[Record] = manifest["shards"]
         self.offsets = np.concatenate([[0], np.cumsum([shard["rows"] for shard in self.shards])])
         window = WindowSpec(**manifest["window"])
-        self.binding = Binding(manifest["model"], manifest["vocabulary"], window, tuple(manifest["temperatures"]), manifest["entries"])
+        made = {field.name: manifest[field.name] for field in dataclasses.fields(Binding)}
+        self.binding = Binding(**made | {"window": window, "temperatures": tuple(manifest["temperatures"])})
         self._arrays: dict[str, ShardedArray] = {}
         self._documents: dict[int, list[dict[str, Any]]] = {}
 
@@ -143,6 +154,11 @@ class Datastore:
         """The given rows of one array, by their numbers through all shards."""
         return self.array(name)[rows]
 
+    @functools.cached_property
+    def projection(self) -> Float[np.ndarray, "emb dimensions"] | None:
+        """What makes a key of the model's activations; None where these are the key. UserError if it was altered."""
+        return projection_of(self.folder, self.binding)
+
     def keys(self, rows: Int[np.ndarray, "*some"]) -> Float[np.ndarray, "*some emb"]:
         """The given rows' keys."""
         return decode_keys(self.take("key_codes", rows), self.take("key_scales", rows))
@@ -188,6 +204,10 @@ class Datastore:
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=checksums):
                 yield f"{problem}; {mend(self.folder, shard)}"
+        try:
+            _ = self.projection
+        except UserError as error:
+            yield str(error)
 
     def check_files(self, *names: str) -> None:
         """Reads some files of every shard and compares their checksums; UserError if one was altered."""

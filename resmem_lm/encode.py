@@ -93,15 +93,16 @@ def _first(output: Any, count: int) -> Any:
 
 
 class Encoder:
-    """Runs the model over the windows of documents and a head over the tokens that they emit."""
+    """Runs the model over the windows of documents and a head over the tokens that they emit, of whose keys it may project."""
 
-    def __init__(self, model: Model, spec: WindowSpec, head: Head) -> None:
+    def __init__(self, model: Model, spec: WindowSpec, head: Head, projection: Float[np.ndarray, "emb dimensions"] | None = None) -> None:
         self.spec, self.parameters = spec, model.parameters
         self._hidden = jax.jit(model.hidden)
 
         def select(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array, places: Array) -> Any:
             flat_keys, flat_hidden = (x.reshape(-1, x.shape[-1]) for x in (keys, hidden))
-            return head(parameters, flat_keys[places], flat_hidden[places], targets.reshape(-1)[places])
+            some_keys = flat_keys[places] if projection is None else flat_keys[places] @ projection
+            return head(parameters, some_keys, flat_hidden[places], targets.reshape(-1)[places])
 
         self._head = jax.jit(select)
 

@@ -37,9 +37,9 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     setting = Setting.of("resmem", chosen)
     tokens = vocabulary.encode(text)
-    keys, hidden = (np.empty((len(tokens), model.config.emb_dim), np.float32) for _ in range(2))
-    for positions, encoded in Encoder(model, datastore.binding.window, query_head)([tokens]):
-        keys[positions], hidden[positions] = encoded.keys, encoded.hidden
+    encoded = list(Encoder(model, datastore.binding.window, query_head, datastore.projection)([tokens]))
+    order = np.argsort(np.concatenate([positions for positions, _ in encoded]))
+    keys, hidden = (np.concatenate(arrays)[order] for arrays in zip(*(rows for _, rows in encoded), strict=True))
     rows, distances = search_shards(workdir, datastore, keys, setting.k)
 
     logits = model.logits(model.parameters, jnp.asarray(hidden)) / setting.temperature

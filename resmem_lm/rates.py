@@ -158,7 +158,7 @@ class _Rehearsal:
             self.say("measure index")
             index = self.settings["build_index"]
             chosen = {name: index[name] for name in ("candidates", "training_rows", "threads")}
-            self.costs.tree = measure_tree(self.model.emb_dim, **chosen)
+            self.costs.tree = measure_tree(self.settings["build_datastore"]["key_dimensions"] or self.model.emb_dim, **chosen)
         return self.costs
 
     def _workdir(self, name: str, tokens: dict[str, list[int]], shared: Path) -> Path:

@@ -13,6 +13,7 @@ from resmem_lm.documents import read_shard
 from resmem_lm.errors import UserError
 from resmem_lm.index import index_manifest
 from resmem_lm.progress import progress
+from resmem_lm.projection import projection_path
 from resmem_lm.published import Record, damaged_files, name_of, record_path
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.sharded import load_array
@@ -130,7 +131,10 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     folder = workdir / "datastore"
     manifest = read_json(folder / "manifest.json")
     _know(workdir, known, "datastore", manifest["shards"])
-    damaged = list(Datastore(folder, manifest).damaged(checksums=True))
+    datastore = Datastore(folder, manifest)
+    if datastore.binding.key_dimensions is not None:
+        known.add(inside(projection_path(folder, datastore.binding.model, datastore.binding.key_dimensions), workdir))
+    damaged = list(datastore.damaged(checksums=True))
     yield from damaged
     for record in manifest["shards"]:
         beside = record_path(folder, record)
