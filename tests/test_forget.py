@@ -111,7 +111,7 @@ def test_a_shard_all_of_whose_documents_are_forgotten_compacts_to_nothing(tiny_c
     compact(tiny_copy)
     datastore = open_datastore(tiny_copy / "datastore", checksums=True)
     assert datastore.shards[0]["rows"] == 0
-    assert len(np.asarray(datastore.array("keys"))) == datastore.rows
+    assert len(np.asarray(datastore.array("key_codes"))) == datastore.rows
     evaluate_again(tiny_copy)
     assert verify(tiny_copy) == []
 
