@@ -6,6 +6,7 @@ build that is killed would lose all of it. A shard that an earlier run finished 
 """
 
 import contextlib
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -16,20 +17,23 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
+from jaxtyping import Float
 
 from beam_pipelines.runner import run_units
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import FILES, Binding, document_line, open_datastore, shard_name
+from resmem_lm.checkpoint import Model, load_model
+from resmem_lm.datastore import FILES, Binding, document_line, open_datastore, projection_of, shard_name
 from resmem_lm.documents import Document, read_shard, shard_paths
-from resmem_lm.encode import Encoder, Head, residual_head
+from resmem_lm.encode import Encoder, Head, query_head, residual_head
 from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.lock import assert_held
+from resmem_lm.projection import principal_components, projection_path, save_projection
 from resmem_lm.published import Record, damaged_files, expect, name_of, publish, record_of, record_path, remove_orphans
 from resmem_lm.storage import AnyPath, read_json, sha256, to_path, write_json
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import disk_errors, stage
 
+PROJECTED_TOKENS = 20_000  # whose keys tell the principal components
 COUNTERS = ("documents", "tokens", "windows", "window_tokens", "computed_tokens")
 
 
@@ -48,7 +52,8 @@ class EncodingWorker:
         self.model = load_model(workdir / "checkpoints")
         if (self.model.fingerprint, self.vocabulary.sha256) != (binding.model, binding.vocabulary):
             raise UserError(f"{workdir}: the checkpoint or the vocabulary changed while it was in use: build the datastore again")
-        self.encoder = Encoder(self.model, binding.window, head or residual_head(self.model, binding.entries, binding.temperatures))
+        head = head or residual_head(self.model, binding.entries, binding.temperatures)
+        self.encoder = Encoder(self.model, binding.window, head, projection_of(workdir / "datastore", binding))
 
 
 class EncodeShard(beam.DoFn):
@@ -187,6 +192,7 @@ def build_datastore(
     window_context: int = 64,
     entries: int = 128,
     temperatures: tuple[float, ...] | list[float] = (0.5, 0.7, 1.0, 1.4, 2.0),
+    key_dimensions: int | None = None,
     shards: int | None = None,
     pipeline_options: str = "",
 ) -> Record:
@@ -197,6 +203,7 @@ def build_datastore(
         window_context: tokens at the head of a window that are context only (paper: 64).
         entries: residual components kept of each row (paper: 128).
         temperatures: for which log-partition values are kept, so that T can be chosen later; 1.0 must be among them.
+        key_dimensions: of a key, the principal components of a sample; None keeps all that the model has (as the paper).
         shards: the first so many shards of the train split; None takes all. (The paper's datastore is 1% of C4.)
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
@@ -208,15 +215,37 @@ def build_datastore(
     """
     if 1.0 not in temperatures:
         raise UserError(f"build_datastore.temperatures = {temperatures} must have 1.0 among them: residuals are kept at T = 1")
+    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     binding = Binding(
-        model=load_model(workdir / "checkpoints").fingerprint,
-        vocabulary=load_vocabulary(workdir).sha256,
+        model=model.fingerprint,
+        vocabulary=vocabulary.sha256,
         window=WindowSpec(window_length, window_context),
         temperatures=tuple(float(t) for t in temperatures),
         entries=entries,
     )
+    if key_dimensions is not None:
+        if not 1 <= key_dimensions <= model.config.emb_dim:
+            raise UserError(f"build_datastore.key_dimensions = {key_dimensions}: take 1 to {model.config.emb_dim}, or None for all")
+        path = projection_path(workdir / "datastore", model.fingerprint, key_dimensions)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with disk_errors(path.parent):
+                save_projection(path, principal_components(_sample_keys(workdir, model, vocabulary, binding.window), key_dimensions))
+        binding = dataclasses.replace(binding, key_dimensions=key_dimensions, projection=sha256(path))
     encode_units(workdir, binding, units_of(workdir, shards), pipeline_options)
     return describe(workdir)
+
+
+def _sample_keys(workdir: AnyPath, model: Model, vocabulary: Vocabulary, window: WindowSpec) -> Float[np.ndarray, "rows emb"]:
+    """Of some train tokens: whole documents from every shard in turn."""
+    paths, tokens, count = shard_paths(workdir, "train"), [], 0
+    for number, path in enumerate(paths, start=1):
+        for document in read_shard(path):
+            if count * len(paths) >= PROJECTED_TOKENS * number:
+                break
+            tokens.append(vocabulary.encode(document.text))
+            count += len(tokens[-1])
+    return np.concatenate([encoded.keys for _, encoded in Encoder(model, window, query_head)(tokens)])
 
 
 def describe(workdir: AnyPath) -> Record:

@@ -11,12 +11,12 @@ from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from beam_pipelines.runner import run_units
-from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
 from resmem_lm.lock import assert_held
 from resmem_lm.published import Record, expect, folder_of, publish, record_of, remove_orphans
-from resmem_lm.storage import AnyPath, drop_copy, read_json, to_path, write_json
+from resmem_lm.storage import AnyPath, drop_copy, to_path, write_json
 from resmem_lm.workdir import disk_errors, stage
 
 PROCESS_BYTES = 2**30  # libraries and compiled programs
@@ -55,14 +55,15 @@ class BuildShard(beam.DoFn):
         made_from = source_of(part, self.settings)
         with self._turn.lock:
             if not record_of(workdir / "index", unit.name, made_from):
-                part.check_files("keys.npy")
+                part.check_files(*KEY_FILES)
                 with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
                     if self.settings["kind"] == "scann":
                         chosen = {name: self.settings[name] for name in ("candidates", "training_rows", "threads")}
                         attempt.facts |= build_scann(part, attempt.folder, **chosen)
                     attempt.facts["rows"] = part.rows
                 for shard in part.shards:
-                    drop_copy(folder_of(part.folder, shard) / "keys.npy")
+                    for name in KEY_FILES:
+                        drop_copy(folder_of(part.folder, shard) / name)
                 self._rows.inc(part.rows)
         yield unit.name
 
@@ -102,7 +103,7 @@ def build_index(
     """
     datastore = open_datastore(workdir / "datastore")
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
-    emb = read_json(workdir / "checkpoints" / "model.json")["config"]["emb_dim"]
+    emb = datastore.array("key_codes").shape[1]
     most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:

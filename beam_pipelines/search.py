@@ -19,7 +19,7 @@ from beam_pipelines.datastore import EncodingWorker, write_arrays
 from beam_pipelines.index import OneAtATime
 from beam_pipelines.runner import run_units
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import query_head
 from resmem_lm.errors import UserError
@@ -160,9 +160,10 @@ class _OpenIndex(OneAtATime):
                 self._index = None
                 drop_copy(folder_of(neighbors.parent / "index", record))
                 for shard in part.shards:
-                    drop_copy(folder_of(datastore.folder, shard) / "keys.npy")
+                    for name in KEY_FILES:
+                        drop_copy(folder_of(datastore.folder, shard) / name)
             index, first_row = open_index(neighbors.parent, datastore, settings.index, number)
-            index.datastore.check_files("keys.npy")
+            index.datastore.check_files(*KEY_FILES)
             self._index, self._number = (index, first_row), number
         return self._index
 

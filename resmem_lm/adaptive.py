@@ -63,7 +63,7 @@ def known(
     """
     k = neighbors.tokens.shape[1]
     sigmas = sigma * jnp.array(BANDWIDTHS, jnp.float32)
-    scores = score(candidates, neighbors, jnp.full(len(BANDWIDTHS), k), sigmas, 1.0, unit_number, unit_number)
+    scores = score(candidates, neighbors, jnp.full(len(BANDWIDTHS), k), sigmas, 1.0, unit_number)
     base, residual, knn = scores.base[:, -k:], scores.residual[1][:, -k:], scores.knn[..., -k:]
     same = neighbors.tokens[:, :, None] == neighbors.tokens[:, None, :]
     found = jnp.isfinite(neighbors.distances)

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer, UInt8
 
+from resmem_lm.codes import decode_probabilities
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
 
 Formula = Literal["resmem", "knnlm", "boosted", "clipped"]
@@ -49,13 +50,13 @@ class Candidates(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """Per query, nearest first: distance, token, and the residual's entries at the query's candidates (T = 1)."""
+    """Per query, nearest first: distance, token, and the codes of the row's probabilities of the query's candidates (0: no entry)."""
 
     distances: Float[Array, "queries k"]
     tokens: Int[Array, "queries k"]
-    residuals: Float[Array, "queries k candidates"]
+    codes: UInt8[Array, "queries k candidates"]
     target_log_probability: Float[Array, "queries k"]
-    log_partition: Float[Array, "queries k temperatures"]
+    log_power_sums: Float[Array, "queries k temperatures"]
 
 
 class Scores(NamedTuple):
@@ -77,22 +78,22 @@ def choose_candidates(
     return ids, jnp.take_along_axis(logits, ids, axis=1), top[:, base]
 
 
-def residuals_at(
+def codes_at(
     candidates: Int[np.ndarray, "queries candidates"],
-    ids: Integer[np.ndarray, "queries k entries"],
-    values: Float[np.ndarray, "queries k entries"],
-) -> Float[np.ndarray, "queries k candidates"]:
-    """Each neighbour's residual at each candidate, zero where it stores no entry.
+    ids: Integer[np.ndarray, "queries k others"],
+    codes: UInt8[np.ndarray, "queries k others"],
+) -> UInt8[np.ndarray, "queries k candidates"]:
+    """The code of each row's probability of each candidate, zero where it stores none.
 
     In NumPy, on the way from the files: a table of the vocabulary tells at once which entries matter.
     """
     queries = np.arange(len(candidates))[:, None]
-    place = np.full((len(candidates), int(max(candidates.max(), ids.max())) + 1), -1, np.int16)
+    place = np.full((len(candidates), int(max(candidates.max(), ids.max(initial=0))) + 1), -1, np.int16)
     place[queries, candidates] = np.arange(candidates.shape[1], dtype=np.int16)
     places = place[queries[..., None], ids]
     query, neighbor, entry = np.nonzero(places >= 0)
-    found = np.zeros((*ids.shape[:2], candidates.shape[1]), np.float32)
-    found[query, neighbor, places[query, neighbor, entry]] = values[query, neighbor, entry]
+    found = np.zeros((*ids.shape[:2], candidates.shape[1]), np.uint8)
+    found[query, neighbor, places[query, neighbor, entry]] = codes[query, neighbor, entry]
     # A token may stand twice among the candidates; the table has one of its places.
     return np.take_along_axis(found, place[queries, candidates][:, None].astype(np.intp), axis=2)
 
@@ -104,22 +105,19 @@ def score(
     sigmas: Float[Array, " weightings"],
     temperature: float | Float[Array, ""],
     temperature_number: int | Int[Array, ""],
-    unit_number: int,
 ) -> Scores:
     """The parts of every method's score at one temperature, for each pair of k and sigma.
 
-    `temperature_number` and `unit_number` tell where the temperature and T = 1 stand among those of the log-partition values.
+    `temperature_number` tells where the temperature stands among those of the log-partition values.
     """
     is_token = (neighbors.tokens[..., None] == candidates.ids[:, None, :]).astype(jnp.float32)
     r = at_temperature(
-        neighbors.residuals,
+        decode_probabilities(neighbors.codes),
         is_token,
         neighbors.target_log_probability,
-        neighbors.log_partition[..., unit_number],
-        neighbors.log_partition[..., temperature_number],
+        neighbors.log_power_sums[..., temperature_number],
         temperature,
     )
-    r = jnp.where(temperature == 1.0, neighbors.residuals, r)
     rank = jnp.arange(neighbors.distances.shape[1])
     weights = jax.vmap(lambda k, sigma: neighbor_weights(jnp.where(rank < k, neighbors.distances, jnp.inf), sigma))(ks, sigmas)
     log_z = candidates.log_partition[:, temperature_number]

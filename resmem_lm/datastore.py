@@ -2,7 +2,7 @@
 
     datastore/manifest.json
     datastore/shard-00003-of-00016.json
-    datastore/shard-00003-of-00016.1f3a9c2e/{keys,residual_ids,residual_values,tokens,...}.npy, documents.jsonl
+    datastore/shard-00003-of-00016.1f3a9c2e/{key_codes,residual_ids,residual_codes,tokens,...}.npy, documents.jsonl
 
 Row i of every array of a shard belongs to the same token. A document's rows are consecutive and in order, so
 `documents.jsonl` (`id`, `first_row`, `rows`) tells where each row came from. NumPy alone can read all of it. Rows of forgotten
@@ -16,19 +16,24 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
+from resmem_lm.codes import decode_keys, decode_probabilities
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
+from resmem_lm.projection import load_projection, projection_path
 from resmem_lm.published import Record, damaged_files, folder_of, record_path
+from resmem_lm.resmem import at_temperature
 from resmem_lm.sharded import ShardedArray, load_array
 from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.windows import WindowSpec
 
-FORMAT = "resmem-datastore-2"
+FORMAT = "resmem-datastore-3"
 KEY_POSITION = "last layer, after the pre-MLP LayerNorm, before the MLP"
 ARRAYS = DatastoreRows._fields
+KEY_FILES = ("key_codes.npy", "key_scales.npy")
 FILES = (*(f"{name}.npy" for name in ARRAYS), "documents.jsonl")  # of a shard
 
 
@@ -41,11 +46,20 @@ class Binding:
     window: WindowSpec
     temperatures: tuple[float, ...]
     entries: int
+    key_dimensions: int | None = None
+    projection: str | None = None  # checksum of that which makes keys of so many dimensions
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the manifest."""
         value: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self)}))
         return value
+
+
+def projection_of(folder: AnyPath, binding: Binding) -> Float[np.ndarray, "emb dimensions"] | None:
+    """See `Datastore.projection`."""
+    if binding.projection is None or binding.key_dimensions is None:
+        return None
+    return load_projection(projection_path(folder, binding.model, binding.key_dimensions), binding.projection)
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -74,7 +88,8 @@ class Datastore:
         self.shards: list[Record] = manifest["shards"]
         self.offsets = np.concatenate([[0], np.cumsum([shard["rows"] for shard in self.shards])])
         window = WindowSpec(**manifest["window"])
-        self.binding = Binding(manifest["model"], manifest["vocabulary"], window, tuple(manifest["temperatures"]), manifest["entries"])
+        made = {field.name: manifest[field.name] for field in dataclasses.fields(Binding)}
+        self.binding = Binding(**made | {"window": window, "temperatures": tuple(manifest["temperatures"])})
         self._arrays: dict[str, ShardedArray] = {}
         self._documents: dict[int, list[dict[str, Any]]] = {}
 
@@ -139,6 +154,35 @@ class Datastore:
         """The given rows of one array, by their numbers through all shards."""
         return self.array(name)[rows]
 
+    @functools.cached_property
+    def projection(self) -> Float[np.ndarray, "emb dimensions"] | None:
+        """What makes a key of the model's activations; None where these are the key. UserError if it was altered."""
+        return projection_of(self.folder, self.binding)
+
+    def keys(self, rows: Int[np.ndarray, "*some"]) -> Float[np.ndarray, "*some emb"]:
+        """The given rows' keys."""
+        return decode_keys(self.take("key_codes", rows), self.take("key_scales", rows))
+
+    def residuals(
+        self, rows: Int[np.ndarray, "*some"], temperature: float = 1.0
+    ) -> tuple[Int[np.ndarray, "*some entries"], Float[np.ndarray, "*some entries"]]:
+        """Ids and values of the given rows' residual entries, the token's own first."""
+        ids = np.concatenate([self.take("tokens", rows)[..., None], self.take("residual_ids", rows)], axis=-1).astype(np.int32)
+        others = decode_probabilities(self.take("residual_codes", rows))
+        number = self.binding.temperatures.index(temperature)
+        values = at_temperature(
+            jnp.pad(others, [(0, 0)] * rows.ndim + [(1, 0)]),
+            (jnp.arange(ids.shape[-1]) == 0).astype(jnp.float32),
+            jnp.asarray(self.take("target_log_probability", rows), jnp.float32),
+            jnp.asarray(self.take("log_power_sums", rows)[..., number], jnp.float32),
+            temperature,
+        )
+        return ids, np.asarray(values)
+
+    def shard_keys(self, shard: int, some: slice = slice(None)) -> Float[np.ndarray, "rows emb"]:
+        """Some rows' keys of one shard."""
+        return decode_keys(*(self.shard_arrays(name)[shard][some] for name in ("key_codes", "key_scales")))
+
     def documents(self, shard: int) -> list[dict[str, Any]]:
         """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
         if shard not in self._documents:
@@ -160,6 +204,10 @@ class Datastore:
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=checksums):
                 yield f"{problem}; {mend(self.folder, shard)}"
+        try:
+            _ = self.projection
+        except UserError as error:
+            yield str(error)
 
     def check_files(self, *names: str) -> None:
         """Reads some files of every shard and compares their checksums; UserError if one was altered."""

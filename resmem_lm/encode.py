@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Float16, Int, Int8, UInt, UInt8
 
 from resmem_lm.checkpoint import Model
+from resmem_lm.codes import encode_keys, encode_probabilities
 from resmem_lm.model import shift_right
-from resmem_lm.resmem import residual, sparse_residual
+from resmem_lm.resmem import sparse_residual
 from resmem_lm.windows import WindowSpec, window_rows
 
 ROWS = 16  # windows in one forward pass
@@ -21,15 +22,20 @@ Head = Callable[[dict[str, Any], Array, Array, Array], Any]
 
 
 class DatastoreRows(NamedTuple):
-    """What the datastore holds of some tokens, in its dtypes."""
+    """What the datastore holds of some tokens, in its dtypes: keys and probabilities in the codes of `resmem_lm.codes`.
 
-    keys: Float[Array, "rows emb"]
-    residual_ids: UInt[Array, "rows entries"]
-    residual_values: Float[Array, "rows entries"]
+    The residual is 1 - p at the token and -p at the other ids; `dropped` is not below the largest p of an id that is not among them.
+    `log_power_sums` are log sum_y p(y)^(1/T).
+    """
+
+    key_codes: Int8[Array, "rows emb"]
+    key_scales: Float16[Array, " rows"]
+    residual_ids: UInt[Array, "rows others"]
+    residual_codes: UInt8[Array, "rows others"]
     tokens: UInt[Array, " rows"]
-    dropped: Float[Array, " rows"]
-    log_partition: Float[Array, "rows temperatures"]
-    target_log_probability: Float[Array, " rows"]
+    target_log_probability: Float16[Array, " rows"]
+    dropped: Float16[Array, " rows"]
+    log_power_sums: Float16[Array, "rows temperatures"]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -39,26 +45,32 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def log_partition(logits: Float[Array, "rows vocab"], temperatures: tuple[float, ...]) -> Float[Array, "rows temperatures"]:
     """log Z_T = logsumexp(f / T) for each T."""
-    return jnp.stack([jax.nn.logsumexp(logits / temperature, axis=-1) for temperature in temperatures], axis=-1)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # Each sum is a pass of its own: XLA's one loop for several sums is three times slower on a CPU.
+    sums = [jax.lax.optimization_barrier(jnp.sum(jnp.exp((logits - largest) / temperature), axis=-1)) for temperature in temperatures]
+    return jnp.stack([jnp.log(total) + largest[:, 0] / temperature for total, temperature in zip(sums, temperatures, strict=True)], axis=-1)
 
 
 def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -> Head:
-    """Datastore rows of emitted tokens: residuals at T = 1, and log Z_T for the other temperatures."""
+    """Datastore rows of emitted tokens: residuals at T = 1, and what makes those of other temperatures of them."""
+    unit = temperatures.index(1.0)
 
     def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> DatastoreRows:
         logits = model.logits(parameters, hidden)
-        ids, values, dropped = sparse_residual(residual(logits, targets), entries)
         log_z = log_partition(logits, temperatures)
+        ids, p, dropped = sparse_residual(logits, targets, log_z[:, unit], entries)
         target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        codes, scales = encode_keys(keys)
         dtype = token_dtype(model.config.vocab_size)
         return DatastoreRows(
-            keys=keys.astype(jnp.float16),
+            key_codes=codes,
+            key_scales=scales,
             residual_ids=ids.astype(dtype),
-            residual_values=values.astype(jnp.float16),
+            residual_codes=encode_probabilities(p),
             tokens=targets.astype(dtype),
-            dropped=dropped,
-            log_partition=log_z,
-            target_log_probability=target_logits - jax.nn.logsumexp(logits, axis=-1),
+            target_log_probability=(target_logits - log_z[:, unit]).astype(jnp.float16),
+            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up, for it is a bound
+            log_power_sums=(log_z - log_z[:, unit, None] / jnp.array(temperatures, jnp.float32)).astype(jnp.float16),
         )
 
     return head
@@ -81,15 +93,16 @@ def _first(output: Any, count: int) -> Any:
 
 
 class Encoder:
-    """Runs the model over the windows of documents and a head over the tokens that they emit."""
+    """Runs the model over the windows of documents and a head over the tokens that they emit, of whose keys it may project."""
 
-    def __init__(self, model: Model, spec: WindowSpec, head: Head) -> None:
+    def __init__(self, model: Model, spec: WindowSpec, head: Head, projection: Float[np.ndarray, "emb dimensions"] | None = None) -> None:
         self.spec, self.parameters = spec, model.parameters
         self._hidden = jax.jit(model.hidden)
 
         def select(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array, places: Array) -> Any:
             flat_keys, flat_hidden = (x.reshape(-1, x.shape[-1]) for x in (keys, hidden))
-            return head(parameters, flat_keys[places], flat_hidden[places], targets.reshape(-1)[places])
+            some_keys = flat_keys[places] if projection is None else flat_keys[places] @ projection
+            return head(parameters, some_keys, flat_hidden[places], targets.reshape(-1)[places])
 
         self._head = jax.jit(select)
 

@@ -110,7 +110,7 @@ def evaluate(
         UserError: a temperature that the datastore has no log-partition values for, or no usable k.
     """
     datastore = open_datastore(workdir / "datastore")
-    datastore.check_files(*(f"{name}.npy" for name in ("residual_ids", "residual_values", "target_log_probability", "log_partition")))
+    datastore.check_files(*(f"{name}.npy" for name in ("residual_ids", "residual_codes", "target_log_probability", "log_power_sums")))
     missing = [t for t in temperatures if t not in datastore.binding.temperatures]
     if missing:
         raise UserError(

@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float16, Int, Int8
 
+from resmem_lm.codes import decode_keys
 from resmem_lm.datastore import Datastore
 from resmem_lm.errors import UserError
 from resmem_lm.published import Record, damaged_files, folder_of
@@ -42,8 +43,10 @@ class Index(Protocol):
 
 
 @jax.jit
-def _distances(queries: Float[Array, "queries emb"], keys: Float[Array, "queries n emb"]) -> Float[Array, "queries n"]:
-    return jnp.sqrt(jnp.sum(jnp.square(queries[:, None] - keys.astype(jnp.float32)), axis=-1))
+def _distances(
+    queries: Float[Array, "queries emb"], codes: Int8[Array, "queries n emb"], scales: Float16[Array, "queries n"]
+) -> Float[Array, "queries n"]:
+    return jnp.sqrt(jnp.sum(jnp.square(queries[:, None] - decode_keys(codes, scales)), axis=-1))
 
 
 def nearest(
@@ -52,7 +55,7 @@ def nearest(
     """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
     if candidates.shape[1] < k:
         candidates = np.pad(candidates, ((0, 0), (0, k - candidates.shape[1])), constant_values=-1)
-    found = np.array(_distances(queries, datastore.take("keys", np.maximum(candidates, 0))))
+    found = np.array(_distances(queries, *(datastore.take(name, np.maximum(candidates, 0)) for name in ("key_codes", "key_scales"))))
     found[candidates < 0] = np.inf
     return merge_nearest([(candidates, found)], k)
 
@@ -69,12 +72,12 @@ class ExactIndex:
         """See `Index.search`."""
         best_rows = np.full((len(queries), 2 * k), -1, np.int64)
         best_scores = np.full((len(queries), 2 * k), -np.inf, np.float32)
-        for shard, keys in enumerate(self.datastore.shard_arrays("keys")):
-            for start in range(0, len(keys), EXACT_BLOCK):
-                some_keys = keys[start : start + EXACT_BLOCK]
+        for shard, record in enumerate(self.datastore.shards):
+            for start in range(0, record["rows"], EXACT_BLOCK):
+                some_keys = self.datastore.shard_keys(shard, slice(start, start + EXACT_BLOCK))
                 # Each shape is compiled: blocks are filled up to a power of two, with rows that cannot be found.
                 padding = (1 << (len(some_keys) - 1).bit_length()) - len(some_keys)
-                block = jnp.asarray(np.pad(some_keys, ((0, padding), (0, 0))), jnp.float32)
+                block = jnp.asarray(np.pad(some_keys, ((0, padding), (0, 0))))
                 rows = self.datastore.offsets[shard] + start + np.arange(len(some_keys))
                 remembered = jnp.asarray(np.pad(~self.datastore.is_forgotten(rows), (0, padding)))
                 count = min(k, len(block))
@@ -194,9 +197,9 @@ def largest_index(memory: int, dimensions: int, training_rows: int) -> int:
 
 def build_scann(datastore: Datastore, folder: Path, candidates: int, training_rows: int, threads: int = 0) -> Record:
     """Writes ScaNN's files of some shards of a datastore; returns the measure and the tree's parameters."""
-    keys = np.empty((datastore.rows, datastore.array("keys").shape[1]), np.float32)
-    for begin, shard in zip(datastore.offsets, datastore.shard_arrays("keys"), strict=False):
-        keys[begin : begin + len(shard)] = shard
+    keys = np.empty((datastore.rows, datastore.array("key_codes").shape[1]), np.float32)
+    for shard, begin in enumerate(datastore.offsets[:-1]):
+        keys[begin : datastore.offsets[shard + 1]] = datastore.shard_keys(shard)
     norms = np.linalg.norm(keys[:: max(1, len(keys) // 100_000)], axis=1)
     # Inner products search three times faster, and order as distances do where all keys have nearly one norm.
     facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}

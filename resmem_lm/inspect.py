@@ -12,7 +12,7 @@ from resmem_lm.documents import read_shard
 from resmem_lm.encode import Encoder, query_head
 from resmem_lm.errors import UserError
 from resmem_lm.index import search_shards
-from resmem_lm.resmem import at_temperature, merge_sparse, neighbor_weights, predict
+from resmem_lm.resmem import merge_sparse, neighbor_weights, predict
 from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.workdir import finished
@@ -37,9 +37,9 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     setting = Setting.of("resmem", chosen)
     tokens = vocabulary.encode(text)
-    keys, hidden = (np.empty((len(tokens), model.config.emb_dim), np.float32) for _ in range(2))
-    for positions, encoded in Encoder(model, datastore.binding.window, query_head)([tokens]):
-        keys[positions], hidden[positions] = encoded.keys, encoded.hidden
+    encoded = list(Encoder(model, datastore.binding.window, query_head, datastore.projection)([tokens]))
+    order = np.argsort(np.concatenate([positions for positions, _ in encoded]))
+    keys, hidden = (np.concatenate(arrays)[order] for arrays in zip(*(rows for _, rows in encoded), strict=True))
     rows, distances = search_shards(workdir, datastore, keys, setting.k)
 
     logits = model.logits(model.parameters, jnp.asarray(hidden)) / setting.temperature
@@ -47,19 +47,9 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     base = base / jnp.sum(base, axis=-1, keepdims=True)
     known = np.maximum(rows, 0)
     weights = neighbor_weights(jnp.asarray(distances), setting.sigma)
-    neighbor_tokens, ids = (datastore.take(name, known).astype(np.int32) for name in ("tokens", "residual_ids"))
-    values = jnp.asarray(datastore.take("residual_values", known), jnp.float32)
-    if setting.temperature != 1.0:
-        log_partition, temperatures = datastore.take("log_partition", known), list(datastore.binding.temperatures)
-        values = at_temperature(
-            values,
-            jnp.asarray(ids == neighbor_tokens[..., None], jnp.float32),
-            jnp.asarray(datastore.take("target_log_probability", known)),
-            jnp.asarray(log_partition[..., temperatures.index(1.0)]),
-            jnp.asarray(log_partition[..., temperatures.index(setting.temperature)]),
-            setting.temperature,
-        )
-    merged = merge_sparse(base, weights, jnp.asarray(ids), values, setting.lambda_)
+    ids, values = datastore.residuals(known, setting.temperature)
+    neighbor_tokens = ids[..., 0]
+    merged = merge_sparse(base, weights, jnp.asarray(ids), jnp.asarray(values), setting.lambda_)
     deepnet, resmem = np.asarray(predict(base)), np.asarray(predict(merged))
 
     def neighbor(row: int, weight: float, distance: float) -> dict[str, Any]:

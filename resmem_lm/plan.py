@@ -25,6 +25,7 @@ from resmem_lm.sizes import (
     assume,
     checkpoint_bytes,
     count,
+    key_dimensions,
     model_of,
     query_bytes,
     searching_bytes,
@@ -124,7 +125,7 @@ def plan(
     memory = int((settings["build_index"]["memory_gib"] if memory_gib is None else memory_gib) * 2**30)
     index_rows = [counts.rows]
     if settings["build_index"]["kind"] == "scann":
-        emb, training_rows = model_of(settings).emb_dim, settings["build_index"]["training_rows"]
+        emb, training_rows = key_dimensions(settings), settings["build_index"]["training_rows"]
         most, largest = largest_index(memory - PROCESS_BYTES, emb, training_rows), max(shard.tokens for shard in counts.shards)
         if most < largest:
             needed = (index_memory(largest, emb, training_rows) + PROCESS_BYTES) / 2**30
@@ -213,7 +214,7 @@ def _times(
         rates[name] = Rate(1 / max(found.each, 1e-12), rate is not None)
         return found
 
-    emb, index, search = model_of(settings).emb_dim, settings["build_index"], settings["search"]
+    emb, index, search = key_dimensions(settings), settings["build_index"], settings["search"]
     datastore = sum(size for name, size in files.items() if name.startswith("datastore/"))
     checksums = costs.checksum * datastore
     times: dict[str, tuple[float, int]] = {}
@@ -268,9 +269,9 @@ def _memory(settings: Settings, counts: Counts, index_rows: list[int], costs: Co
     grows = {
         "train": 24 * counts.train_tokens,  # lists of tokens, then rows of tokens and of segments
         "build": 2 * 16 * max(shard.tokens for shard in counts.shards),  # two shards at a time, text and tokens
-        "index": index_memory(most, model.emb_dim, settings["build_index"]["training_rows"]) if scann else 0,
+        "index": index_memory(most, key_dimensions(settings), settings["build_index"]["training_rows"]) if scann else 0,
         # What is written, in parts and then together; and the index.
-        "search": 2 * query_shard * each + (index_bytes(most, model.emb_dim) if scann else 0),
+        "search": 2 * query_shard * each + (index_bytes(most, key_dimensions(settings)) if scann else 0),
         "evaluate": largest * 5 * METHODS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
     if "train" not in settings:

@@ -158,7 +158,7 @@ class _Rehearsal:
             self.say("measure index")
             index = self.settings["build_index"]
             chosen = {name: index[name] for name in ("candidates", "training_rows", "threads")}
-            self.costs.tree = measure_tree(self.model.emb_dim, **chosen)
+            self.costs.tree = measure_tree(self.settings["build_datastore"]["key_dimensions"] or self.model.emb_dim, **chosen)
         return self.costs
 
     def _workdir(self, name: str, tokens: dict[str, list[int]], shared: Path) -> Path:
@@ -240,8 +240,7 @@ class _Rehearsal:
         settings, datastore = self.settings["search"], open_datastore(shared / "datastore")
         k = min(settings["neighbors"], datastore.rows)
         index, _ = open_index(shared, datastore, index_manifest(shared, datastore), 0)
-        keys = np.concatenate([np.asarray(shard[: 2 * QUERY_BLOCK], np.float32) for shard in datastore.shard_arrays("keys")])
-        keys = keys[: 2 * QUERY_BLOCK]
+        keys = datastore.keys(np.arange(min(datastore.rows, 2 * QUERY_BLOCK)))
         searched = least(lambda: index.search(keys, k)) / len(keys)
         sample = keys[: min(len(keys), max(1, settings["recall_queries"]))]
         self.costs.exact = least(lambda: ExactIndex(datastore).search(sample, k)) / len(sample) / datastore.rows

@@ -5,9 +5,12 @@
     r_kNN   = sum_i w_i r_i                                     zero where a row stores no entry
     score   = softmax(f(x_q) / T) + lambda * r_kNN              lambda = 1 is the paper            (step 4)
 
-A stored row is sparse: the `entries` components of r_i largest in absolute value (appendix C takes 128 of 32,128).
+A stored row is sparse: of r_i it has the `entries` largest components (appendix C takes 128 of 32,128), which are 1 - p(y) of its own
+token y and -p of others.
 Everything here is pure and works on any number of queries at once.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +25,66 @@ def residual(
 
 
 def largest(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
-    """`jax.lax.top_k` behind a barrier: XLA makes a full sort of a top_k whose result is sliced, far slower on a CPU."""
+    """`jax.lax.top_k`, equal values by place, without a look at everything: only the blocks whose largest is among the largest matter."""
+    block = 1 << max(0, round(math.log2(values.shape[1] / count) / 2))  # as many blocks as values in those that are looked at
+    if block < 4:
+        return _top_k(values, count)
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % block)), constant_values=-jnp.inf)
+    blocks = padded.reshape(len(values), -1, block)
+    numbers = jnp.sort(_top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)
+    found, places = _top_k(jnp.take_along_axis(blocks, numbers[..., None], axis=1).reshape(len(values), -1), count)
+    return found, jnp.take_along_axis(numbers, places // block, axis=1) * block + places % block
+
+
+def _top_k(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
+    # XLA makes a full sort of a top_k whose result is sliced, far slower on a CPU.
     found, places = jax.lax.optimization_barrier(jax.lax.top_k(values, count))
     return found, places
 
 
 def sparse_residual(
-    r: Float[Array, "rows vocab"], entries: int
-) -> tuple[Int[Array, "rows entries"], Float[Array, "rows entries"], Float[Array, " rows"]]:
-    """Ids and values of the `entries` components largest in absolute value, and the largest |r| that is dropped (0 if none)."""
-    entries = min(entries, r.shape[-1])
-    magnitudes, ids = largest(jnp.abs(r), min(entries + 1, r.shape[-1]))
-    dropped = magnitudes[:, entries] if magnitudes.shape[1] > entries else jnp.zeros(r.shape[0])
-    ids = ids[:, :entries]
-    return ids, jnp.take_along_axis(r, ids, axis=1), dropped
+    logits: Float[Array, "rows vocab"], targets: Int[Array, " rows"], log_z: Float[Array, " rows"], entries: int
+) -> tuple[Int[Array, "rows others"], Float[Array, "rows others"], Float[Array, " rows"]]:
+    """r at T = 1 without all but `entries` components: the token's own and the largest others, largest first.
+
+    (The paper keeps those largest in absolute value; the own is not among these only where 1 - p(y) is smaller than all of them.)
+
+    Args:
+        logits: f(x).
+        targets: y.
+        log_z: logsumexp of the logits.
+        entries: how many components, the token's own counted; all where the vocabulary has no more.
+
+    Returns:
+        Of the others, ids and probabilities p (r = -p), and the largest p that is dropped (0 if none).
+    """
+    vocab = logits.shape[1]
+    others = min(entries, vocab) - 1
+    found, ids = largest(logits, min(others + 2, vocab))
+    is_target = ids == targets[:, None]
+    place = jnp.where(jnp.any(is_target, axis=1), jnp.argmax(is_target, axis=1), ids.shape[1])[:, None]
+    rank = jnp.arange(ids.shape[1] - 1)
+    without = rank + (rank >= place)  # the token's own is passed over
+    ids, p = jnp.take_along_axis(ids, without, axis=1), jnp.exp(jnp.take_along_axis(found, without, axis=1) - log_z[:, None])
+    dropped = p[:, others] if p.shape[1] > others else jnp.zeros(len(logits))
+    return ids[:, :others], p[:, :others], dropped
 
 
 def at_temperature(
-    values: Float[Array, "... entries"],
+    probabilities: Float[Array, "... entries"],
     is_target: Float[Array, "... entries"],
     target_log_probability: Float[Array, "..."],
-    log_partition: Float[Array, "..."],
-    log_partition_t: Float[Array, "..."],
+    log_power_sum: Float[Array, "..."],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "... entries"]:
-    """Residual entries stored at T = 1 -> the same entries at temperature T.
+    """Residual entries at temperature T, from the probabilities p_1 stored at T = 1 (0 where there is no entry).
 
-    p_1 = onehot - r, and logits f = log p_1 + log Z_1, so p_T = exp(f / T - log Z_T), where log Z_T = logsumexp(f / T). The
-    target's p_1 is given, because 1 - r loses it to rounding where r is nearly 1. Zeros (no entry) stay zero.
+    The logits are log p_1 + log Z_1, so p_T = exp(log p_1 / T - s_T) with s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T, which is
+    0 at T = 1. An entry of the row's own token is there whatever stands in `probabilities`; its p_1 is given more exactly.
     """
-    log_p = jnp.where(is_target > 0, target_log_probability[..., None], jnp.log(jnp.maximum(-values, 1e-30)))
-    p_t = jnp.exp((log_p + log_partition[..., None]) / temperature - log_partition_t[..., None])
-    return jnp.where(values == 0, 0.0, is_target - p_t)
+    log_p = jnp.where(is_target > 0, target_log_probability[..., None], jnp.log(jnp.maximum(probabilities, 1e-30)))
+    p_t = jnp.exp(log_p / temperature - log_power_sum[..., None])
+    return jnp.where((probabilities == 0) & (is_target == 0), 0.0, is_target - p_t)
 
 
 def neighbor_weights(distances: Float[Array, "queries k"], sigma: float | Float[Array, ""]) -> Float[Array, "queries k"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from resmem_lm.adaptive import Gate, Known, distribution, known
 from resmem_lm.calibrated import SimplexFormula, is_first, of_target, on_simplex
-from resmem_lm.candidates import Candidates, Formula, Neighbors, Scores, Setting, best, residuals_at, score
+from resmem_lm.candidates import Candidates, Formula, Neighbors, Scores, Setting, best, codes_at, score
 from resmem_lm.datastore import Datastore
 from resmem_lm.progress import progress
 from resmem_lm.search import Queries
@@ -32,7 +32,7 @@ def directions(scores: Scores, is_resmem: Bool[Array, " weightings"]) -> Float[A
     return jnp.where(is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
 
 
-@functools.partial(jax.jit, static_argnames="unit_number")
+@jax.jit
 def _correct_counts(
     candidates: Candidates,
     neighbors: Neighbors,
@@ -43,11 +43,9 @@ def _correct_counts(
     lambdas: Float[Array, " lambdas"],
     temperature: Float[Array, ""],
     temperature_number: Int[Array, ""],
-    *,
-    unit_number: int,
 ) -> Int[Array, "weightings lambdas"]:
     """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval."""
-    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
+    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
     slopes, is_target = directions(scores, is_resmem), candidates.ids == targets[:, None]
     lead = _of_target(scores.base, is_target) - scores.base
     slope = _of_target(slopes, is_target) - slopes
@@ -63,7 +61,7 @@ def _of_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "q
     return jnp.max(jnp.where(is_target, values, -jnp.inf), axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnames="unit_number")
+@jax.jit
 def _predictions(
     candidates: Candidates,
     neighbors: Neighbors,
@@ -73,10 +71,8 @@ def _predictions(
     lambdas: Float[Array, " weightings"],
     temperature: Float[Array, ""],
     temperature_number: Int[Array, ""],
-    *,
-    unit_number: int,
 ) -> tuple[Int[Array, "weightings queries"], Bool[Array, "weightings queries"]]:
-    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
+    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
     winners, top = best(scores.base + lambdas[:, None, None] * directions(scores, is_resmem), candidates.ids)
     bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
     return winners, top >= bound  # certified: no token outside the candidates scores more
@@ -101,7 +97,7 @@ def _joined(parts: list[T]) -> T:
     return type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("formulas", "unit_number"))
+@functools.partial(jax.jit, static_argnames="formulas")
 def _log_losses(
     candidates: Candidates,
     neighbors: Neighbors,
@@ -113,10 +109,9 @@ def _log_losses(
     temperature_number: Int[Array, ""],
     *,
     formulas: tuple[SimplexFormula, ...],
-    unit_number: int,
 ) -> Float[Array, "formulas lambdas sigmas"]:
     ks = jnp.full(len(sigmas), neighbors.distances.shape[1])
-    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number, unit_number)
+    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
     first = is_first(candidates.ids)
 
     def losses(formula: SimplexFormula, lambda_: Float[Array, ""]) -> Float[Array, " sigmas"]:
@@ -127,7 +122,7 @@ def _log_losses(
     return jnp.stack([jax.lax.map(functools.partial(losses, formula), lambdas) for formula in formulas])
 
 
-@functools.partial(jax.jit, static_argnames=("formula", "unit_number"))
+@functools.partial(jax.jit, static_argnames="formula")
 def _told(
     candidates: Candidates,
     neighbors: Neighbors,
@@ -140,9 +135,8 @@ def _told(
     temperature_number: Int[Array, ""],
     *,
     formula: SimplexFormula,
-    unit_number: int,
 ) -> Told:
-    scores = score(candidates, neighbors, k[None], sigma[None], temperature, temperature_number, unit_number)
+    scores = score(candidates, neighbors, k[None], sigma[None], temperature, temperature_number)
     q = on_simplex(formula, scores.base, scores.residual[0], scores.knn[0], is_first(candidates.ids), lambda_)
     winners, top = best(q.candidates, candidates.ids)
     probability = of_target(q, candidates.ids == targets[:, None], target_base)
@@ -185,7 +179,8 @@ class SplitScorer:
     """A split's cached neighbours, read block by block with their residuals."""
 
     def __init__(self, name: str, queries: Queries, datastore: Datastore, *, entries: int | None = None) -> None:
-        self.name, self.queries, self.datastore, self.entries = name, queries, datastore, entries  # so many of each residual; None is all
+        self.name, self.queries, self.datastore = name, queries, datastore
+        self.others = None if entries is None else entries - 1  # besides the token's own
         self.temperatures = list(datastore.binding.temperatures)
         self.unit_number = self.temperatures.index(1.0)
 
@@ -200,13 +195,13 @@ class SplitScorer:
             candidates = Candidates(
                 *(jnp.asarray(array[padded]) for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition))
             )
-            ids, values = (self.datastore.take(name, rows) for name in ("residual_ids", "residual_values"))
+            ids, codes = (self.datastore.take(name, rows) for name in ("residual_ids", "residual_codes"))
             neighbors = Neighbors(
                 jnp.asarray(q.distances[padded]),
                 jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
-                jnp.asarray(residuals_at(q.candidate_ids[padded], ids[..., : self.entries], values[..., : self.entries])),
-                jnp.asarray(self.datastore.take("target_log_probability", rows)),
-                jnp.asarray(self.datastore.take("log_partition", rows)),
+                jnp.asarray(codes_at(q.candidate_ids[padded], ids[..., : self.others], codes[..., : self.others])),
+                jnp.asarray(self.datastore.take("target_log_probability", rows).astype(np.float32)),
+                jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
             )
             return some, candidates, neighbors
 
@@ -242,7 +237,6 @@ class SplitScorer:
                     np.array(every_lambda, np.float32),
                     np.float32(temperature),
                     np.int32(self.temperatures.index(temperature)),
-                    unit_number=self.unit_number,
                 )
         return {
             Setting(formula, k, sigma, temperature, lambda_): int(counts[t, p, every_lambda.index(lambda_)])
@@ -266,7 +260,6 @@ class SplitScorer:
                     np.array([s.lambda_ for s in group], np.float32),
                     np.float32(temperature),
                     np.int32(self.temperatures.index(temperature)),
-                    unit_number=self.unit_number,
                 )
                 for setting, setting_winners, setting_sure in zip(group, np.asarray(winners), np.asarray(sure), strict=True):
                     found[setting][0][some] = setting_winners[: some.stop - some.start]
@@ -290,7 +283,6 @@ class SplitScorer:
                     np.float32(temperature),
                     np.int32(self.temperatures.index(temperature)),
                     formulas=tuple(lambdas),
-                    unit_number=self.unit_number,
                 )
         return {
             Setting(formula, k, sigma, temperature, lambda_): float(losses[t, f, every_lambda.index(lambda_), s])
@@ -315,7 +307,6 @@ class SplitScorer:
                     np.float32(setting.temperature),
                     np.int32(self.temperatures.index(setting.temperature)),
                     formula="boosted" if setting.formula == "resmem" else setting.formula,
-                    unit_number=self.unit_number,
                 )
                 parts[setting].append(_trimmed(told, some))
         return {setting: _joined(told) for setting, told in parts.items()}

@@ -128,12 +128,18 @@ def assume(settings: Settings, *, rows: int, queries: int, documents: int, bytes
     )
 
 
-def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] | list[float]) -> dict[str, int]:
+def key_dimensions(settings: Settings) -> int:
+    """Of a key in the datastore."""
+    dimensions: int | None = settings["build_datastore"]["key_dimensions"]
+    return model_of(settings).emb_dim if dimensions is None else dimensions
+
+
+def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] | list[float], dimensions: int) -> dict[str, int]:
     """Bytes of one row in each of the datastore's arrays."""
     parameters = jax.eval_shape(lambda: init_parameters(model, 0))
     head = residual_head(Model(model, parameters), entries, tuple(temperatures))
-    hidden, token = jax.ShapeDtypeStruct((1, model.emb_dim), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    row = jax.eval_shape(head, parameters, hidden, hidden, token)
+    key, hidden = (jax.ShapeDtypeStruct((1, width), jnp.float32) for width in (dimensions, model.emb_dim))
+    row = jax.eval_shape(head, parameters, key, hidden, jax.ShapeDtypeStruct((1,), jnp.int32))
     return {name: math.prod(array.shape) * array.dtype.itemsize for name, array in row._asdict().items()}
 
 
@@ -153,13 +159,13 @@ def query_bytes(model: ModelConfig, k: int, temperatures: int) -> dict[str, int]
 def sizes(settings: Settings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
     """Bytes of each kind of file of a work directory, but for a few hundred kB of records, metrics and the report."""
     model, build = model_of(settings), settings["build_datastore"]
-    arrays = row_bytes(model, build["entries"], build["temperatures"])
+    arrays = row_bytes(model, build["entries"], build["temperatures"], key_dimensions(settings))
     files = {"documents": counts.document_bytes, "vocabulary": counts.vocabulary_bytes, "checkpoints": checkpoint}
     for name in ARRAYS:
         files[f"datastore/{name}.npy"] = counts.rows * arrays[name] + NPY_HEADER * len(counts.shards)
     files["datastore/documents.jsonl"] = sum(shard.record_bytes for shard in counts.shards)
     files["datastore/*.json"] = sum(_datastore_records(settings, counts, arrays))
-    files["index"] = sum(index_bytes(rows, model.emb_dim) for rows in index_rows if settings["build_index"]["kind"] == "scann")
+    files["index"] = sum(index_bytes(rows, key_dimensions(settings)) for rows in index_rows if settings["build_index"]["kind"] == "scann")
     k = settings["search"]["neighbors"]
     each = query_bytes(model, k, len(build["temperatures"]))
     for name in Queries._fields:
@@ -171,7 +177,7 @@ def sizes(settings: Settings, counts: Counts, *, index_rows: list[int], checkpoi
 def searching_bytes(settings: Settings, counts: Counts, index_shards: int) -> int:
     """Of what the search keeps until it has finished: keys and hidden states of queries, and what each group of index shards found."""
     found = min(index_shards, GROUPS) * settings["search"]["neighbors"] * (8 + 4)
-    return counts.all_queries * (2 * 4 * model_of(settings).emb_dim + 4 + found)
+    return counts.all_queries * (4 * (model_of(settings).emb_dim + key_dimensions(settings)) + 4 + found)
 
 
 def _datastore_records(settings: Settings, counts: Counts, arrays: dict[str, int]) -> Iterator[int]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from resmem_lm.checkpoint import load_config, load_model
+from resmem_lm.codes import decode_probabilities
 from resmem_lm.datastore import ARRAYS, Datastore, mend, open_datastore
 from resmem_lm.documents import read_shard
 from resmem_lm.errors import UserError
 from resmem_lm.index import index_manifest
 from resmem_lm.progress import progress
+from resmem_lm.projection import projection_path
 from resmem_lm.published import Record, damaged_files, name_of, record_path
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.sharded import load_array
@@ -129,7 +131,10 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     folder = workdir / "datastore"
     manifest = read_json(folder / "manifest.json")
     _know(workdir, known, "datastore", manifest["shards"])
-    damaged = list(Datastore(folder, manifest).damaged(checksums=True))
+    datastore = Datastore(folder, manifest)
+    if datastore.binding.key_dimensions is not None:
+        known.add(inside(projection_path(folder, datastore.binding.model, datastore.binding.key_dimensions), workdir))
+    damaged = list(datastore.damaged(checksums=True))
     yield from damaged
     for record in manifest["shards"]:
         beside = record_path(folder, record)
@@ -171,14 +176,11 @@ def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
             if rows[name].size and rows[name].max() >= vocab_size:
                 yield f"{name}, row {start + int(np.argwhere(rows[name] >= vocab_size)[0][0])}: an id above the vocabulary of {vocab_size}"
                 return
-        is_token = rows["residual_ids"] == rows["tokens"][:, None]
-        of_token = np.sum(np.where(is_token, rows["residual_values"].astype(np.float32), 0), axis=1)
-        others = np.where(is_token, -np.inf, rows["residual_values"].astype(np.float32)).max(axis=1, initial=-np.inf)
-        wanted = -np.expm1(rows["target_log_probability"])  # r of the token: 1 - p
-        # Where the token's own entry is not among those kept, it is no larger than the largest that was dropped.
-        stored = is_token.any(axis=1)
-        wrong = np.where(stored, np.abs(of_token - wanted) > 2e-3, wanted > rows["dropped"] + 2e-3)
-        wrong |= (others > 0) | (is_token.sum(axis=1) > 1)
+        p = decode_probabilities(rows["residual_codes"])
+        wrong = (rows["residual_ids"] == rows["tokens"][:, None]).any(axis=1)  # the token's own is a column of its own
+        wrong |= (np.diff(p, axis=1) > 0).any(axis=1) | (rows["target_log_probability"] > 1e-3)
+        # A code is wrong by up to 0.006, or 2% of what all of them add up to.
+        wrong |= p.sum(axis=1) + np.exp(rows["target_log_probability"].astype(np.float32)) > 1.05
         if wrong.any():
             yield f"row {start + int(np.flatnonzero(wrong)[0])}: its residual is not that of its token"
             return

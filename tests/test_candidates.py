@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from resmem_lm import candidates as c
 from resmem_lm import resmem
 from resmem_lm.candidates import Setting
+from resmem_lm.codes import decode_probabilities, encode_probabilities
 from resmem_lm.scoring import directions
 
 TEMPERATURES = (0.5, 1.0, 2.0)
-SCORE = jax.jit(c.score, static_argnums=6)
+SCORE = jax.jit(c.score)
 
 
 def log_z(logits):
@@ -26,16 +27,16 @@ def problems(draw):
     query_logits = (2 * rng.normal(size=(queries, vocab))).astype(np.float32)
     tokens = rng.integers(0, vocab, (queries, k))
     entries = draw(st.sampled_from([1, 5, vocab]))
-    r = resmem.residual(jnp.asarray(logits.reshape(-1, vocab)), jnp.asarray(tokens.reshape(-1)))
-    ids, values, _ = resmem.sparse_residual(r, entries)
-    ids, values = (np.asarray(x).reshape(queries, k, entries) for x in (ids, values))
+    flat, flat_tokens = jnp.asarray(logits.reshape(-1, vocab)), jnp.asarray(tokens.reshape(-1))
+    ids, values, _ = resmem.sparse_residual(flat, flat_tokens, jax.nn.logsumexp(flat, axis=-1), entries)
+    ids, stored = (np.asarray(x).reshape(queries, k, entries - 1) for x in (ids, encode_probabilities(values)))
     found = c.choose_candidates(jnp.asarray(query_logits), jnp.asarray(tokens), draw(st.sampled_from([1, 6])))
     neighbors = c.Neighbors(
         jnp.asarray(np.sort(rng.gamma(2.0, size=(queries, k)), axis=1).astype(np.float32)),
         jnp.asarray(tokens),
-        jnp.asarray(c.residuals_at(np.asarray(found[0]), ids, values)),
+        jnp.asarray(c.codes_at(np.asarray(found[0]), ids, stored)),
         jnp.asarray(np.take_along_axis(logits, tokens[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))),
-        jnp.asarray(log_z(logits)),
+        jnp.asarray(log_z(logits) - log_z(logits)[..., 1:2] / np.array(TEMPERATURES, np.float32)),
     )
     setting = Setting(
         draw(st.sampled_from(["resmem", "knnlm"])),
@@ -44,10 +45,10 @@ def problems(draw):
         draw(st.sampled_from(TEMPERATURES)),
         draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
-    return query_logits, ids, values, logits, c.Candidates(*found, jnp.asarray(log_z(query_logits))), neighbors, setting
+    return query_logits, ids, stored, logits, c.Candidates(*found, jnp.asarray(log_z(query_logits))), neighbors, setting
 
 
-def dense_scores(query_logits, ids, values, logits, neighbors, setting):
+def dense_scores(query_logits, ids, stored, logits, neighbors, setting):
     """The formula over the whole vocabulary, in NumPy."""
     queries, vocab = query_logits.shape
     k, t = setting.k, setting.temperature
@@ -58,20 +59,22 @@ def dense_scores(query_logits, ids, values, logits, neighbors, setting):
     onehot = np.eye(vocab)[tokens]
     if setting.formula == "knnlm":
         return (1 - setting.lambda_) * base + setting.lambda_ * np.einsum("qk,qkv->qv", weights, onehot)
-    stored = np.zeros((queries, k, vocab), bool)
-    np.put_along_axis(stored, ids[:, :k], values[:, :k] != 0, axis=-1)
-    p = np.exp(logits[:, :k] / t) / np.exp(logits[:, :k] / t).sum(-1, keepdims=True)
-    return base + setting.lambda_ * np.einsum("qk,qkv->qv", weights, np.where(stored, onehot - p, 0))
+    one = np.exp(logits[:, :k]) / np.exp(logits[:, :k]).sum(-1, keepdims=True)
+    p = np.zeros((queries, k, vocab))  # what is stored
+    np.put_along_axis(p, ids[:, :k], decode_probabilities(stored[:, :k]), axis=-1)
+    np.put_along_axis(p, tokens[..., None], np.take_along_axis(one, tokens[..., None], axis=-1), axis=-1)
+    p = p ** (1 / t) / (one ** (1 / t)).sum(-1, keepdims=True)
+    return base + setting.lambda_ * np.einsum("qk,qkv->qv", weights, onehot - p)
 
 
 @given(problems())
 def test_candidates_score_as_the_dense_formula_and_certified_predictions_are_its_own(problem):
-    query_logits, ids, values, logits, candidates, neighbors, setting = problem
+    query_logits, ids, stored, logits, candidates, neighbors, setting = problem
     number = TEMPERATURES.index(setting.temperature)
-    scores = SCORE(candidates, neighbors, jnp.array([setting.k]), jnp.array([setting.sigma]), setting.temperature, number, 1)
+    scores = SCORE(candidates, neighbors, jnp.array([setting.k]), jnp.array([setting.sigma]), setting.temperature, number)
     found = np.asarray(scores.base + setting.lambda_ * directions(scores, jnp.array([setting.formula == "resmem"]))[0])
     bound = scores.bound * (1 - setting.lambda_ if setting.formula == "knnlm" else 1)
-    dense = dense_scores(query_logits, ids, values, logits, neighbors, setting)
+    dense = dense_scores(query_logits, ids, stored, logits, neighbors, setting)
     np.testing.assert_allclose(found, np.take_along_axis(dense, np.asarray(candidates.ids), axis=1), atol=3e-5)
 
     winners, top = c.best(jnp.asarray(found), candidates.ids)

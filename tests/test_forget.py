@@ -42,7 +42,7 @@ def test_rows_of_a_forgotten_document_are_never_returned_even_for_its_own_keys(t
     gone = rows_of(before, name)
     index, first = open_index(tiny_copy, before, index_manifest(tiny_copy, before), 0)
     index = index if kind == "scann" else ExactIndex(before)
-    keys = before.take("keys", np.array(gone)).astype(np.float32)
+    keys = before.keys(np.array(gone))
     assert np.isin(index.search(keys, 12)[0], gone).any()
     assert forget(tiny_copy, document=name) == {"documents": 1, "rows": len(gone)}
 
@@ -61,7 +61,7 @@ def test_more_can_be_forgotten_than_scann_proposes_and_k_neighbours_are_still_fo
         forget(tiny_copy, document=name)
     datastore = open_datastore(tiny_copy / "datastore")
     index, _ = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)
-    keys = datastore.take("keys", np.arange(50)).astype(np.float32)
+    keys = datastore.keys(np.arange(50))
     found, _ = index.search(keys, 12)
     assert (found >= 0).all()
     assert not datastore.is_forgotten(found).any()
@@ -111,7 +111,7 @@ def test_a_shard_all_of_whose_documents_are_forgotten_compacts_to_nothing(tiny_c
     compact(tiny_copy)
     datastore = open_datastore(tiny_copy / "datastore", checksums=True)
     assert datastore.shards[0]["rows"] == 0
-    assert len(np.asarray(datastore.array("keys"))) == datastore.rows
+    assert len(np.asarray(datastore.array("key_codes"))) == datastore.rows
     evaluate_again(tiny_copy)
     assert verify(tiny_copy) == []
 

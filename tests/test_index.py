@@ -1,9 +1,11 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resmem_lm import index as index_module
+from resmem_lm.codes import encode_keys
 from resmem_lm.datastore import Binding, Datastore, open_datastore, shard_name
 from resmem_lm.errors import UserError
 from resmem_lm.index import (
@@ -30,9 +32,10 @@ BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json(
 def write_keys(folder, keys, forgotten=()):
     """Just the keys of a datastore, in two shards; `forgotten` are ranges of rows of the first."""
     shards = []
-    for number, part in enumerate(np.split(keys.astype(np.float16), [len(keys) // 3])):
+    for number, part in enumerate(np.split(keys, [len(keys) // 3])):
         with publish(folder, shard_name(number, 2), BINDING) as attempt:
-            np.save(attempt.folder / "keys.npy", part)
+            for name, array in zip(("key_codes", "key_scales"), encode_keys(jnp.asarray(part)), strict=True):
+                np.save(attempt.folder / f"{name}.npy", array)
             attempt.facts |= {"rows": len(part), "forgotten": [] if number else list(forgotten)}
         shards.append(read_json(folder / f"{shard_name(number, 2)}.json"))
     return Datastore(folder, BINDING | {"shards": shards})
@@ -56,10 +59,10 @@ def brute_force(keys, queries, k):
 def test_exact_search_is_brute_force_over_all_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("resmem_lm.index.EXACT_BLOCK", 100)
     monkeypatch.setattr("resmem_lm.index.QUERY_BLOCK", 8)
-    keys, queries = clustered(700, 16, one_norm=False).astype(np.float16), clustered(20, 16)
+    keys, queries = clustered(700, 16, one_norm=False), clustered(20, 16)
     datastore = write_keys(tmp_path, keys)
     rows, distances = ExactIndex(datastore).search(queries, 9)
-    expected_rows, expected_distances = brute_force(keys, queries, 9)
+    expected_rows, expected_distances = brute_force(datastore.keys(np.arange(700)), queries, 9)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-4)
 
@@ -105,14 +108,14 @@ def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["exact", "scann"])
 def test_forgotten_rows_are_passed_over_and_the_next_nearest_are_found(tmp_path, kind):
-    keys = clustered(3000, 16).astype(np.float16)
-    forgotten, queries, k = np.r_[0:400, 500:900], keys[:50].astype(np.float32), 10
+    keys = clustered(3000, 16)
+    forgotten, queries, k = np.r_[0:400, 500:900], keys[:50], 10
     datastore = write_keys(tmp_path / "datastore", keys, [[0, 400], [500, 400]])
     build_scann(datastore, tmp_path, 20, 1000)
     index = ExactIndex(datastore) if kind == "exact" else ScannIndex(datastore, tmp_path, 20)
     rows, distances = index.search(queries, k)
     remembered = np.setdiff1d(np.arange(3000), forgotten)
-    expected, expected_distances = brute_force(keys[remembered], queries, k)
+    expected, expected_distances = brute_force(datastore.keys(remembered), queries, k)
     np.testing.assert_array_equal(rows, remembered[expected])
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-3)
 
@@ -131,7 +134,7 @@ def test_where_too_few_rows_are_remembered_there_are_fewer_neighbours(tmp_path, 
 
 def test_a_moved_index_still_opens(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
-    keys = np.asarray(datastore.shard_arrays("keys")[0][:20], np.float32)
+    keys = datastore.shard_keys(0, slice(20))
     index, first_row = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)
     rows, _ = index.search(keys, 1)
     assert first_row == 0

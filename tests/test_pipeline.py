@@ -91,8 +91,7 @@ def test_remark_3_2_training_tokens_as_queries_with_one_neighbour_are_all_right(
     scores = merge_sparse(
         jnp.asarray(base),
         neighbor_weights(jnp.asarray(distances[:, :1]), 0.01),
-        jnp.asarray(datastore.take("residual_ids", rows[:, :1]).astype(np.int32)),
-        jnp.asarray(datastore.take("residual_values", rows[:, :1]).astype(np.float32)),
+        *map(jnp.asarray, datastore.residuals(rows[:, :1])),
     )
     assert (np.asarray(predict(scores)) == np.concatenate(tokens))[alone].all()
 
@@ -137,8 +136,8 @@ def damage_a_byte(path):
     [
         (None, "--gin.train.steps=31", "train.steps = 30, now it is 31"),
         (None, "--gin.search.neighbors=10", "search.neighbors"),
-        (lambda w: damage_a_byte(shard_folder(w, 1) / "residual_values.npy"), "--gin.evaluate.ks=(1,)", "was altered"),
-        (lambda w: os.truncate(shard_folder(w, 1) / "keys.npy", 999), "--gin.evaluate.ks=(1,)", "has 999 bytes"),
+        (lambda w: damage_a_byte(shard_folder(w, 1) / "residual_codes.npy"), "--gin.evaluate.ks=(1,)", "was altered"),
+        (lambda w: os.truncate(shard_folder(w, 1) / "key_codes.npy", 999), "--gin.evaluate.ks=(1,)", "has 999 bytes"),
         (lambda w: shutil.rmtree(w / "neighbors"), "--gin.evaluate.ks=(1, 4, 12, 50)", "neighbors is missing although"),
     ],
 )

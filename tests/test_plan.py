@@ -66,7 +66,7 @@ def test_a_workdir_is_counted_and_its_stages_are_not_made_again(tiny_run, tiny_c
     documents = sum(len(path.read_text().splitlines()) for path in tiny_copy.glob("documents/*.jsonl"))
     printed = capsys.readouterr().out
     assert re.match(rf"[\d,]+ rows and [\d,]+ queries of {documents} documents \(counted\)\n", printed)
-    assert f"{file_bytes(tiny_copy)['datastore/keys.npy']:,}" in printed
+    assert f"{file_bytes(tiny_copy)['datastore/key_codes.npy']:,}" in printed
     assert (tiny_copy / "stages" / "documents.json").read_bytes() == record
 
 

@@ -71,12 +71,12 @@ def set_row(column, value):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("keys.npy", set_row(3, np.nan), "keys, row 7: not a finite number"),
-        ("log_partition.npy", set_row(0, np.inf), "log_partition, row 7: not a finite number"),
+        ("key_scales.npy", set_row(3, np.nan), "key_scales, row 7: not a finite number"),
+        ("log_power_sums.npy", set_row(0, np.inf), "log_power_sums, row 7: not a finite number"),
         ("residual_ids.npy", set_row(0, 60_000), "residual_ids, row 7: an id above the vocabulary of 256"),
-        ("residual_values.npy", set_row(slice(None), -0.01), "row 7: its residual is not that of its token"),
-        ("tokens.npy", set_row(0, 200), "row 7: its residual is not that of its token"),
-        ("target_log_probability.npy", set_row(0, -9.0), "row 7: its residual is not that of its token"),
+        ("residual_codes.npy", set_row(slice(None), 255), "row 7: its residual is not that of its token"),
+        ("residual_codes.npy", lambda array: array[7].sort(), "row 7: its residual is not that of its token"),
+        ("target_log_probability.npy", set_row(0, 0.5), "row 7: its residual is not that of its token"),
         ("documents.jsonl", lambda text: text.replace('"first_row": 0,', '"first_row": 1,'), "begins at row 1, not at 0"),
         ("documents.jsonl", lambda text: text.partition("\n")[2], "its documents are not those of train-00001-of-00003.jsonl"),
         ("documents.jsonl", lambda text: text + text.splitlines()[-1] + "\n", "a document stands in it twice"),
@@ -90,10 +90,10 @@ def test_rows_that_cannot_be_are_found_though_checksums_fit(tiny_copy, name, cha
 
 def test_what_it_says_to_run_mends_a_shard(tiny_copy, capsys):
     record = read_json(tiny_copy / "datastore/manifest.json")["shards"][0]
-    (tiny_copy / "datastore" / record["folder"] / "keys.npy").write_bytes(b"")
+    (tiny_copy / "datastore" / record["folder"] / "key_codes.npy").write_bytes(b"")
     assert main(["verify", str(tiny_copy)]) == 1
     said = capsys.readouterr().out
-    assert "keys.npy has 0 bytes" in said
+    assert "key_codes.npy has 0 bytes" in said
     for name in ("datastore/shard-00000-of-00003.json", "stages/build.json"):
         assert str(tiny_copy / name) in said
         (tiny_copy / name).unlink()

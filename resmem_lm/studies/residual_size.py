@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from beam_pipelines.datastore import build_datastore
 from resmem_lm.candidates import Candidates, Neighbors, best, score
+from resmem_lm.codes import decode_probabilities
 from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.plots import INK, Figure, line
@@ -37,7 +38,7 @@ def predict_with(
     the winner leads by more, it wins with the full residual too. (A dropped entry can only lower a score, unless it is that of the row's
     own token.)
     """
-    scores = score(candidates, neighbors, jnp.array([k]), jnp.array([sigma], jnp.float32), 1.0, unit, unit)
+    scores = score(candidates, neighbors, jnp.array([k]), jnp.array([sigma], jnp.float32), 1.0, unit)
     total = scores.base + lambda_ * scores.residual[0]
     winner, top = best(total, candidates.ids)
     second = jnp.max(jnp.where(candidates.ids == winner[:, None], -jnp.inf, total), axis=-1)
@@ -48,10 +49,10 @@ def predict_with(
 
 
 def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], entries: int) -> Float[np.ndarray, "queries k"]:
-    """The largest |r| of each row that is not among its `entries` largest. Entries are stored by size."""
+    """The largest |r| of each row that is not among its `entries`. They are stored by size, behind the token's own."""
     if entries == datastore.binding.entries:
-        return datastore.take("dropped", rows)
-    return np.abs(datastore.take("residual_values", rows)[..., entries].astype(np.float32))
+        return datastore.take("dropped", rows).astype(np.float32)
+    return decode_probabilities(datastore.take("residual_codes", rows)[..., entries - 1])
 
 
 def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datastore:
@@ -102,7 +103,7 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
         if not name.startswith("residual")
         for array in datastore.shard_arrays(name)[:1]
     )
-    entry = sum(datastore.shard_arrays(name)[0].itemsize for name in ("residual_ids", "residual_values"))
+    entry = sum(datastore.shard_arrays(name)[0].itemsize for name in ("residual_ids", "residual_codes"))
     rows: list[Record] = []
     for size in usable:
         scorer = SplitScorer("test", queries, datastore, entries=size)
@@ -121,7 +122,7 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
         rows.append(
             {
                 "entries": size,
-                "bytes a row": fixed + entry * size,
+                "bytes a row": fixed + entry * (size - 1),
                 "test accuracy, %": 100 * right / count,
                 "certified, %": 100 * sure / count,
             }

@@ -53,20 +53,20 @@ def test_only_a_missing_shard_is_made_again_and_is_the_same(tiny_copy):
 def test_shards_of_other_settings_are_never_taken_over(tiny_copy):
     (tiny_copy / "stages/build.json").unlink()
     build_datastore(tiny_copy, **(SETTINGS | {"entries": 8}))
-    assert open_datastore(tiny_copy / "datastore").take("residual_ids", np.arange(5)).shape == (5, 8)
+    assert open_datastore(tiny_copy / "datastore").take("residual_ids", np.arange(5)).shape == (5, 7)
     assert folders(tiny_copy) == SHARDS
 
 
 def test_a_shard_that_was_cut_is_made_again(tiny_copy):
     before = content(tiny_copy)
-    os.truncate(shard_folder(tiny_copy, 0) / "keys.npy", 500)
+    os.truncate(shard_folder(tiny_copy, 0) / "key_codes.npy", 500)
     (tiny_copy / "stages/build.json").unlink()
     build_datastore(tiny_copy, **SETTINGS)
     assert content(tiny_copy) == before
 
 
 def test_following_the_mend_of_an_altered_shard_makes_it_again(tiny_copy):
-    before, path = content(tiny_copy), shard_folder(tiny_copy, 0) / "keys.npy"
+    before, path = content(tiny_copy), shard_folder(tiny_copy, 0) / "key_codes.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="was altered") as caught:
         open_datastore(tiny_copy / "datastore", checksums=True)

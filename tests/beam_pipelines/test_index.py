@@ -40,11 +40,11 @@ def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kin
     assert sorted(shard["folder"] for shard in manifest["shards"]) == folders(unindexed)
     for number, (first, _) in enumerate(groups):
         index, first_row = open_index(unindexed, datastore, manifest, number)
-        keys = np.asarray(index.datastore.take("keys", np.arange(30)), np.float32)
+        keys = index.datastore.keys(np.arange(30))
         rows, distances = index.search(keys, 1)
         assert first_row == datastore.offsets[first]
         np.testing.assert_array_equal(distances, 0)
-        np.testing.assert_array_equal(datastore.take("keys", rows + first_row)[:, 0], keys)
+        np.testing.assert_array_equal(datastore.keys(rows + first_row)[:, 0], keys)
 
 
 def test_the_memory_that_a_refusal_names_is_enough(unindexed):
@@ -83,12 +83,12 @@ def test_what_a_killed_run_left_is_taken_over_or_away(unindexed):
 
 
 def test_keys_that_were_altered_are_refused(unindexed):
-    path = shard_folder(unindexed, 2) / "keys.npy"
+    path = shard_folder(unindexed, 2) / "key_codes.npy"
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(UserError, match=r"keys.npy was altered: .* run `resmem build` again"):
+    with pytest.raises(UserError, match=r"key_codes.npy was altered: .* run `resmem build` again"):
         build_index(unindexed)
     assert folders(unindexed) == []

@@ -1,0 +1,30 @@
+"""What each part of the pipeline costs on this machine, beside its floor and its peers.
+
+    python -m benchmarks [NAME ...] [--workdir=runs/bench]
+
+WORKDIR is a finished one, for the figures of `docs/performance.md` that of configs/bench_t5_small.gin.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+PARTS = ("encode", "build", "search", "knn_lm", "merge", "evaluation", "start")
+
+
+def main() -> None:
+    """Runs the parts named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/bench"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}: take some of {', '.join(PARTS)}")
+    if not (arguments.workdir / "results.json").exists():
+        parser.error(f"{arguments.workdir} is not finished: resmem run --gin_file=configs/bench_t5_small.gin --workdir={arguments.workdir}")
+    for name in arguments.parts or PARTS:
+        importlib.import_module(f"benchmarks.{name}").run(arguments.workdir)
+
+
+if __name__ == "__main__":
+    main()

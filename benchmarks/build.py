@@ -1,0 +1,55 @@
+"""The build through Beam, in one process, against a plain loop over the same encoder that keeps nothing."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+from beam_pipelines.datastore import EncodingWorker, encode_units, units_of
+from benchmarks.measure import interleaved, median, ratio, table
+from resmem_lm.datastore import open_datastore
+from resmem_lm.documents import read_shard, shard_content
+from resmem_lm.lock import locked
+from resmem_lm.machine import forget_peak_memory, peak_memory
+from resmem_lm.storage import remove
+
+DOCUMENTS = 0.15  # of a shard
+
+
+def run(workdir: Path) -> None:
+    """Prints the table."""
+    binding = open_datastore(workdir / "datastore").binding
+    unit = units_of(workdir, 1)[0]
+    every = read_shard(workdir / "documents" / unit.documents)
+    documents = every[: max(1, int(DOCUMENTS * len(every)))]
+    with tempfile.TemporaryDirectory(prefix="resmem-bench-") as name:
+        scratch = Path(name)
+        for folder in ("checkpoints", "vocabulary"):
+            (scratch / folder).symlink_to((workdir / folder).absolute())
+        (scratch / "documents").mkdir()
+        (scratch / "documents" / unit.documents).write_text(shard_content(documents), "utf-8")
+        (scratch / "datastore").mkdir()
+        for path in (workdir / "datastore").glob("projection*"):
+            (scratch / "datastore" / path.name).symlink_to(path.absolute())
+        worker = EncodingWorker(scratch, binding)
+        tokens = worker.vocabulary.encode_documents(documents)
+
+        def plain() -> None:
+            for _ in worker.encoder(tokens):
+                pass
+
+        def through_beam() -> None:
+            for path in (scratch / "datastore").iterdir():
+                if not path.name.startswith("projection"):
+                    remove(path)
+            with contextlib.redirect_stderr(io.StringIO()), locked(scratch):
+                encode_units(scratch, binding, [unit], "")
+
+        forget_peak_memory()
+        times = interleaved({"plain loop": plain, "Beam": through_beam}, rounds=3)
+        count = sum(map(len, tokens))
+        table(
+            f"Build ({count:,} tokens; the peak of the process is {peak_memory() / 2**30:.2f} GiB)",
+            ("way", "times the plain loop", "rows/s"),
+            ((way, ratio(times, way, "plain loop"), f"{count / median(times, way):,.0f}") for way in times),
+        )

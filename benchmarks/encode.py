@@ -1,0 +1,56 @@
+"""Key, residual and top-128 of every token, against the same forward pass with argmax only."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from benchmarks.measure import interleaved, median, ratio, table
+from resmem_lm.checkpoint import load_model
+from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.encode import Encoder, query_head, residual_head
+from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.windows import WindowSpec
+
+TOKENS = 6000
+ENTRIES = (128, 16)
+TEMPERATURES = {"three": (0.7, 1.0, 1.4), "five": (0.5, 0.7, 1.0, 1.4, 2.0)}
+
+
+def some_documents(workdir: Path, tokens: int) -> list[Int[np.ndarray, "_"]]:
+    """Train documents of so many tokens together, the last cut."""
+    vocabulary, found = load_vocabulary(workdir), []
+    for document in read_shard(shard_paths(workdir, "train")[-1]):
+        found.append(vocabulary.encode(document.text)[: tokens - sum(map(len, found))])
+        if sum(map(len, found)) >= tokens:
+            break
+    return found
+
+
+def fast_argmax(values: Float[Array, "rows n"]) -> Int[Array, " rows"]:
+    """As `jnp.argmax`, in a tenth of its time on a CPU: a floor should not be slow."""
+    at_most = values >= jnp.max(values, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(at_most, jnp.arange(values.shape[1]), values.shape[1]), axis=-1)
+
+
+def run(workdir: Path) -> None:
+    """Prints the table."""
+    model, documents = load_model(workdir / "checkpoints"), some_documents(workdir, TOKENS)
+
+    def argmax_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> Array:
+        return fast_argmax(model.logits(parameters, hidden))
+
+    heads = {"forward pass with argmax": argmax_head, "forward pass of a query (no logits)": query_head}
+    for entries in ENTRIES:
+        for count, temperatures in TEMPERATURES.items():
+            heads[f"key, residual, top {entries}, {count} temperatures"] = residual_head(model, entries, temperatures)
+    encoders = {name: Encoder(model, WindowSpec(), head) for name, head in heads.items()}
+    times = interleaved({name: lambda encoder=encoder: list(encoder(documents)) for name, encoder in encoders.items()}, rounds=5)
+    floor = next(iter(heads))
+    table(
+        f"Encode ({TOKENS:,} tokens, emb {model.config.emb_dim}, {model.config.vocab_size:,} logits)",
+        ("what", "times the forward pass with argmax", "tokens/s"),
+        ((name, ratio(times, name, floor), f"{TOKENS / median(times, name):,.0f}") for name in heads),
+    )

@@ -1,0 +1,66 @@
+"""ResMem end to end, from text to predictions, against DeepNet alone on the same tokens."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from benchmarks.encode import fast_argmax
+from benchmarks.measure import interleaved, median, ratio, table
+from resmem_lm.candidates import DEEPNET, Setting
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import open_datastore
+from resmem_lm.encode import Encoder, query_head
+from resmem_lm.index import index_manifest, open_index
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import Queries, describe_queries, query_documents
+from resmem_lm.sharded import ShardedArray
+from resmem_lm.vocabulary import load_vocabulary
+
+TOKENS, K = 8000, 50
+
+
+def run(workdir: Path) -> None:
+    """Prints the table."""
+    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
+    datastore = open_datastore(workdir / "datastore")
+    index, _ = open_index(workdir, datastore, index_manifest(workdir, datastore), 0)
+    documents: list[Int[np.ndarray, _]] = []
+    for tokens in vocabulary.encode_documents(query_documents(workdir, "test")):
+        documents.append(tokens[: TOKENS - sum(map(len, documents))])
+    documents = [document for document in documents if len(document)]
+    targets = np.concatenate(documents)
+    setting = Setting("resmem", K, 1.0, 1.0, 1.0)
+    spec = datastore.binding.window
+    encoder = Encoder(model, spec, query_head, datastore.projection)
+    alone = Encoder(model, spec, lambda parameters, keys, hidden, targets: fast_argmax(model.logits(parameters, hidden)))
+
+    def deepnet() -> Int[np.ndarray, " tokens"]:
+        found = np.empty(len(targets), np.int32)
+        for positions, predictions in alone(documents):
+            found[positions] = predictions
+        return found
+
+    def resmem() -> dict[Setting, tuple[np.ndarray, np.ndarray]]:
+        keys, hidden = (
+            np.empty((len(targets), index.datastore.array("key_codes").shape[1]), np.float32),
+            np.empty((len(targets), model.config.emb_dim), np.float32),
+        )
+        for positions, rows in encoder(documents):
+            keys[positions], hidden[positions] = rows
+        rows, distances = index.search(keys, K)
+        tokens = index.datastore.take("tokens", np.maximum(rows, 0))
+        described = zip(*describe_queries(model, datastore, hidden, targets, tokens), strict=True)
+        arrays = [ShardedArray([array]) for array in (rows, distances, tokens, *map(np.concatenate, described))]
+        names = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
+        lengths = np.array([len(document) for document in documents])
+        queries = Queries(tokens=targets, document_lengths=lengths, **dict(zip(names, arrays, strict=True)))
+        return SplitScorer("test", queries, index.datastore).predict([DEEPNET, setting])
+
+    assert np.mean(resmem()[DEEPNET][0] == deepnet()) > 0.999
+    times = interleaved({"DeepNet alone": deepnet, "ResMem": resmem}, rounds=3)
+    table(
+        f"Evaluation ({len(targets):,} tokens, {index.datastore.rows:,} rows, emb {model.config.emb_dim})",
+        ("way", "tokens/s", "of DeepNet's tokens/s"),
+        ((way, f"{len(targets) / median(times, way):,.0f}", ratio(times, "DeepNet alone", way)) for way in times),
+    )

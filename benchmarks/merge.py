@@ -1,0 +1,86 @@
+"""50 neighbours of 128 entries merged into DeepNet's probabilities, against the dense zero-filled sum."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from benchmarks.encode import some_documents
+from benchmarks.measure import interleaved, median, ratio, table
+from resmem_lm.candidates import Candidates, Neighbors, best, choose_candidates, codes_at, score
+from resmem_lm.checkpoint import load_model
+from resmem_lm.codes import decode_probabilities
+from resmem_lm.encode import Encoder, query_head, residual_head
+from resmem_lm.resmem import neighbor_weights
+from resmem_lm.search import BASE_CANDIDATES
+from resmem_lm.windows import WindowSpec
+
+QUERIES, K, ENTRIES = 256, 50, 128
+SIGMA, LAMBDA = 1.0, 1.0
+
+
+def run(workdir: Path) -> None:
+    """Prints the table."""
+    model, documents = load_model(workdir / "checkpoints"), some_documents(workdir, 4 * QUERIES)
+    encoded = [rows for _, rows in Encoder(model, WindowSpec(), residual_head(model, ENTRIES, (1.0,)))(documents)]
+    rows = type(encoded[0])(*(np.concatenate(arrays) for arrays in zip(*encoded, strict=True)))
+    hidden = np.concatenate([some.hidden for _, some in Encoder(model, WindowSpec(), query_head)(documents)])[:QUERIES]
+    logits = model.logits(model.parameters, jnp.asarray(hidden))
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(rows.tokens), (QUERIES, K))
+    distances = np.sort(rng.gamma(4.0, size=(QUERIES, K)), axis=1).astype(np.float32)
+    ids, codes = rows.residual_ids[picked], rows.residual_codes[picked]
+    tokens, own = rows.tokens[picked].astype(np.int32), rows.target_log_probability[picked].astype(np.float32)
+    candidate_ids, candidate_logits, bound = choose_candidates(logits, jnp.asarray(tokens), BASE_CANDIDATES)
+    log_z = jax.nn.logsumexp(logits, axis=-1)[:, None]
+    candidates = Candidates(candidate_ids, candidate_logits, bound, log_z)
+    sums = jnp.zeros((QUERIES, K, 1))
+    merged = jax.jit(
+        lambda codes: best(
+            _total(candidates, Neighbors(jnp.asarray(distances), jnp.asarray(tokens), codes, jnp.asarray(own), sums)), candidate_ids
+        )
+    )
+
+    def ours() -> Int[np.ndarray, " queries"]:
+        return np.asarray(merged(codes_at(np.asarray(candidate_ids), ids, codes))[0])
+
+    base = np.asarray(jax.nn.softmax(logits))
+    weights = np.asarray(neighbor_weights(jnp.asarray(distances), SIGMA))
+    all_ids = np.concatenate([tokens[..., None], ids.astype(np.int32)], axis=-1)
+    values = np.concatenate([-np.expm1(own)[..., None], -decode_probabilities(codes)], axis=-1)
+
+    def dense_numpy() -> Int[np.ndarray, " queries"]:
+        found = []
+        for query in range(QUERIES):
+            filled = np.zeros((K, base.shape[1]), np.float32)
+            np.put_along_axis(filled, all_ids[query], values[query], axis=1)
+            found.append(np.argmax(base[query] + LAMBDA * weights[query] @ filled))
+        return np.array(found)
+
+    @jax.jit
+    def dense_jax(base: Array, weights: Array, ids: Array, values: Array) -> Array:
+        def one(query: tuple[Array, ...]) -> Array:
+            base, weights, ids, values = query
+            filled = jnp.zeros((K, len(base))).at[jnp.arange(K)[:, None], ids].set(values)
+            return jnp.argmax(base + LAMBDA * weights @ filled)
+
+        return jax.lax.map(one, (base, weights, ids, values))
+
+    arrays = [jnp.asarray(array) for array in (base, weights, all_ids, values)]
+    ways = {"ours": ours, "dense, NumPy": dense_numpy, "dense, JAX": lambda: np.asarray(dense_jax(*arrays))}
+    expected = ours()
+    for name, way in ways.items():
+        assert (way() == expected).all(), f"{name} predicts something else"
+    times = interleaved(ways, rounds=3)
+    table(
+        f"Merge ({K} neighbours x {ENTRIES} entries into {base.shape[1]:,}; the same predictions)",
+        ("way", "times ours", "queries/s"),
+        ((name, ratio(times, name, "ours"), f"{QUERIES / median(times, name):,.0f}") for name in ways),
+    )
+
+
+def _total(candidates: Candidates, neighbors: Neighbors) -> Float[Array, "queries candidates"]:
+    scores = score(candidates, neighbors, jnp.array([K]), jnp.array([SIGMA]), 1.0, 0)
+    return scores.base + LAMBDA * scores.residual[0]
