@@ -1,13 +1,15 @@
 # make demo   the whole pipeline on text that every installation has
 # make test   the tests
 # make lint   ruff and mypy
+# make bench  what each part costs beside its floor and its peers (docs/performance.md)
 # make lock   new pins, within the ranges of pyproject.toml
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
+BENCH := runs/bench
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test lint bench format lock clean
 
 demo: .venv/core
 	$(BIN)/resmem run --gin_file=configs/demo.gin --workdir=$(DEMO)
@@ -19,6 +21,11 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/resmem run --gin_file=configs/bench_t5_small.gin --workdir=$(BENCH)
+	$(BIN)/python -m benchmarks --workdir=$(BENCH)
 
 format: .venv/test
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """Key, residual and top-128 of every token, against the same forward pass with argmax only."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ TEMPERATURES = {"three": (0.7, 1.0, 1.4), "five": (0.5, 0.7, 1.0, 1.4, 2.0)}
 
 def some_documents(workdir: Path, tokens: int) -> list[Int[np.ndarray, "_"]]:
     """Train documents of so many tokens together, the last cut."""
-    vocabulary, found = load_vocabulary(workdir), []
-    for document in read_shard(shard_paths(workdir, "train")[-1]):
-        found.append(vocabulary.encode(document.text)[: tokens - sum(map(len, found))])
-        if sum(map(len, found)) >= tokens:
-            break
+    vocabulary = load_vocabulary(workdir)
+    return first_tokens((vocabulary.encode(document.text) for document in read_shard(shard_paths(workdir, "train")[-1])), tokens)
+
+
+def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list[Int[np.ndarray, "_"]]:
+    """The first documents, of so many tokens together, the last cut."""
+    found, room = [], tokens
+    for document in documents:
+        if room and len(document):
+            found.append(document[:room])
+            room -= len(found[-1])
     return found
 
 

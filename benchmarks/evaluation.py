@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from benchmarks.encode import fast_argmax
+from benchmarks.encode import fast_argmax, first_tokens
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.checkpoint import load_model
@@ -25,10 +25,7 @@ def run(workdir: Path) -> None:
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     datastore = open_datastore(workdir / "datastore")
     index, _ = open_index(workdir, datastore, index_manifest(workdir, datastore), 0)
-    documents: list[Int[np.ndarray, _]] = []
-    for tokens in vocabulary.encode_documents(query_documents(workdir, "test")):
-        documents.append(tokens[: TOKENS - sum(map(len, documents))])
-    documents = [document for document in documents if len(document)]
+    documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, "test")), TOKENS)
     targets = np.concatenate(documents)
     setting = Setting("resmem", K, 1.0, 1.0, 1.0)
     spec = datastore.binding.window

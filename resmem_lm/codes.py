@@ -32,3 +32,9 @@ def decode_probabilities(codes: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
     """Probabilities in float32."""
     root = codes.astype(np.float32) / 255
     return root * root * root
+
+
+def bound_probabilities(codes: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
+    """The largest probabilities that have these codes."""
+    root = np.minimum(codes.astype(np.float32) + 0.5, 255) / 255
+    return root * root * root

@@ -25,6 +25,9 @@ def test_a_probability_comes_back_the_nearer_the_smaller_it_is(seed):
     root, step = np.cbrt(p.astype(np.float64)), 0.501 / 255
     assert (np.abs(found - p) <= (root + step) ** 3 - root**3 + 1e-7).all()
     assert (np.abs(found - p) < 0.006).all()
+    bound = codes.bound_probabilities(np.asarray(codes.encode_probabilities(jnp.asarray(p))))
+    assert (bound * (1 + 1e-6) >= p).all()
+    assert (bound >= found).all()
 
 
 def test_every_code_comes_back():

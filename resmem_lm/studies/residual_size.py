@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from beam_pipelines.datastore import build_datastore
 from resmem_lm.candidates import Candidates, Neighbors, best, score
-from resmem_lm.codes import decode_probabilities
+from resmem_lm.codes import bound_probabilities
 from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.plots import INK, Figure, line
@@ -49,10 +49,10 @@ def predict_with(
 
 
 def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], entries: int) -> Float[np.ndarray, "queries k"]:
-    """The largest |r| of each row that is not among its `entries`. They are stored by size, behind the token's own."""
+    """A bound of every |r| of each row that is not among its `entries`. They are stored by size, behind the token's own."""
     if entries == datastore.binding.entries:
         return datastore.take("dropped", rows).astype(np.float32)
-    return decode_probabilities(datastore.take("residual_codes", rows)[..., entries - 1])
+    return bound_probabilities(datastore.take("residual_codes", rows)[..., entries - 1])
 
 
 def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datastore:

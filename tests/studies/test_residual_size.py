@@ -27,7 +27,10 @@ def test_sizes_above_what_is_stored_go_up_to_the_whole_vocabulary(tiny_copy):
     study_residual_size(tiny_copy, sizes=(1, 4, 16, 100, 256, 257))
     rows = rows_of(tiny_copy)
     assert [row["entries"] for row in rows] == [1, 4, 16, 100, 256]
-    assert rows[:3] == before
+    assert rows[:2] == before[:2]
+    # Of the size stored, what was dropped is known more exactly than from the codes of more.
+    assert rows[2] | {"certified, %": 0} == before[2] | {"certified, %": 0}
+    assert 0 <= before[2]["certified, %"] - rows[2]["certified, %"] < 2
     shares = [row["certified, %"] for row in rows]
     assert shares == sorted(shares)
     assert shares[-1] > 99

@@ -1,0 +1,91 @@
+"""kNN-LM as others read their datastores, beside ours: the same keys, queries and machine.
+
+fairseq's kNN-LM (Khandelwal et al. 2020) looks 1,024 neighbours up in a faiss IVF-PQ of 64 bytes a key (32 lists of 4,096), takes the
+distances that faiss tells, and sums the weights of those neighbours whose token is the true one. knn-transformers (Alon et al. 2022) does
+likewise and fills the whole vocabulary. What they read is done here as they do it: faiss, then NumPy or JAX over what it found. Theirs is
+also timed with 50 neighbours. Ours finds 50, ranks them by true distance and reads their residuals. The model is left out on all sides
+(`evaluation` has it), and so is our merge (`merge`).
+"""
+
+from pathlib import Path
+
+import faiss
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from benchmarks.measure import interleaved, median, ratio, table
+from benchmarks.search import all_keys, query_keys
+from resmem_lm.datastore import open_datastore
+from resmem_lm.index import ExactIndex, index_manifest, open_index
+from resmem_lm.resmem import knn_probabilities, neighbor_weights
+from resmem_lm.search import recall
+
+QUERIES, K, THEIR_K = 1024, 50, 1024
+LISTS, CODE_BYTES, PROBES = 4096, 64, 32
+SIGMA = 1.0
+
+
+VOCABULARY = 32_128
+
+
+@jax.jit
+def _all_tokens(distances: Float[Array, "queries k"], tokens: Int[Array, "queries k"]) -> Int[Array, " queries"]:
+    """knn-transformers' kNN distribution over the vocabulary, and its largest."""
+    return jnp.argmax(knn_probabilities(neighbor_weights(distances, SIGMA), tokens, VOCABULARY), axis=-1)
+
+
+def run(workdir: Path) -> None:
+    """Prints the table."""
+    datastore = open_datastore(workdir / "datastore")
+    ours, _ = open_index(workdir, datastore, index_manifest(workdir, datastore), 0)
+    queries, keys = query_keys(workdir, QUERIES), all_keys(workdir)
+    tokens = np.concatenate(datastore.shard_arrays("tokens")).astype(np.int32)
+    truth = ExactIndex(datastore).search(queries, K)[0]
+    targets = np.zeros(QUERIES, np.int32)  # any token costs the same
+
+    dimensions = keys.shape[1]
+    quantizer = faiss.IndexFlatL2(dimensions)
+    theirs = faiss.IndexIVFPQ(quantizer, dimensions, LISTS, CODE_BYTES, 8)
+    theirs.train(keys[:: max(1, len(keys) // (40 * LISTS))])
+    theirs.add(keys)
+    theirs.nprobe = PROBES
+    their_bytes = 512 * 2 + 4 + CODE_BYTES + 8  # float16 key, token, code, id: as fairseq keeps them for a t5_small
+    del keys
+
+    def fairseq(k: int) -> Float[np.ndarray, " queries"]:
+        distances, rows = theirs.search(queries, k)
+        weights = np.exp(-distances + distances.min(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        return np.sum(weights * (tokens[rows] == targets[:, None]), axis=1)
+
+    def transformers(k: int) -> Int[np.ndarray, " queries"]:
+        distances, rows = theirs.search(queries, k)
+        return np.asarray(_all_tokens(distances, tokens[rows]))
+
+    def resmem() -> tuple[np.ndarray, ...]:
+        rows, distances = ours.search(queries, K)
+        names = ("tokens", "residual_ids", "residual_codes", "target_log_probability", "log_power_sums")
+        return rows, distances, *(datastore.take(name, rows) for name in names)
+
+    ways = {
+        "ours (50 neighbours with their residuals)": resmem,
+        "fairseq's (1,024 neighbours)": lambda: fairseq(THEIR_K),
+        "fairseq's (50)": lambda: fairseq(K),
+        "knn-transformers' (1,024)": lambda: transformers(THEIR_K),
+        "knn-transformers' (50)": lambda: transformers(K),
+    }
+    first = next(iter(ways))
+    recalls = {name: recall(theirs.search(queries, K)[1], truth) for name in ways} | {first: recall(ours.search(queries, K)[0], truth)}
+    index_bytes = sum(path.stat().st_size for path in (workdir / "index").rglob("*") if path.is_file())
+    sizes = {name: float(their_bytes) for name in ways} | {first: (datastore.bytes + index_bytes) / datastore.rows}
+    times = interleaved(ways, rounds=5)
+    table(
+        f"kNN-LM's read path ({datastore.rows:,} keys of {dimensions}, {QUERIES:,} test tokens)",
+        ("way", "recall@50", "time over ours", "tokens/s", "bytes a row"),
+        (
+            (name, f"{recalls[name]:.3f}", ratio(times, name, first), f"{QUERIES / median(times, name):,.0f}", f"{sizes[name]:,.0f}")
+            for name in ways
+        ),
+    )

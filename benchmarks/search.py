@@ -1,0 +1,193 @@
+"""Search and build of the index, against exact search and the peers, each tuned to the same recall on the same keys.
+
+`python -m pip install 'resmem_lm[bench]'` brings the peers. All use as many threads as there are cores. IVF-PQ with refine is faiss as one
+would use it alone: it keeps a float16 copy of the keys, from which it ranks its candidates; ours ranks from the datastore.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import faiss
+import hnswlib
+import numpy as np
+from jaxtyping import Float, Int
+from usearch.index import Index as UsearchIndex
+
+from benchmarks.measure import interleaved, median, ratio, table
+from resmem_lm.checkpoint import load_model
+from resmem_lm.datastore import open_datastore
+from resmem_lm.encode import Encoder, query_head
+from resmem_lm.index import ExactIndex, index_manifest, open_index
+from resmem_lm.search import query_documents, recall
+from resmem_lm.vocabulary import load_vocabulary
+
+QUERIES, K, RECALL = 2048, 50, 0.95
+EXACT_QUERIES = 256  # exact search takes long; its time is of so many queries
+LINKS, EFFORT = 16, 100  # of the graphs: neighbours of a node (M), candidates when one is put in (ef_construction)
+
+Search = Callable[[Float[np.ndarray, "queries emb"]], Int[np.ndarray, "queries k"]]
+
+
+class Peer(NamedTuple):
+    """An index as built: seconds, bytes on disk, and its search as a function of the effort, in rising order of which one is chosen."""
+
+    seconds: float
+    size: int
+    search: Callable[[int], Search]
+    efforts: tuple[int, ...]
+
+
+def size_of(save: Callable[[str], Any]) -> int:
+    """Bytes of the file that `save` writes."""
+    with tempfile.TemporaryDirectory(prefix="resmem-bench-") as folder:
+        path = Path(folder) / "index"
+        save(str(path))
+        return path.stat().st_size
+
+
+def query_keys(workdir: Path, count: int) -> Float[np.ndarray, "queries emb"]:
+    """Keys of test tokens, evenly spaced."""
+    datastore, model, vocabulary = open_datastore(workdir / "datastore"), load_model(workdir / "checkpoints"), load_vocabulary(workdir)
+    documents = vocabulary.encode_documents(query_documents(workdir, "test"))[:200]
+    keys = np.concatenate([rows.keys for _, rows in Encoder(model, datastore.binding.window, query_head, datastore.projection)(documents)])
+    return keys[np.linspace(0, len(keys) - 1, count).astype(np.int64)]
+
+
+def all_keys(workdir: Path) -> Float[np.ndarray, "rows emb"]:
+    """The datastore's."""
+    datastore = open_datastore(workdir / "datastore")
+    return np.concatenate([datastore.shard_keys(shard) for shard in range(len(datastore.shards))])
+
+
+def ivf_pq_refine(keys: Float[np.ndarray, "rows emb"]) -> Peer:
+    """faiss, 4-bit codes of 2 dimensions, then float16 copies of the keys."""
+    rows, dimensions = keys.shape
+    index = faiss.index_factory(dimensions, f"IVF{int(np.sqrt(rows))},PQ{dimensions // 2}x4fs,Refine(SQfp16)")
+    start = perf_counter()
+    index.train(keys[:: max(1, rows // 100_000)])
+    index.add(keys)
+
+    def search(effort: int) -> Search:
+        inner = faiss.SearchParametersIVF(nprobe=effort)
+        parameters = faiss.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
+        return lambda queries: index.search(queries, K, params=parameters)[1]
+
+    return Peer(perf_counter() - start, size_of(lambda path: faiss.write_index(index, path)), search, (10, 15, 20, 30, 40, 60, 100, 200))
+
+
+def faiss_hnsw(keys: Float[np.ndarray, "rows emb"]) -> Peer:
+    """faiss, a graph over float32 keys."""
+    index = faiss.IndexHNSWFlat(keys.shape[1], LINKS)
+    index.hnsw.efConstruction = EFFORT
+    start = perf_counter()
+    index.add(keys)
+
+    def search(effort: int) -> Search:
+        return lambda queries: index.search(queries, K, params=faiss.SearchParametersHNSW(efSearch=effort))[1]
+
+    return Peer(perf_counter() - start, size_of(lambda path: faiss.write_index(index, path)), search, (50, 100, 200, 400, 800))
+
+
+def hnswlib_graph(keys: Float[np.ndarray, "rows emb"]) -> Peer:
+    """hnswlib, likewise."""
+    index = hnswlib.Index("l2", keys.shape[1])
+    index.init_index(len(keys), M=LINKS, ef_construction=EFFORT)
+    start = perf_counter()
+    index.add_items(keys)
+
+    def search(effort: int) -> Search:
+        def found(queries: Float[np.ndarray, "queries emb"]) -> Int[np.ndarray, "queries k"]:
+            index.set_ef(effort)
+            return index.knn_query(queries, K)[0].astype(np.int64)
+
+        return found
+
+    return Peer(perf_counter() - start, size_of(index.save_index), search, (50, 100, 200, 400, 800))
+
+
+def usearch_graph(keys: Float[np.ndarray, "rows emb"]) -> Peer:
+    """usearch, likewise over float16 keys."""
+    index = UsearchIndex(ndim=keys.shape[1], metric="l2sq", dtype="f16", connectivity=LINKS, expansion_add=EFFORT)
+    start = perf_counter()
+    index.add(np.arange(len(keys)), keys, threads=os.cpu_count())
+
+    def search(effort: int) -> Search:
+        def found(queries: Float[np.ndarray, "queries emb"]) -> Int[np.ndarray, "queries k"]:
+            index.expansion_search = effort
+            return index.search(queries, K, threads=os.cpu_count()).keys.astype(np.int64)
+
+        return found
+
+    return Peer(perf_counter() - start, size_of(index.save), search, (50, 100, 200, 400, 800))
+
+
+PEERS = {
+    "faiss IVF-PQ with refine": ivf_pq_refine,
+    "faiss HNSW": faiss_hnsw,
+    "hnswlib": hnswlib_graph,
+    "usearch": usearch_graph,
+}
+
+
+def run(workdir: Path) -> None:
+    """Prints the tables."""
+    datastore = open_datastore(workdir / "datastore")
+    manifest = index_manifest(workdir, datastore)
+    assert len(manifest["shards"]) == 1, "an index of one shard is wanted: raise build_index.memory_gib"
+    ours, _ = open_index(workdir, datastore, manifest, 0)
+    exact, queries = ExactIndex(datastore), query_keys(workdir, QUERIES)
+    truth = exact.search(queries, K)[0]
+    ways: dict[str, Search] = {"ours": lambda some: ours.search(some, K)[0]}
+    reached = {"ours": f"{recall(ways['ours'](queries), truth):.3f}"}
+    builds = {"ours": _our_build(workdir)}
+    keys = all_keys(workdir)
+    for name, build in PEERS.items():
+        peer = build(keys)
+        builds[name] = (peer.seconds, peer.size)
+        for effort in peer.efforts:
+            found = recall(peer.search(effort)(queries), truth)
+            if found >= RECALL or effort == peer.efforts[-1]:
+                ways[name], reached[name] = peer.search(effort), f"{found:.3f} (effort {effort})"
+                break
+    del keys
+    times = interleaved({name: lambda way=way: way(queries) for name, way in ways.items()}, rounds=5)
+    alone = interleaved({"exact": lambda: exact.search(queries[:EXACT_QUERIES], K), "ours": lambda: ours.search(queries, K)}, rounds=3)
+    exact_times = {"exact": [seconds * QUERIES / EXACT_QUERIES for seconds in alone["exact"]], "ours": alone["ours"]}
+    rows, dimensions = datastore.rows, queries.shape[1]
+    table(
+        f"Search ({rows:,} keys of {dimensions}, {QUERIES:,} test tokens, k = {K}; peers at a recall of {RECALL} or more)",
+        ("index", "recall@50", "time over ours", "us a query"),
+        [
+            *((name, reached[name], ratio(times, name, "ours"), f"{1e6 * median(times, name) / QUERIES:,.0f}") for name in times),
+            ("exact, in JAX", "1", ratio(exact_times, "exact", "ours"), f"{1e6 * median(exact_times, 'exact') / QUERIES:,.0f}"),
+        ],
+    )
+    table(
+        "Build of the index (one run each; ours as a stage, with its reading of the datastore)",
+        ("index", "seconds", "time over ours", "bytes a row"),
+        ((name, f"{s:.1f}", f"{s / builds['ours'][0]:.2f}", f"{size / rows:.0f}") for name, (s, size) in builds.items()),
+    )
+
+
+def _our_build(workdir: Path) -> tuple[float, int]:
+    """Seconds and bytes of the stage, done again beside the finished one."""
+    from beam_pipelines.index import build_index
+    from resmem_lm.storage import read_json
+
+    settings = read_json(workdir / "stages" / "index.json")["settings"]
+    with tempfile.TemporaryDirectory(prefix="resmem-bench-") as name:
+        scratch = Path(name)
+        for folder in ("datastore", "checkpoints", "vocabulary", "documents"):
+            (scratch / folder).symlink_to((workdir / folder).absolute())
+        (scratch / "stages").mkdir()
+        for path in (workdir / "stages").glob("*.json"):
+            if path.stem in ("documents", "vocabulary", "train", "build"):
+                (scratch / "stages" / path.name).write_bytes(path.read_bytes())
+        start = perf_counter()
+        build_index(scratch, **settings)
+        seconds = perf_counter() - start
+        return seconds, sum(path.stat().st_size for path in (scratch / "index").rglob("*") if path.is_file())

@@ -1,0 +1,83 @@
+"""A step of training, in operations a second, against the largest matrix product rate that this machine reaches in the same run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import interleaved, median, ratio, table
+from resmem_lm import config
+from resmem_lm.model import ModelConfig, init_parameters, shift_right
+from resmem_lm.train import compiled_update, learning_rate_schedule, optimizer
+
+SHAPES = {"t5_small": (8, 128), "mini": (16, 128)}  # rows and tokens a row of a step, as in the configurations that train them
+PRODUCT = 3000  # rows and columns of the matrices multiplied: 54 GFLOP
+
+
+def operations_per_token(model: ModelConfig, length: int) -> int:
+    """Multiplications and additions of forward and backward pass: what is multiplied by a matrix, 2 operations a weight, thrice.
+
+    Attention is counted as computed, over the whole length; norms, softmax and the optimiser are not counted, so the share is a lower one.
+    """
+    joined = model.num_heads * model.head_dim
+    attention = 4 * model.emb_dim * joined + 2 * length * joined
+    mlp = (len(model.mlp_activations) + 1) * model.emb_dim * model.mlp_dim
+    return 3 * 2 * (model.num_layers * (attention + mlp) + model.emb_dim * model.vocab_size)
+
+
+def _model(name: str) -> ModelConfig:
+    config.parse([f"gin/models/{name}.gin"], [])
+    model: ModelConfig = gin.get_configurable(ModelConfig)()
+    return model
+
+
+def _step(model: ModelConfig, rows: int, length: int) -> Callable[[], Any]:
+    """Trains one more step on random tokens."""
+    schedule = learning_rate_schedule(learning_rate=0.01, constant_steps=1000, steps=1000, cooldown_steps=0)
+    adafactor = optimizer(schedule)
+    update, _ = compiled_update(model, adafactor, seed=0)
+    parameters = init_parameters(model, 0)
+    state = [parameters, adafactor.init(parameters)]
+    tokens = np.random.default_rng(0).integers(3, model.vocab_size, (rows, length)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    batch = {
+        "decoder_input_tokens": shift_right(tokens, segments),
+        "decoder_target_tokens": tokens,
+        "decoder_segment_ids": segments,
+    }
+
+    def step() -> None:
+        *state[:], metrics = update(*state, batch, np.int32(0))
+        jax.block_until_ready((state, metrics))
+
+    return step
+
+
+def run(workdir: Path) -> None:
+    """Prints the table; WORKDIR is not looked at."""
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(PRODUCT, PRODUCT)), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    models = {name: _model(name) for name in SHAPES}
+    steps = {name: _step(models[name], *SHAPES[name]) for name in SHAPES}
+    times = interleaved({"product": lambda: product(a, a).block_until_ready()} | steps, rounds=5)
+    done = {"product": 2 * PRODUCT**3}
+    done |= {name: operations_per_token(models[name], length) * rows * length for name, (rows, length) in SHAPES.items()}
+    # A second's share: of equal operations, the product's time over the step's.
+    even = {name: [seconds / done[name] for seconds in times[name]] for name in times}
+    table(
+        f"Training (steps of {', '.join(f'{name}: {rows} x {length}' for name, (rows, length) in SHAPES.items())} tokens, float32)",
+        ("what", "of the product's operations/s", "GFLOP/s", "tokens/s"),
+        (
+            (
+                name if name != "product" else f"product of two {PRODUCT} x {PRODUCT} matrices",
+                ratio(even, "product", name),
+                f"{done[name] / median(times, name) / 1e9:,.0f}",
+                f"{SHAPES[name][0] * SHAPES[name][1] / median(times, name):,.0f}" if name in SHAPES else "",
+            )
+            for name in times
+        ),
+    )
