@@ -1,4 +1,7 @@
-"""Pretraining of DeepNet with T5X's numerics: next-token cross-entropy with z-loss, Adafactor, packed documents."""
+"""Pretraining of DeepNet with T5X's numerics: next-token cross-entropy with z-loss, Adafactor, packed documents.
+
+Flax, Optax, Orbax and tensorboardX are imported where they are used: every command imports this module, and few train.
+"""
 
 import contextlib
 import tempfile
@@ -10,13 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from resmem_lm.checkpoint import STATE, checkpoint_manager, load_model, save_config
 from resmem_lm.errors import UserError
-from resmem_lm.metrics import metrics
-from resmem_lm.model import Decoder, ModelConfig, init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import Batch, batches, pack, split_tokens
 from resmem_lm.progress import progress
 from resmem_lm.storage import AnyPath, local_path, remove, upload
@@ -25,8 +26,11 @@ from resmem_lm.workdir import Record, stage
 
 Z_LOSS = 1e-4
 
+Schedule = Callable[[Any], Any]  # number of a step -> learning rate
+Optimizer = Any  # Optax's GradientTransformation
 
-def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> optax.Schedule:
+
+def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> Schedule:
     """Constant for `constant_steps`, then inverse square root decay (paper, appendix C), and to 0 in the last `cooldown_steps`."""
 
     def schedule(step: Any) -> Any:
@@ -36,8 +40,10 @@ def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: 
     return schedule
 
 
-def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+def optimizer(schedule: Schedule) -> Optimizer:
     """Adafactor (Shazeer and Stern 2018) with T5X's constants."""
+    import optax
+
     return optax.adafactor(
         schedule,
         min_dim_size_to_factor=128,
@@ -53,6 +59,8 @@ def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """T5X's loss, a sum over tokens of cross-entropy + 1e-4 log(Z)^2, and sums for the metrics."""
+    from resmem_lm.model import Decoder
+
     logits: Any = Decoder(config).apply(
         {"params": parameters},
         batch["decoder_input_tokens"],
@@ -82,6 +90,8 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
 
 def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int | Array) -> dict[str, Any]:
     """T5X's tree of a checkpoint: parameters and Adafactor's second moments, which both name alike, by parameter."""
+    import optax
+
     moments = {name: optax.tree_utils.tree_get(optimizer_state, name) for name in ("v", "v_row", "v_col")}
 
     def param_state(v: Array, v_row: Array, v_col: Array) -> dict[str, Any]:
@@ -93,6 +103,8 @@ def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int |
 
 def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:
     """Parameters and optimiser state of T5X's tree; `optimizer_state` gives the structure."""
+    import optax
+
     parameters, state = train_state["target"], train_state["state"]
     moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in ("v", "v_row", "v_col")}
     optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
@@ -100,11 +112,13 @@ def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
-def compiled_update(model: ModelConfig, adafactor: optax.GradientTransformation, seed: int) -> tuple[Any, jax.sharding.Sharding]:
+def compiled_update(model: ModelConfig, adafactor: Optimizer, seed: int) -> tuple[Any, jax.sharding.Sharding]:
     """One step of training, data parallel over the local devices, and how parameters and state lie on these.
 
     The step takes parameters, state, batch and number of the step, and returns the first two and the metrics.
     """
+    import optax
+
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -204,6 +218,8 @@ def _local(workdir: AnyPath) -> Iterator[tuple[Path, Callable[[], None]]]:
 def _restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int, sharding: Any) -> tuple[int, Any, Any]:
     import orbax.checkpoint as ocp
 
+    from resmem_lm.model import init_parameters
+
     def init() -> tuple[Any, Any]:
         parameters = init_parameters(model, seed)
         return parameters, adafactor.init(parameters)
@@ -228,12 +244,14 @@ def _loop(
     parameters: Any,
     state: Any,
     rows: Any,
-    schedule: optax.Schedule,
+    schedule: Schedule,
     begin: int,
     steps: int,
     checkpoint_steps: int,
 ) -> None:
     import orbax.checkpoint as ocp
+
+    from resmem_lm.metrics import metrics
 
     log_steps = max(1, min(50, steps // 10))
     with (

@@ -11,7 +11,8 @@ import pytest
 
 from resmem_lm.checkpoint import load_model
 from resmem_lm.errors import UserError
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model import init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, pack
 from resmem_lm.progress import Reporter
 from resmem_lm.storage import read_json
@@ -133,9 +134,10 @@ def test_settings_that_cannot_work_are_refused(workdir, change, says):
 def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
     """In processes of their own: the number of virtual devices is set when jax starts."""
     code = (
-        "import sys; from pathlib import Path; import resmem_lm.train as t; from resmem_lm.model import ModelConfig\n"
+        "import sys; from pathlib import Path; import resmem_lm.train as t; import resmem_lm.metrics as m\n"
+        "from resmem_lm.model_config import ModelConfig\n"
         "class Writer:\n    def write(self, step, scalars): print(repr(scalars['train/loss']))\n"
-        "import contextlib; t.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
+        "import contextlib; m.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
         f"t.train(Path(sys.argv[1]), **{SETTINGS!r})"
     )
     losses = {}

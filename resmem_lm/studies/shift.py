@@ -17,7 +17,8 @@ from resmem_lm.documents import prepare_documents
 from resmem_lm.encode import Encoder
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import bootstrap_interval
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model import init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, pack, split_tokens
 from resmem_lm.results import interval
 from resmem_lm.storage import AnyPath, new_directory, read_json, remove, write_json
