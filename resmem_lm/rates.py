@@ -35,7 +35,7 @@ from resmem_lm.machine import forget_peak_memory, least, peak_memory
 from resmem_lm.model_config import ModelConfig
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.storage import AnyPath, files_below, local_path, read_json, write_json
-from resmem_lm.train import optimizer, to_train_state, train
+from resmem_lm.train import train
 from resmem_lm.tree_costs import TreeCosts, measure_tree
 from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
@@ -86,6 +86,7 @@ def save_fresh_checkpoint(directory: Path, model: ModelConfig, *, optimizer_stat
     import orbax.checkpoint as ocp
 
     from resmem_lm.model import init_parameters
+    from resmem_lm.training import optimizer, to_train_state
 
     adafactor = optimizer(lambda _: 0.0)
 

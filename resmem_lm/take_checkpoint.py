@@ -24,7 +24,7 @@ def take_checkpoint(workdir: AnyPath, *, model: ModelConfig, checkpoint: str | N
     Raises:
         UserError: no checkpoint there, one of another shape, with other names or trained with another vocabulary.
     """
-    import orbax.checkpoint as ocp
+    import orbax.checkpoint as ocp  # not at the top: every command imports this module
 
     if not checkpoint:
         raise UserError("take_checkpoint.checkpoint is not set: set it with --gin.CHECKPOINT=\"'...'\"")

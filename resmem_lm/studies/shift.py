@@ -24,7 +24,8 @@ from resmem_lm.results import interval
 from resmem_lm.storage import AnyPath, new_directory, read_json, remove, write_json
 from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.train import compiled_update, optimizer, to_train_state, train
+from resmem_lm.train import train
+from resmem_lm.training import compiled_update, optimizer, to_train_state
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import Record, finished
