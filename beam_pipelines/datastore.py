@@ -13,13 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import apache_beam as beam
 import numpy as np
-from apache_beam.metrics import Metrics
-from apache_beam.utils.shared import Shared
 from jaxtyping import Float
 
-from beam_pipelines.runner import run_units
+from beam_pipelines.work import count, run_units
 from resmem_lm.checkpoint import Model, load_model
 from resmem_lm.datastore import FILES, Binding, document_line, open_datastore, projection_of, shard_name
 from resmem_lm.documents import Document, read_shard, shard_paths
@@ -56,31 +53,29 @@ class EncodingWorker:
         self.encoder = Encoder(self.model, binding.window, head, projection_of(workdir / "datastore", binding))
 
 
-class EncodeShard(beam.DoFn):
+class EncodeShard:
     """Encodes a shard of documents and publishes it."""
 
     def __init__(self, workdir: str, binding: Binding) -> None:
         self.workdir, self.binding = workdir, binding
-        self._shared = Shared()
-        self._counters = {name: Metrics.counter("resmem", name) for name in COUNTERS}
 
-    def setup(self) -> None:
-        """Loads the model once a process."""
-        self._worker = self._shared.acquire(lambda: EncodingWorker(to_path(self.workdir), self.binding))
+    def setup(self) -> EncodingWorker:
+        """Loads the model."""
+        return EncodingWorker(to_path(self.workdir), self.binding)
 
-    def process(self, unit: Unit) -> Iterator[str]:
+    def process(self, unit: Unit, worker: EncodingWorker) -> Iterator[str]:
         """The shard's name, when it is published."""
         workdir, made_from = to_path(self.workdir), self.binding.to_json() | {"documents": unit.documents}
         folder = workdir / "datastore"
         if not record_of(folder, unit.name, made_from):  # a runner may repeat what is finished
             documents = read_shard(workdir / "documents" / unit.documents)
-            tokens = self._worker.vocabulary.encode_documents(documents)
+            tokens = worker.vocabulary.encode_documents(documents)
             with disk_errors(folder), publish(folder, unit.name, made_from, FILES) as attempt:
                 _write_documents(attempt.folder / "documents.jsonl", documents, tokens)
-                counts = write_arrays(attempt.folder, tokens, self._worker.encoder, unit.documents)
+                counts = write_arrays(attempt.folder, tokens, worker.encoder, unit.documents)
                 attempt.facts |= {"rows": counts["tokens"], "counts": counts}
-            for name, counter in self._counters.items():
-                counter.inc(counts[name])
+            for name in COUNTERS:
+                count(name, counts[name])
         yield unit.name
 
 

@@ -2,6 +2,8 @@
 
 The output is that of `resmem_lm.documents.prepare_documents`. What is taken, and into which shard, depends on each text alone: not on
 the number of workers, on the order of files, or on whether the text came from TFDS or from JSON lines.
+
+Beam is imported where it is used (beam_pipelines/work.py says why).
 """
 
 import os
@@ -9,10 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import apache_beam as beam
-from apache_beam.utils.shared import Shared
-
-from beam_pipelines.runner import open_pipeline
 from resmem_lm.documents import (
     SPLITS,
     Document,
@@ -61,8 +59,10 @@ def _tfds_document(record: dict[str, Any]) -> Document:
     return _named(url.decode() or None, text.decode())
 
 
-def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Callable[[beam.Pipeline], beam.PCollection]:
+def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Callable[[Any], Any]:
     """What reads the documents of files (see `text_files`), or of "tfds:c4/en:3.1.0/train": dataset, version and split."""
+    import apache_beam as beam
+
     if not (isinstance(text, str) and text.startswith(TFDS)):
         files = [str(path.absolute()) for path in text_files(text)]
         return lambda p: p | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(file_documents)
@@ -98,69 +98,63 @@ def place_held_out(document: Document, validation_fraction: float, shards: int) 
     return Place("test", min(int((place - validation_fraction) / (1 - validation_fraction) * shards), shards - 1))
 
 
-class PlaceTrain(beam.DoFn):
+class PlaceTrain:
     """Documents whose `position` is below `fraction`, with their places; near-duplicates of held-out ones lose theirs."""
 
     def __init__(self, folder: str, fraction: float, shards: int, threshold: float, held_out: int) -> None:
         self.folder, self.fraction, self.shards, self.threshold, self.held_out = folder, fraction, shards, threshold, held_out
-        self._shared = Shared()
 
-    def setup(self) -> None:
-        """Reads the held-out documents once a process."""
+    def setup(self) -> Signatures:
+        """Reads the held-out documents."""
+        held_out, found = Signatures(self.threshold), 0
+        for split in ("validation", "test"):
+            for path in to_path(self.folder).glob(f"{split}-*-of-*.jsonl"):
+                for document in read_shard(path):
+                    held_out.add(minhash(document.text))
+                    found += 1
+        if found != self.held_out:  # or held-out text would enter the datastore, and nobody would know
+            raise UserError(
+                f"a worker sees {found} of {self.held_out} held-out documents in {self.folder}: "
+                "take a --workdir on a disk that all workers share"
+            )
+        return held_out
 
-        def signatures() -> Signatures:
-            held_out, found = Signatures(self.threshold), 0
-            for split in ("validation", "test"):
-                for path in to_path(self.folder).glob(f"{split}-*-of-*.jsonl"):
-                    for document in read_shard(path):
-                        held_out.add(minhash(document.text))
-                        found += 1
-            if found != self.held_out:  # or held-out text would enter the datastore, and nobody would know
-                raise UserError(
-                    f"a worker sees {found} of {self.held_out} held-out documents in {self.folder}: "
-                    "take a --workdir on a disk that all workers share"
-                )
-            return held_out
-
-        self._held_out = self._shared.acquire(signatures)
-
-    def process(self, document: Document) -> Iterator[tuple[Place, Document]]:
+    def process(self, document: Document, held_out: Signatures) -> Iterator[tuple[Place, Document]]:
         """At most one (place, document)."""
         place = position(document.text)
         if not document.text.strip():
             yield Place("empty"), document
         elif place < self.fraction:
-            similar = self._held_out.has_similar(minhash(document.text))
+            similar = held_out.has_similar(minhash(document.text))
             shard = min(int(place / self.fraction * self.shards), self.shards - 1)
             yield Place("near_duplicate") if similar else Place("train", shard), document
 
 
-class WriteShard(beam.DoFn):
-    """(place, its documents) -> numbers of documents by split or by reason for which they were dropped."""
+def write_shard(element: tuple[Place, Iterable[Document]], folder: str, shards: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """(place, its documents) -> numbers of documents by split or by reason for which they were dropped.
 
-    def __init__(self, folder: str, shards: dict[str, int]) -> None:
-        self.folder, self.shards = folder, shards
-
-    def process(self, element: tuple[Place, Iterable[Document]]) -> Iterator[tuple[str, int]]:
-        """Sorts by position and writes, each text once."""
-        place, documents = Place(*element[0]), [Document(*document) for document in element[1]]
-        if place.split not in SPLITS:
-            yield place.split, len(documents)
-            return
-        # The first id stays, so the choice among equal texts does not depend on their order.
-        by_text = {document.text: document for document in sorted(documents, reverse=True)}
-        path = to_path(self.folder) / shard_name(place.split, place.shard, self.shards[place.split])
-        with disk_errors(path):
-            write_bytes(path, shard_content(sorted(by_text.values(), key=lambda document: digest(document.text))).encode())
-        yield place.split, len(by_text)
-        yield "duplicate", len(documents) - len(by_text)
+    Sorts by position and writes, each text once.
+    """
+    place, documents = Place(*element[0]), [Document(*document) for document in element[1]]
+    if place.split not in SPLITS:
+        yield place.split, len(documents)
+        return
+    # The first id stays, so the choice among equal texts does not depend on their order.
+    by_text = {document.text: document for document in sorted(documents, reverse=True)}
+    path = to_path(folder) / shard_name(place.split, place.shard, shards[place.split])
+    with disk_errors(path):
+        write_bytes(path, shard_content(sorted(by_text.values(), key=lambda document: digest(document.text))).encode())
+    yield place.split, len(by_text)
+    yield "duplicate", len(documents) - len(by_text)
 
 
-def _write(placed: beam.PCollection, folder: str, shards: dict[str, int]) -> None:
+def _write(placed: Any, folder: str, shards: dict[str, int]) -> None:
+    import apache_beam as beam
+
     _ = (
         placed
         | "By shard" >> beam.GroupByKey()
-        | "Write shards" >> beam.ParDo(WriteShard(folder, shards))
+        | "Write shards" >> beam.FlatMap(write_shard, folder, shards)
         | "Count" >> beam.CombinePerKey(sum)
         | "Wait for all" >> beam.combiners.ToList()
         | "Write counts" >> beam.Map(lambda counts: write_json(to_path(folder) / COUNTS, dict(counts)))
@@ -216,6 +210,10 @@ def sample_documents(
     Raises:
         UserError: no text, unreadable text, a dataset that is not prepared, a split without documents, or a setting out of its range.
     """
+    import apache_beam as beam
+
+    from beam_pipelines.runner import WorkFn, open_pipeline
+
     if not train or not held_out:
         raise UserError("sample_documents.train and sample_documents.held_out: set both, or neither and prepare_documents.text")
     for name, value in (("fraction", fraction), ("validation_fraction", validation_fraction), ("duplicate_threshold", duplicate_threshold)):
@@ -237,10 +235,10 @@ def sample_documents(
             counts = _counts(folder)
             for split in ("validation", "test"):  # before the train text, which takes hours
                 _check_not_empty(split, counts, held_out, "validation_fraction")
-            held_out_count = counts["validation"] + counts["test"]
+            place_train = PlaceTrain(str(folder), fraction, shards, duplicate_threshold, counts["validation"] + counts["test"])
             bar.update(1, "train text")
             with open_pipeline(pipeline_options) as pipeline:
-                placed = read_train(pipeline) | beam.ParDo(PlaceTrain(str(folder), fraction, shards, duplicate_threshold, held_out_count))
+                placed = read_train(pipeline) | beam.ParDo(WorkFn(place_train))
                 _write(placed, str(folder), shards_of)
             counts += _counts(folder)
             bar.update(2)

@@ -6,11 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-import apache_beam as beam
-from apache_beam.metrics import Metrics
-from apache_beam.utils.shared import Shared
-
-from beam_pipelines.runner import run_units
+from beam_pipelines.work import count, run_units
 from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
@@ -37,23 +33,22 @@ class OneAtATime:
         self.lock = threading.Lock()
 
 
-class BuildShard(beam.DoFn):
+class BuildShard:
     """Builds a shard of the index and publishes it."""
 
     def __init__(self, workdir: str, manifest: Record, settings: Record) -> None:
         self.workdir, self.manifest, self.settings = workdir, manifest, settings
-        self._shared, self._rows = Shared(), Metrics.counter("resmem", "indexed_rows")
 
-    def setup(self) -> None:
-        """Takes the process's lock."""
-        self._turn = self._shared.acquire(OneAtATime)
+    def setup(self) -> OneAtATime:
+        """Makes the process's lock."""
+        return OneAtATime()
 
-    def process(self, unit: Unit) -> Iterator[str]:
+    def process(self, unit: Unit, turn: OneAtATime) -> Iterator[str]:
         """The shard's name, when it is published."""
         workdir = to_path(self.workdir)
         part = Datastore(workdir / "datastore", self.manifest).part(unit.first, unit.shards)
         made_from = source_of(part, self.settings)
-        with self._turn.lock:
+        with turn.lock:
             if not record_of(workdir / "index", unit.name, made_from):
                 part.check_files(*KEY_FILES)
                 with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
@@ -64,7 +59,7 @@ class BuildShard(beam.DoFn):
                 for shard in part.shards:
                     for name in KEY_FILES:
                         drop_copy(folder_of(part.folder, shard) / name)
-                self._rows.inc(part.rows)
+                count("indexed_rows", part.rows)
         yield unit.name
 
 

@@ -1,20 +1,19 @@
-"""Beam's runner: what `--pipeline_options` says, or Beam's in-process one; and the one shape that every pipeline over shards has."""
+"""Beam's runner: what `--pipeline_options` says, or Beam's in-process one; and the chain in which it runs work on every unit."""
 
 import argparse
 import contextlib
 import importlib
 import re
 import shlex
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.utils.shared import Shared
 
+from beam_pipelines.work import Work
 from resmem_lm.errors import UserError
-from resmem_lm.progress import progress
-from resmem_lm.storage import AnyPath, children, is_local
 
 JOB_SERVERS = ("portable", "flink", "spark", "prism")
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -85,42 +84,22 @@ def _subclasses(cls: type) -> list[Any]:
     return [found for child in children for found in (child, *_subclasses(child))]
 
 
-def run_units(label: str, units: Sequence[Any], work: beam.DoFn, options: str, *, published: AnyPath, names: Sequence[str]) -> None:
-    """Runs `work` on every unit, on any runner: one linear chain, in which no array crosses a stage.
+class WorkFn(beam.DoFn):
+    """Work as Beam takes it; what it keeps is made once a process."""
 
-    Args:
-        label: of the work, for the runner's pages and for progress.
-        units: small picklable values, each of which tells what to do.
-        work: takes a unit, publishes what it makes, and yields something small.
-        options: Beam's.
-        published: the folder where the work publishes.
-        names: what is published there in the end, some of it already; progress is counted by it.
-    """
-    if not units:
-        return
-    with _shown(label, published, set(names)), open_pipeline(options) as pipeline:
-        _ = pipeline | "Units" >> beam.Create(list(units)) | "Spread" >> beam.Reshuffle() | label >> beam.ParDo(work)
+    def __init__(self, work: Work) -> None:
+        self._work, self._shared = work, Shared()
+
+    def setup(self) -> None:
+        """Makes or takes what the process keeps."""
+        self._kept = self._shared.acquire(self._work.setup)
+
+    def process(self, unit: Any) -> Iterator[Any]:
+        """What the work yields."""
+        yield from self._work.process(unit, self._kept)
 
 
-@contextlib.contextmanager
-def _shown(label: str, published: AnyPath, names: set[str]) -> Iterator[None]:
-    """Shows how much of `names` is published, whichever process does it."""
-
-    def count() -> int:
-        return sum(path.name.removesuffix(".json") in names for path in children(published, "*.json"))
-
-    over = threading.Event()
-    with progress(label.lower(), total=len(names), done=count(), unit="shards") as bar:
-
-        def watch() -> None:
-            while not over.wait(1.0 if is_local(published) else 15.0):
-                bar.update(count())
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            bar.update(count())
+def run_chain(label: str, units: Sequence[Any], work: Work, options: str) -> None:
+    """Runs the work on every unit."""
+    with open_pipeline(options) as pipeline:
+        _ = pipeline | "Units" >> beam.Create(list(units)) | "Spread" >> beam.Reshuffle() | label >> beam.ParDo(WorkFn(work))

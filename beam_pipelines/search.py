@@ -9,15 +9,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import apache_beam as beam
 import numpy as np
-from apache_beam.metrics import Metrics
-from apache_beam.utils.shared import Shared
 from jaxtyping import Float, Int
 
 from beam_pipelines.datastore import EncodingWorker, write_arrays
 from beam_pipelines.index import OneAtATime
-from beam_pipelines.runner import run_units
+from beam_pipelines.work import count, run_units
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
@@ -117,29 +114,28 @@ def part_name(query: QueryShard, group: int) -> str:
     return f"{query.name}.group-{group:02d}"
 
 
-class EncodeQueries(beam.DoFn):
+class EncodeQueries:
     """Name of a shard of documents -> its tokens' keys and hidden states, published."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._shared, self._tokens = Shared(), Metrics.counter("resmem", "query_tokens")
 
-    def setup(self) -> None:
-        """Loads the model once a process."""
-        self._worker = self._shared.acquire(self.settings.worker)
+    def setup(self) -> EncodingWorker:
+        """Loads the model."""
+        return self.settings.worker()
 
-    def process(self, name: str) -> Iterator[str]:
+    def process(self, name: str, worker: EncodingWorker) -> Iterator[str]:
         """The shard's name, when it is published."""
         neighbors, _ = self.settings.open()
         folder, made_from = neighbors / ENCODED, self.settings.encoded_from()
         if not record_of(folder, name, made_from):
-            tokens = self._worker.vocabulary.encode_documents(read_shard(neighbors.parent / "documents" / f"{name}.jsonl"))
+            tokens = worker.vocabulary.encode_documents(read_shard(neighbors.parent / "documents" / f"{name}.jsonl"))
             expected = [f"{array}.npy" for array in ("keys", "hidden", "tokens", "document_lengths")]
             with disk_errors(folder), publish(folder, name, made_from, expected) as attempt:
-                attempt.facts = write_arrays(attempt.folder, tokens, self._worker.encoder, name)
+                attempt.facts = write_arrays(attempt.folder, tokens, worker.encoder, name)
                 np.save(attempt.folder / "tokens.npy", np.concatenate([*tokens, np.zeros(0, np.int32)]))
                 np.save(attempt.folder / "document_lengths.npy", np.array([len(document) for document in tokens], np.int64))
-                self._tokens.inc(attempt.facts["tokens"])
+                count("query_tokens", attempt.facts["tokens"])
         yield name
 
 
@@ -168,18 +164,17 @@ class _OpenIndex(OneAtATime):
         return self._index
 
 
-class SearchShard(beam.DoFn):
+class SearchShard:
     """Looks query shards up in some shards of the index, one after another, and publishes the nearest of all."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._shared, self._searched = Shared(), Metrics.counter("resmem", "searched_tokens")
 
-    def setup(self) -> None:
-        """Takes the process's index."""
-        self._open = self._shared.acquire(_OpenIndex)
+    def setup(self) -> _OpenIndex:
+        """Makes the place of the process's index."""
+        return _OpenIndex()
 
-    def process(self, unit: Lookup) -> Iterator[str]:
+    def process(self, unit: Lookup, opened: _OpenIndex) -> Iterator[str]:
         """The published names."""
         settings, (neighbors, _) = self.settings, self.settings.open()
         todo = {
@@ -187,7 +182,7 @@ class SearchShard(beam.DoFn):
             for query in unit.queries
             if not record_of(neighbors / PARTS, part_name(query, unit.group), settings.found_from(query, unit.index_shards))
         }
-        with self._open.lock, contextlib.ExitStack() as copies:
+        with opened.lock, contextlib.ExitStack() as copies:
             keys, found, exact = {}, {}, {}
             for name, query in todo.items():
                 arrays = copies.enter_context(_arrays(neighbors / ENCODED, query.name, settings.encoded_from(), "keys"))
@@ -195,7 +190,7 @@ class SearchShard(beam.DoFn):
                 found[name] = _nothing(query.tokens, settings.neighbors)
                 exact[name] = _nothing(len(settings.sample(query)), settings.neighbors)
             for shard in unit.index_shards if todo else ():
-                index, first_row = self._open.get(settings, shard)
+                index, first_row = opened.get(settings, shard)
                 for name, query in todo.items():
                     _search(index, keys[name], first_row, found[name])
                     _search(ExactIndex(index.datastore), keys[name][settings.sample(query)], first_row, exact[name])
@@ -206,7 +201,7 @@ class SearchShard(beam.DoFn):
                 with disk_errors(neighbors), publish(neighbors / PARTS, name, made_from, [f"{array}.npy" for array in FOUND]) as attempt:
                     for array, content in contents.items():
                         np.save(attempt.folder / f"{array}.npy", content)
-                self._searched.inc(query.tokens)
+                count("searched_tokens", query.tokens)
         yield from todo
 
 
@@ -234,18 +229,17 @@ def _search(index: Index, keys: Float[np.ndarray, "queries emb"], first_row: int
         found[0][some], found[1][some] = merge_nearest([before, (np.where(rows < 0, -1, rows + first_row), distances)], k)
 
 
-class MergeNeighbors(beam.DoFn):
+class MergeNeighbors:
     """Merges what the shards of the index found for a query shard, adds what DeepNet says, and publishes it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._shared, self._merged = Shared(), Metrics.counter("resmem", "merged_tokens")
 
-    def setup(self) -> None:
-        """Loads the model once a process."""
-        self._worker = self._shared.acquire(self.settings.worker)
+    def setup(self) -> EncodingWorker:
+        """Loads the model."""
+        return self.settings.worker()
 
-    def process(self, query: QueryShard) -> Iterator[str]:
+    def process(self, query: QueryShard, worker: EncodingWorker) -> Iterator[str]:
         """The shard's name, when it is published."""
         settings, (neighbors, datastore) = self.settings, self.settings.open()
         made_from = settings.merged_from(query)
@@ -255,10 +249,10 @@ class MergeNeighbors(beam.DoFn):
             with _arrays(neighbors / ENCODED, query.name, settings.encoded_from(), "tokens", "hidden", "document_lengths") as encoded:
                 tokens, hidden, lengths = (np.asarray(array) for array in encoded)
             neighbor_tokens = datastore.take("tokens", np.maximum(rows, 0))
-            parts = list(describe_queries(self._worker.model, datastore, hidden, tokens, neighbor_tokens))
+            parts = list(describe_queries(worker.model, datastore, hidden, tokens, neighbor_tokens))
             if not parts:  # a shard without documents: arrays without rows, as wide as any
                 one = (np.zeros((1, hidden.shape[1]), np.float32), np.zeros(1, np.int32), np.zeros((1, settings.neighbors), np.int32))
-                parts = [tuple(array[:0] for array in part) for part in describe_queries(self._worker.model, datastore, *one)]
+                parts = [tuple(array[:0] for array in part) for part in describe_queries(worker.model, datastore, *one)]
             described = dict(
                 zip(
                     ("target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition"),
@@ -274,7 +268,7 @@ class MergeNeighbors(beam.DoFn):
                 sample = settings.sample(query)
                 found = {"sampled": int((exact >= 0).sum()), "recalled": common(rows[sample], exact)}
                 attempt.facts = {"tokens": len(tokens), "documents": len(lengths), **found}
-            self._merged.inc(len(tokens))
+            count("merged_tokens", len(tokens))
         yield query.name
 
 

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import optax
 
-import resmem_lm.train as training
-from resmem_lm import config
+from resmem_lm import config, training
 from resmem_lm.machine import processor
 from resmem_lm.main import import_stages
 from resmem_lm.model import init_parameters
 from resmem_lm.packing import batches, pack, split_tokens
+from resmem_lm.train import train
 from resmem_lm.vocabulary import load_vocabulary
 
 VALIDATION_ROWS = 16
@@ -33,7 +33,7 @@ def main() -> None:
     bindings = [argument.removeprefix("--gin.") for argument in rest]
     import_stages()
     config.parse(arguments.gin_file, bindings)
-    settings = config.parameters(training.train)
+    settings = config.parameters(train)
     model, steps = settings["model"], settings["steps"]
 
     vocabulary = load_vocabulary(arguments.workdir)

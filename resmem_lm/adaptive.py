@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from resmem_lm.calibrated import Distribution, is_first, normalised, of_target
@@ -155,16 +154,23 @@ def _first_weights(features: int, seed: int) -> dict[str, Any]:
     }
 
 
-OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
+def _optimizer() -> Any:
+    import optax  # not at the top: it takes a third of a second, and every command imports every stage
+
+    return optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
 
 
 @jax.jit
 def _advance(
     weights: dict[str, Any], state: Any, gate: Gate, some: Known, batches: Int[Array, "steps batch"]
 ) -> tuple[dict[str, Any], Any]:
+    import optax
+
+    optimizer = _optimizer()
+
     def step(carry: tuple[dict[str, Any], Any], places: Int[Array, " batch"]) -> tuple[tuple[dict[str, Any], Any], None]:
         weights, state = carry
-        updates, state = OPTIMIZER.update(jax.grad(_loss)(weights, gate, _take(some, places)), state, weights)
+        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, _take(some, places)), state, weights)
         return (optax.apply_updates(weights, updates), state), None
 
     (weights, state), _ = jax.lax.scan(step, (weights, state), batches)
@@ -174,7 +180,7 @@ def _advance(
 def _steps(gate: Gate, some: Known, places: Int[np.ndarray, " some"], steps: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(step, weights) after every CHECK_STEPS."""
     weights, rng = gate.weights, np.random.default_rng(seed)
-    state = OPTIMIZER.init(weights)
+    state = _optimizer().init(weights)
     for step in range(CHECK_STEPS, steps + 1, CHECK_STEPS):
         weights, state = _advance(weights, state, gate, some, rng.choice(places, (CHECK_STEPS, min(BATCH, len(places)))))
         yield step, weights

@@ -3,6 +3,8 @@
 A checkpoint is T5X's: `checkpoint_1000/state`, in Orbax's form, with the tree {"target": parameters, "state": {"step", "param_states"}}.
 So T5X goes on from what the built-in trainer wrote, the built-in trainer's reader reads what T5X wrote, and T5X is not needed
 for either. T5X's older form, `checkpoint_1000/checkpoint` (msgpack) with one zarr array beside it per parameter, is read only.
+
+Flax and Orbax are imported where they are used: every command imports this module, and a finished work directory needs neither.
 """
 
 import dataclasses
@@ -14,14 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.serialization
-import flax.traverse_util
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from resmem_lm.errors import UserError
-from resmem_lm.model import Decoder, ModelConfig, init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.storage import AnyPath, local_path, read_json, write_json
 
 STATE = "state"
@@ -47,11 +47,15 @@ class Model:
         self, parameters: dict[str, Any], inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
         """`Decoder.hidden`; the parameters are an argument so that jit does not copy them into its programs."""
+        from resmem_lm.model import Decoder
+
         outputs: Any = Decoder(self.config).apply({"params": parameters}, inputs, segment_ids, method="hidden")
         return outputs[0], outputs[1]
 
     def logits(self, parameters: dict[str, Any], hidden: Float[Array, "tokens emb"]) -> Float[Array, "tokens vocab"]:
         """`Decoder.logits`."""
+        from resmem_lm.model import Decoder
+
         logits: Any = Decoder(self.config).apply({"params": parameters}, hidden, method="logits")
         return jax.numpy.asarray(logits)
 
@@ -101,9 +105,13 @@ def read_parameters(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or has not the names and shapes of `config`.
     """
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from resmem_lm.model import init_parameters
+
     try:
         shapes, load = (_older_form if (checkpoint / "checkpoint").is_file() else _orbax_form)(checkpoint)
-        wanted = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: init_parameters(config, 0)), sep="/")
+        wanted = flatten_dict(jax.eval_shape(lambda: init_parameters(config, 0)), sep="/")
         _check_names(checkpoint, shapes, {name: leaf.shape for name, leaf in wanted.items()})
         loaded = load()
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -111,7 +119,7 @@ def read_parameters(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is damaged or no checkpoint of T5X ({reason}): copy or train it again") from error
     device = jax.local_devices()[0]
     parameters = {name: jax.device_put(np.asarray(loaded[name], np.float32), device) for name in wanted}
-    nested: dict[str, Any] = flax.traverse_util.unflatten_dict(parameters, sep="/")
+    nested: dict[str, Any] = unflatten_dict(parameters, sep="/")
     return nested
 
 
@@ -141,6 +149,7 @@ Load = Callable[[], dict[str, Any]]
 
 
 def _orbax_form(checkpoint: Path) -> tuple[Shapes, Load]:
+    import flax.traverse_util
     import orbax.checkpoint as ocp
 
     folder = (checkpoint / STATE).absolute()
@@ -163,6 +172,8 @@ def _orbax_form(checkpoint: Path) -> tuple[Shapes, Load]:
 
 def _older_form(checkpoint: Path) -> tuple[Shapes, Load]:
     """Small arrays stand in the msgpack file; for the others it says which zarr folder beside it holds them."""
+    import flax.serialization
+    import flax.traverse_util
     import tensorstore
 
     content = flax.serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float16, Int, Int8, UInt, UInt8
 
 from resmem_lm.checkpoint import Model
 from resmem_lm.codes import encode_keys, encode_probabilities
-from resmem_lm.model import shift_right
+from resmem_lm.packing import shift_right
 from resmem_lm.resmem import sparse_residual
 from resmem_lm.windows import WindowSpec, window_rows
 

@@ -5,12 +5,10 @@ side reads the other's parameters. `Decoder.hidden` gives ResMem's key phi(x): t
 after the pre-MLP LayerNorm and before the MLP (paper, section 4.1).
 """
 
-import dataclasses
 import functools
 import operator
 from typing import Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,36 +16,10 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 from jaxtyping import Array, Float, Int
 
+from resmem_lm.model_config import ModelConfig
+
 RELATIVE_BUCKETS = 32
 RELATIVE_MAX_DISTANCE = 128
-
-
-@gin.register
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder-only T5; the names are T5X's `TransformerConfig`.
-
-    `mlp_activations` is ("relu",) for T5 1.0 and ("gelu", "linear") for T5 1.1; `logits_via_embedding` ties the
-    output to the embedding (T5 1.0). `dtype` is that of the activations; parameters are float32.
-    """
-
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    num_layers: int
-    head_dim: int
-    mlp_dim: int
-    mlp_activations: tuple[str, ...] | list[str] = ("relu",)
-    dropout_rate: float = 0.1
-    logits_via_embedding: bool = True
-    dtype: str = "float32"
-
-
-def shift_right(tokens: Int[Any, "batch length"], segment_ids: Int[Any, "batch length"]) -> Int[np.ndarray, "batch length"]:
-    """Decoder inputs for the given targets: each segment begins with BOS = 0 and ends before its last token."""
-    inputs = np.zeros_like(tokens)
-    inputs[:, 1:] = tokens[:, :-1] * (segment_ids[:, 1:] == segment_ids[:, :-1])
-    return inputs
 
 
 def relative_buckets(length: int) -> Int[np.ndarray, "length length"]:

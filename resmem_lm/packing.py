@@ -5,14 +5,12 @@ documents apart.
 """
 
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import Any, TypedDict
 
-import grain
 import numpy as np
 from jaxtyping import Int
 
 from resmem_lm.documents import read_shard, shard_paths
-from resmem_lm.model import shift_right
 from resmem_lm.storage import AnyPath
 from resmem_lm.vocabulary import Vocabulary
 
@@ -31,6 +29,13 @@ def split_tokens(workdir: AnyPath, split: str, vocabulary: Vocabulary) -> Iterat
         yield from vocabulary.encode_documents(read_shard(shard))
 
 
+def shift_right(tokens: Int[Any, "batch length"], segment_ids: Int[Any, "batch length"]) -> Int[np.ndarray, "batch length"]:
+    """Decoder inputs for the given targets: each segment begins with BOS = 0 and ends before its last token."""
+    inputs = np.zeros_like(tokens)
+    inputs[:, 1:] = tokens[:, :-1] * (segment_ids[:, 1:] == segment_ids[:, :-1])
+    return inputs
+
+
 def pack(documents: list[Int[np.ndarray, "_"]], length: int) -> Int[np.ndarray, "2 rows length"]:
     """Tokens and segment ids of the documents packed into rows; segments count from 1 in every row."""
     lengths = np.array([len(document) for document in documents])
@@ -45,11 +50,14 @@ def pack(documents: list[Int[np.ndarray, "_"]], length: int) -> Int[np.ndarray, 
     return np.stack([tokens.reshape(rows, length), segment_ids])
 
 
-def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless sequence of batches; number i is the same however one gets there, so that training can resume.
+def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: int) -> Any:
+    """An endless sequence of batches (grain's MapDataset); number i is the same however one gets there, so that training can resume.
 
     Rows are shuffled anew for each pass over them.
     """
+    # Imported here, because it takes a third of a second, and every command imports every stage.
+    import grain
+
     rows = grain.MapDataset.range(packed.shape[1])
     order = rows.seed(seed).shuffle().repeat().batch(batch_size)
 

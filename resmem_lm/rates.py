@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import sentencepiece
 
 from beam_pipelines.datastore import build_datastore
@@ -33,10 +32,10 @@ from resmem_lm.encode import ROWS
 from resmem_lm.evaluate import evaluate
 from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, index_manifest, nearest, open_index
 from resmem_lm.machine import forget_peak_memory, least, peak_memory
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.search import QUERY_SPLITS
 from resmem_lm.storage import AnyPath, files_below, local_path, read_json, write_json
-from resmem_lm.train import optimizer, to_train_state, train
+from resmem_lm.train import train
 from resmem_lm.tree_costs import TreeCosts, measure_tree
 from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
@@ -84,6 +83,11 @@ def window_tokens(documents: list[np.ndarray], window: WindowSpec) -> int:
 
 def save_fresh_checkpoint(directory: Path, model: ModelConfig, *, optimizer_state: bool) -> float:
     """Writes a checkpoint like that of `train` after its first step, or of `take_checkpoint`; returns its seconds."""
+    import orbax.checkpoint as ocp
+
+    from resmem_lm.model import init_parameters
+    from resmem_lm.training import optimizer, to_train_state
+
     adafactor = optimizer(lambda _: 0.0)
 
     def state() -> dict[str, Any]:

@@ -5,8 +5,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from resmem_lm.plots import INK, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
@@ -74,7 +72,9 @@ def _study(folder: AnyPath) -> dict[str, Any]:
     return told | {"header": header, "rows": rows, "plot": plot}
 
 
-def _template() -> jinja2.Template:
+def _template() -> Any:
+    import jinja2  # not at the top: every command imports this module, and few write a report
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

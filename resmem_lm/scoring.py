@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,6 +203,8 @@ class SplitScorer:
                 jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
             )
             return some, candidates, neighbors
+
+        import grain  # not at the top: it takes a third of a second, and every command imports every stage
 
         # Rows are fetched by other threads while the last block is scored.
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

@@ -18,7 +18,7 @@ from resmem_lm.datastore import ARRAYS, Binding, document_line, shard_name
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import ROWS, residual_head, token_dtype
 from resmem_lm.index import index_bytes
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.rates import bytes_of, save_fresh_checkpoint, window_tokens
 from resmem_lm.search import BASE_CANDIDATES, QUERY_SPLITS, Queries
 from resmem_lm.storage import AnyPath, files_below, inside, sealed
@@ -136,6 +136,8 @@ def key_dimensions(settings: Settings) -> int:
 
 def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] | list[float], dimensions: int) -> dict[str, int]:
     """Bytes of one row in each of the datastore's arrays."""
+    from resmem_lm.model import init_parameters  # not at the top: it brings Flax, and every command imports this module
+
     parameters = jax.eval_shape(lambda: init_parameters(model, 0))
     head = residual_head(Model(model, parameters), entries, tuple(temperatures))
     key, hidden = (jax.ShapeDtypeStruct((1, width), jnp.float32) for width in (dimensions, model.emb_dim))

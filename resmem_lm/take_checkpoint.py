@@ -1,10 +1,8 @@
 """A checkpoint trained elsewhere, by T5X or by this package, in place of training here."""
 
-import orbax.checkpoint as ocp
-
 from resmem_lm.checkpoint import STATE, Model, checkpoint_manager, newest_checkpoint, read_parameters, save_config
 from resmem_lm.errors import UserError
-from resmem_lm.model import ModelConfig
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.storage import AnyPath, local_path, new_directory, read_json, to_path
 from resmem_lm.train import check_vocabulary
 from resmem_lm.vocabulary import load_vocabulary
@@ -26,6 +24,8 @@ def take_checkpoint(workdir: AnyPath, *, model: ModelConfig, checkpoint: str | N
     Raises:
         UserError: no checkpoint there, one of another shape, with other names or trained with another vocabulary.
     """
+    import orbax.checkpoint as ocp  # not at the top: every command imports this module
+
     if not checkpoint:
         raise UserError("take_checkpoint.checkpoint is not set: set it with --gin.CHECKPOINT=\"'...'\"")
     vocabulary = load_vocabulary(workdir)

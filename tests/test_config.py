@@ -17,7 +17,7 @@ from resmem_lm.documents import prepare_documents
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import evaluate
 from resmem_lm.main import import_stages
-from resmem_lm.model import ModelConfig
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.train import train
 from resmem_lm.vocabulary import make_vocabulary
 

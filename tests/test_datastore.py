@@ -11,7 +11,8 @@ from resmem_lm.datastore import ARRAYS, Binding, Datastore, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import token_dtype
 from resmem_lm.errors import UserError
-from resmem_lm.model import Decoder, shift_right
+from resmem_lm.model import Decoder
+from resmem_lm.packing import shift_right
 from resmem_lm.storage import read_json, write_json
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec

@@ -129,6 +129,21 @@ assert seconds < 1, seconds
     assert "--gin_file" in ended.stdout
 
 
+def test_commands_on_a_finished_work_directory_load_nothing_that_only_work_needs(tiny_copy):
+    code = """
+import sys
+from jax._src import xla_bridge
+from resmem_lm.main import STAGES, main
+for command in STAGES.keys() - {"plan"}:
+    assert main([command, *sys.argv[1:]]) == 0
+large = {"apache_beam", "flax", "grain", "jinja2", "matplotlib", "optax", "orbax", "scann", "tensorboardX"} & set(sys.modules)
+assert not large, large
+assert not xla_bridge.backends_are_initialized()
+"""
+    ended = python("-c", code, f"--gin_file={tiny_copy / 'config.gin'}", f"--workdir={tiny_copy}")
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_the_installed_command_says_one_line_and_nothing_of_the_libraries_it_loads(tmp_path):
     command = tmp_path / "bin" / "resmem"
     command.parent.mkdir()

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resmem_lm.model import Decoder, ModelConfig, init_parameters, relative_buckets, shift_right
+from resmem_lm.model import Decoder, init_parameters, relative_buckets
+from resmem_lm.model_config import ModelConfig
+from resmem_lm.packing import shift_right
 
 TINY = ModelConfig(vocab_size=50, emb_dim=16, num_heads=2, num_layers=2, head_dim=8, mlp_dim=32)
 TINY_1_1 = dataclasses.replace(TINY, mlp_activations=("gelu", "linear"), logits_via_embedding=False)

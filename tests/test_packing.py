@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmem_lm.model import shift_right
-from resmem_lm.packing import batches, pack
+from resmem_lm.packing import batches, pack, shift_right
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 

@@ -18,9 +18,10 @@ from beam_pipelines.documents import sample_documents
 from resmem_lm.checkpoint import load_model, read_parameters
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.main import main
-from resmem_lm.model import Decoder, ModelConfig, init_parameters
+from resmem_lm.model import Decoder, init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, pack
-from resmem_lm.train import learning_rate_schedule, loss_and_metrics, optimizer
+from resmem_lm.training import learning_rate_schedule, loss_and_metrics, optimizer
 from resmem_lm.vocabulary import Vocabulary
 from tests.c4 import build_tfds, write_json_lines
 

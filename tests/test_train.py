@@ -11,11 +11,13 @@ import pytest
 
 from resmem_lm.checkpoint import load_model
 from resmem_lm.errors import UserError
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model import init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, pack
 from resmem_lm.progress import Reporter
 from resmem_lm.storage import read_json
-from resmem_lm.train import learning_rate_schedule, loss_and_metrics, optimizer, train
+from resmem_lm.train import train
+from resmem_lm.training import learning_rate_schedule, loss_and_metrics, optimizer
 
 MODEL = ModelConfig(vocab_size=256, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.1)
 SETTINGS = {"model": MODEL, "steps": 7, "batch_size": 4, "sequence_length": 32, "checkpoint_steps": 3, "learning_rate": 0.03}
@@ -133,9 +135,10 @@ def test_settings_that_cannot_work_are_refused(workdir, change, says):
 def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
     """In processes of their own: the number of virtual devices is set when jax starts."""
     code = (
-        "import sys; from pathlib import Path; import resmem_lm.train as t; from resmem_lm.model import ModelConfig\n"
+        "import sys; from pathlib import Path; import resmem_lm.train as t; import resmem_lm.training as s\n"
+        "from resmem_lm.model_config import ModelConfig\n"
         "class Writer:\n    def write(self, step, scalars): print(repr(scalars['train/loss']))\n"
-        "import contextlib; t.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
+        "import contextlib; s.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
         f"t.train(Path(sys.argv[1]), **{SETTINGS!r})"
     )
     losses = {}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import jax
 
 from resmem_lm.errors import UserError
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model import init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.plots import Figure, line
 from resmem_lm.results import interval
 from resmem_lm.storage import AnyPath, read_json

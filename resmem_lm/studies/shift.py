@@ -17,13 +17,15 @@ from resmem_lm.documents import prepare_documents
 from resmem_lm.encode import Encoder
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import bootstrap_interval
-from resmem_lm.model import ModelConfig, init_parameters
+from resmem_lm.model import init_parameters
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, pack, split_tokens
 from resmem_lm.results import interval
 from resmem_lm.storage import AnyPath, new_directory, read_json, remove, write_json
 from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.train import compiled_update, optimizer, to_train_state, train
+from resmem_lm.train import train
+from resmem_lm.training import compiled_update, optimizer, to_train_state
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import Record, finished

@@ -97,9 +97,8 @@ def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
 def _encode_again(workdir):
     """A second attempt at every shard, as a runner that repeats a bundle makes it."""
     encode = pipeline.EncodeShard(str(workdir), open_datastore(workdir / "datastore").binding)
-    encode.setup()
-    units = pipeline.units_of(workdir, None)
-    assert [name for unit in units for name in encode.process(unit)] == SHARDS
+    worker, units = encode.setup(), pipeline.units_of(workdir, None)
+    assert [name for unit in units for name in encode.process(unit, worker)] == SHARDS
 
 
 def test_what_was_counted_is_what_is_there(tiny_run):

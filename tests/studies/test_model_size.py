@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from resmem_lm.checkpoint import load_config, load_model
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.model import ModelConfig
+from resmem_lm.model_config import ModelConfig
 from resmem_lm.storage import read_json, write_json
 from resmem_lm.studies.model_size import count_parameters, equal_deepnet, resized, study_model_size
 from resmem_lm.verify import verify
