@@ -11,8 +11,9 @@ derived (`predicted`):
 DeepNet.  theta_n -> L theta*, so the risk -> (1 - L)^2 E<theta*, x>^2 = (1 - L)^2 / (d + 2).
 Nearest neighbour.  It errs by <theta*, x' - x>. The joint law of x and x' does not change under rotation, so its risk is E|x' - x|^2 / d.
     A ball of radius r around an x in the interior has a share r^d of the unit ball, so |x' - x| > r with probability (1 - r^d)^n, and
-    E|x' - x|^2 -> Gamma(1 + 2/d) n^(-2/d).
-ResMem.  It errs by <theta* - theta_n, x' - x>, its residuals being a linear function of x: (1 - L)^2 times the nearest neighbour's risk.
+    E|x' - x|^2 is Gamma(1 + 2/d) n^(-2/d) for large n.
+ResMem.  It errs by <theta* - theta_n, x' - x>, its residuals being a linear function of x: with theta_n = L theta*, (1 - L)^2 times the
+    nearest neighbour's risk. For small n theta_n is not there yet, and theta* - theta_n is longer.
 
 Within about n^(-1/d) of the surface a part of that ball lies outside, the neighbour is farther, and the risk is larger. These points are a
 share of about d n^(-1/d), which falls slowly: for small n, and in 8 dimensions for every n tried here, the last two risks lie above the
