@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,21 @@ def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
         return min((setting for setting in losses if setting.formula in formulas), key=lambda setting: losses[setting])
 
     return {"knnlm_perplexity": winner("knnlm"), "resmem_calibrated": winner("boosted", "clipped")}
+
+
+def grid_of(lambdas: Sequence[float]) -> dict[Formula, list[float]]:
+    """What `tune` chooses among: every lambda for ResMem, those up to 1 for kNN-LM."""
+    return {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+
+
+def simplex_grid(lambdas: Sequence[float]) -> dict[SimplexFormula, list[float]]:
+    """What `calibrate` chooses among. kNN alone, of lambda 1, gives most tokens no probability."""
+    return {"knnlm": [value for value in lambdas if value < 1], "boosted": list(BOOSTS), "clipped": list(lambdas)}
+
+
+def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
+    """Adaptive ResMem's gate, fitted on the tokens of validation with all of their neighbours."""
+    return adaptive.fit(*validation.known(sigma, FIT_TOKENS))
 
 
 def bootstrap_interval(values: Float[np.ndarray, " tokens"], document_lengths: Int[np.ndarray, " documents"]) -> tuple[float, float]:
@@ -126,12 +142,10 @@ def evaluate(
             f"evaluate: needs 1 to {searched} in ks, 1.0 and less in lambdas, 1.0 in temperatures: {ks}, {lambdas}, {temperatures}"
         )
 
-    grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+    grid = grid_of(lambdas)
     tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), list(temperatures), grid))
     paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
-    below_1 = [value for value in lambdas if value < 1]
-    simplex: dict[SimplexFormula, list[float]] = {"knnlm": below_1, "boosted": list(BOOSTS), "clipped": list(lambdas)}
-    calibrated = calibrate(scorers["validation"].log_losses(list(sigmas), list(temperatures), simplex))
+    calibrated = calibrate(scorers["validation"].log_losses(list(sigmas), list(temperatures), simplex_grid(lambdas)))
     methods = {
         "deepnet": DEEPNET,
         "knn": tuned["knn"],
@@ -144,7 +158,7 @@ def evaluate(
     }
     on_simplex = [methods[name] for name in ("deepnet", "knnlm", "knnlm_perplexity", "resmem_calibrated")]
     sigma = tuned["resmem"].sigma
-    gate = adaptive.fit(*scorers["validation"].known(sigma, FIT_TOKENS))
+    gate = fit_gate(scorers["validation"], sigma)
     lines = ("knnlm", "resmem_lambda1", "resmem")
     curves = {
         "k": {name: [methods[name]._replace(k=k) for k in usable] for name in lines},

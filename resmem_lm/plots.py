@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
-MARKERS = "s^oD"
+# Of each line: marker, its size, dashes. So a line is known without its colour, and those that agree lie on each other and stay visible:
+# hollow markers nest, and the last, a cross, reaches beyond all of them.
+STYLES: tuple[tuple[str, int, Any], ...] = (("s", 9, "-"), ("^", 7, "-"), ("o", 5, "-"), ("D", 3, (0, (6, 2))), ("x", 11, (0, (1.5, 1.5))))
 Figure = Any  # matplotlib's, which is imported when something is drawn
 
 
@@ -35,14 +37,16 @@ def to_svg(draw: Callable[[Figure], None]) -> str:
 
 
 def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str) -> None:
-    """A line in ink `number` + 1. Lines that agree lie on each other: hollow markers of different sizes keep all of them visible."""
+    """A line in ink `number` + 1 and its style, up to five in a plot."""
+    marker, size, dashes = STYLES[number]
     axes.plot(
         x,
         y,
         color=f"{INK}{number + 1}",
-        marker=MARKERS[number],
-        markersize=9 - 2 * number,
+        marker=marker,
+        markersize=size,
         markerfacecolor="none",
+        linestyle=dashes,
         linewidth=1.5,
         label=label,
     )

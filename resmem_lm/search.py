@@ -58,6 +58,22 @@ def open_queries(workdir: AnyPath, split: str) -> Queries:
     return Queries(**arrays | {name: np.asarray(arrays[name]) for name in ("tokens", "document_lengths")})
 
 
+def nearest(queries: Queries, k: int) -> Queries:
+    """The queries as a search for k neighbours would have left them. UserError if not so many were searched."""
+    searched = queries.rows.shape[1]
+    if not 1 <= k <= searched:
+        raise UserError(f"the {k} nearest are not known: {searched} neighbours were searched")
+
+    def cut(array: ShardedArray, columns: int) -> ShardedArray:
+        return ShardedArray([part[:, :columns] for part in array.parts])
+
+    by_neighbor: dict[str, Any] = {name: cut(getattr(queries, name), k) for name in ("rows", "distances", "neighbor_tokens")}
+    # DeepNet's own candidates come first, then a candidate for each neighbour.
+    candidates = queries.candidate_ids.shape[1] - searched + k
+    by_candidate: dict[str, Any] = {name: cut(getattr(queries, name), candidates) for name in ("candidate_ids", "candidate_logits")}
+    return queries._replace(**by_neighbor, **by_candidate)
+
+
 def query_documents(workdir: AnyPath, split: str) -> list[Document]:
     """The documents whose tokens are a split's queries, in order."""
     return [document for shard in shard_paths(workdir, split) for document in read_shard(shard)]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from resmem_lm.errors import UserError
+from resmem_lm.plots import STYLES
 from resmem_lm.report import write_report
 from resmem_lm.results import METHODS, rows
 from resmem_lm.storage import write_json
@@ -122,6 +123,22 @@ def test_plots_have_a_line_for_each_method_and_deepnet(tmp_path: Path) -> None:
     assert inks == {"--ink-0", "--ink-1", "--ink-2", "--ink-3", "--ink-9"}
     light, dark = page.split("prefers-color-scheme: dark")
     assert all(f"{ink}: #" in light and f"{ink}: #" in dark for ink in inks)
+
+
+def test_five_lines_can_be_told_apart_on_a_light_and_a_dark_page(tmp_path: Path) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for page in page_of(tmp_path, some_results()).split("prefers-color-scheme: dark"):
+        colours = dict(re.findall(r"--(ink-\d|page): (#[0-9a-f]{6})", page))
+        inks = [colours[f"ink-{number}"] for number in range(6)]
+        assert len(set(inks)) == 6
+        for ink in inks:
+            dark, light = sorted((luminance(ink), luminance(colours["page"])))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, ink
+    assert len({marker for marker, _, _ in STYLES}) == len(STYLES) == 5
 
 
 @pytest.mark.parametrize("place", ["context", "document", "target", "deepnet", "resmem", "neighbor", "config", "version"])

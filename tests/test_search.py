@@ -1,13 +1,33 @@
 import numpy as np
 import pytest
 
+from resmem_lm.candidates import Setting
+from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.search import Queries, open_queries, recall
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import Queries, nearest, open_queries, recall
 from resmem_lm.storage import read_json, write_json
 
 
 def test_recall_counts_what_was_found_in_any_order():
     assert recall(np.array([[3, 1, 2], [9, 8, 7]]), np.array([[1, 2, 3], [7, 5, 6]])) == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_the_nearest_of_a_search_are_a_search_for_fewer(tiny_run):
+    datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(tiny_run, "test")
+    whole = SplitScorer("test", queries, datastore)
+    for k in (1, 5, 12):
+        few = nearest(queries, k)
+        assert few.rows.shape[1] == few.distances.shape[1] == few.neighbor_tokens.shape[1] == k
+        assert few.candidate_ids.shape[1] == few.candidate_logits.shape[1] == queries.candidate_ids.shape[1] - 12 + k
+        np.testing.assert_array_equal(np.asarray(few.candidate_ids)[:, -k:], np.asarray(few.neighbor_tokens))
+        setting = Setting("resmem", k, 1.0, 1.0, 1.0)
+        predictions, certified = SplitScorer("test", few, datastore).predict([setting])[setting]
+        np.testing.assert_array_equal(predictions[certified], whole.predict([setting])[setting][0][certified])
+        assert certified.mean() > 0.5
+    for k in (0, 13):
+        with pytest.raises(UserError, match=f"the {k} nearest are not known: 12 neighbours"):
+            nearest(queries, k)
 
 
 def test_damaged_neighbours_are_named_with_the_mend(tiny_copy):

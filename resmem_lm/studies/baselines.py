@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from resmem_lm import adaptive, infinigram
+from resmem_lm import infinigram
 from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import Datastore, open_datastore
-from resmem_lm.evaluate import FIT_TOKENS, bootstrap_interval
+from resmem_lm.evaluate import bootstrap_interval, fit_gate
 from resmem_lm.infinigram import Continuations, Mixture
 from resmem_lm.plots import INK, Figure, line
 from resmem_lm.results import METHODS, interval, percent
@@ -43,7 +43,7 @@ def study_baselines(
     test = scorers["test"]
     targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
     right, sigma = _predicted(workdir, test)
-    adapted = test.adaptive(adaptive.fit(*scorers["validation"].known(sigma, FIT_TOKENS)), sigma)
+    adapted = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)
     right[METHODS["resmem_adaptive"]] = adapted.predictions == targets
     notes = "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its rows are left out."
     if infinigram.installed() and is_local(workdir):

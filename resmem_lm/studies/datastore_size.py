@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from beam_pipelines.datastore import EncodingWorker, write_arrays
-from resmem_lm.candidates import DEEPNET, Formula, Setting
+from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.checkpoint import Model
 from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.documents import position, read_shard, shard_paths
 from resmem_lm.encode import query_head
 from resmem_lm.errors import DamagedError, UserError
-from resmem_lm.evaluate import describe, tune
+from resmem_lm.evaluate import calibrate, describe, fit_gate, grid_of, simplex_grid, tune
 from resmem_lm.index import ExactIndex, search_shards
 from resmem_lm.plots import Figure, line
 from resmem_lm.published import folder_of, publish, record_of
@@ -30,6 +30,7 @@ from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir import Record
 
 FOLDER, ENCODED = "derived/datastore-size", "queries"
+METHODS = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
 FILES = ("keys.npy", "hidden.npy")
 FOUND = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
 
@@ -97,14 +98,17 @@ def study_datastore_size(
     lambdas: tuple[float, ...] | list[float] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5),
     recall_queries: int = 200,
 ) -> Record:
-    """Gain on test of ResMem and kNN-LM with fractions of the datastore's documents, hyperparameters chosen on validation for each.
+    """Gain on test of ResMem, in all its forms, and kNN-LM with fractions of the datastore's documents.
+
+    Hyperparameters are chosen and the gate of Adaptive ResMem is fitted on validation, for each fraction.
 
     Args:
         fractions: of the datastore's rows; whole documents, those of a smaller fraction among those of a larger.
         ks: numbers of neighbours to try; those above the searched number are passed over.
         sigmas: bandwidths to try.
         temperatures: temperatures to try, out of those of the datastore.
-        lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them.
+        lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them. Where Calibrated ResMem changes logits
+            with r_kNN, its factors are those of the evaluation.
         recall_queries: test queries, evenly spaced, on which each search is compared with exact search.
 
     Raises:
@@ -125,11 +129,11 @@ def study_datastore_size(
             f"{name}: needs 1 to {searched} in ks, sigmas above 0, some of {list(datastore.binding.temperatures)} in temperatures, 1.0 and "
             f"less in lambdas: {ks}, {sigmas}, {temperatures}, {lambdas}"
         )
-    grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
     paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
     files = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
     made_from: Record = {what: sha256(workdir / file) for what, file in files.items()}
     tried: Record = {
+        "methods": list(METHODS),
         "ks": usable,
         "sigmas": list(sigmas),
         "temperatures": known,
@@ -151,21 +155,27 @@ def study_datastore_size(
             )
             for split in QUERY_SPLITS
         }
-        tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), known, grid))
+        validation, test = scorers["validation"], scorers["test"]
+        tuned = tune(validation.count_correct(usable, list(sigmas), known, grid_of(lambdas)))
+        calibrated = calibrate(validation.log_losses(list(sigmas), known, simplex_grid(lambdas)))["resmem_calibrated"]
         methods = {"ResMem (paper)": paper, "ResMem": tuned["resmem"], "kNN-LM": tuned["knnlm"]}
-        test = scorers["test"].queries
-        found = scorers["test"].predict(sorted({DEEPNET, *methods.values()}))
-        targets, lengths = np.asarray(test.tokens), np.asarray(test.document_lengths)
+        predicted = test.predict(sorted({DEEPNET, *methods.values()}))
+        found = {method: predicted[setting] for method, setting in methods.items()}
+        found["Calibrated ResMem"] = test.distributions([calibrated])[calibrated][:2]
+        found["Adaptive ResMem"] = test.adaptive(fit_gate(validation, tuned["resmem"].sigma), tuned["resmem"].sigma)[:2]
+        targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
         row: Record = {
             "fraction": fraction,
             "rows": part.remembered_rows,
-            "recall@k": _recall(part, queries["test"]["keys"], test.rows, recall_queries),
+            "recall@k": _recall(part, queries["test"]["keys"], test.queries.rows, recall_queries),
         }
-        for method, setting in methods.items():
-            told = describe(found[setting], found[DEEPNET][0], targets, lengths)
+        for method in METHODS:
+            told = describe(found[method], predicted[DEEPNET][0], targets, lengths)
             row[f"{method}, gain, %"] = 100 * told["gain"]
             row[f"{method}, 95%"] = interval(told["gain_ci95"])
-        return row | {f"{method} with": hyperparameters(methods[method].hyperparameters()) for method in ("ResMem", "kNN-LM")}
+        chosen = {"ResMem": tuned["resmem"], "kNN-LM": tuned["knnlm"], "Calibrated ResMem": calibrated}
+        row |= {f"{method} with": hyperparameters(setting.hyperparameters()) for method, setting in chosen.items()}
+        return row | {"Calibrated ResMem's form": calibrated.formula}
 
     rows: list[Record] = []
     for fraction in sorted(set(fractions)):
@@ -182,7 +192,7 @@ def study_datastore_size(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for number, method in enumerate(("ResMem (paper)", "ResMem", "kNN-LM")):
+        for number, method in enumerate(METHODS):
             line(axes, number, [row["rows"] for row in rows], [row[f"{method}, gain, %"] for row in rows], method)
         axes.set_xscale("log")
         axes.set_xlabel("rows of the datastore")
@@ -190,8 +200,8 @@ def study_datastore_size(
         axes.legend(frameon=False)
 
     text = (
-        "Gain (TPR - FPR) on test with a part of the datastore's documents: ResMem with the paper's hyperparameters, and ResMem and kNN-LM "
-        "with those chosen on validation for each part. Recall@k, against exact search in the same part, is of "
-        f"{min(recall_queries, len(cached['test'].tokens)):,} test tokens."
+        "Gain (TPR - FPR) on test with a part of the datastore's documents: ResMem with the paper's hyperparameters; ResMem, kNN-LM and "
+        "Calibrated ResMem with those chosen on validation for each part; Adaptive ResMem with ResMem's sigma and a gate fitted there too. "
+        f"Recall@k, against exact search in the same part, is of {min(recall_queries, len(cached['test'].tokens)):,} test tokens."
     )
     return write_study(workdir, "datastore-size", title="Size of the datastore (Figure 3a)", text=text, rows=rows, draw=draw)

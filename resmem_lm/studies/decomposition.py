@@ -4,7 +4,7 @@ import numpy as np
 
 from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.evaluate import describe
+from resmem_lm.evaluate import describe, grid_of
 from resmem_lm.results import METHODS, interval
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import QUERY_SPLITS, open_queries
@@ -57,7 +57,7 @@ def study_decomposition(
     known = [temperature for temperature in temperatures if temperature in datastore.binding.temperatures]
     validation, test = scorers["validation"], scorers["test"]
     deepnet = validation.predict([DEEPNET])[DEEPNET][0] == validation.queries.tokens
-    grid: dict[Formula, list[float]] = {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+    grid = grid_of(lambdas)
     right, both = (validation.count_correct(usable, list(sigmas), known, grid, among=among) for among in (None, deepnet))
     chosen = {
         (formula, rule): setting

@@ -7,7 +7,7 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.forget import forget
 from resmem_lm.storage import read_json, remove, write_json
-from resmem_lm.studies.datastore_size import fraction_of, study_datastore_size
+from resmem_lm.studies.datastore_size import METHODS, fraction_of, study_datastore_size
 from resmem_lm.verify import verify
 
 GRID = {"ks": (1, 4, 12, 50), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}  # as the run's evaluation
@@ -27,9 +27,10 @@ def test_all_of_the_datastore_is_the_evaluation_and_a_smaller_part_is_told_with_
     assert [row["fraction"] for row in rows] == [0.02, 0.5, 1.0]
     assert rows[0]["rows"] < rows[1]["rows"] < rows[2]["rows"] == open_datastore(tiny_copy / "datastore").rows
     methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
-    for name, key in (("ResMem (paper)", "resmem_paper"), ("ResMem", "resmem"), ("kNN-LM", "knnlm")):
+    for name, key in zip(METHODS, ("resmem_paper", "resmem", "knnlm", "resmem_calibrated", "resmem_adaptive"), strict=True):
         assert rows[2][f"{name}, gain, %"] == 100 * methods[key]["gain"]
         assert rows[2][f"{name}, 95%"] == "[{:.2f}, {:.2f}]".format(*(100 * value for value in methods[key]["gain_ci95"]))
+    assert rows[2]["Calibrated ResMem's form"] == methods["resmem_calibrated"]["form"]
     assert all(0.9 < row["recall@k"] <= 1 for row in rows)
     assert verify(tiny_copy) == []
 

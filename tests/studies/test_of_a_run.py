@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.datastore import ARRAYS, open_datastore
+from resmem_lm.errors import UserError
 from resmem_lm.main import main
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
-from resmem_lm.storage import read_json
+from resmem_lm.storage import read_json, write_json
 from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
-from resmem_lm.studies.sensitivity import study_sensitivity
+from resmem_lm.studies.sensitivity import LINES, study_sensitivity
 from resmem_lm.verify import verify
 
 
@@ -22,16 +23,49 @@ def rows_of(workdir, name):
     return read_json(workdir / "studies" / name / "results.json")["rows"]
 
 
+def sensitivity_of(workdir):
+    return {(row["method"], row["varied"], row["value"]): row["test accuracy, %"] for row in rows_of(workdir, "sensitivity")}
+
+
 def test_the_lines_of_sensitivity_meet_the_table_of_results(tiny_copy):
-    study_sensitivity(tiny_copy, ks=(1, 4, 12), sigmas=(0.5, 1.0, 4.0), lambdas=(0.0, 0.5, 1.0))
+    grid = {"lambdas": (0.0, 0.5, 1.0), "boosts": (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)}
+    study_sensitivity(tiny_copy, ks=(1, 4, 12), sigmas=(0.5, 1.0, 4.0), gate_ks=(2, 12, 50), gate_sigmas=(0.5, 1.0, 4.0), **grid)
     methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
-    found = {(row["varied"], row["value"], row["others"]): row["test accuracy, %"] for row in rows_of(tiny_copy, "sensitivity")}
-    for name, others in (("resmem_paper", "as in the paper"), ("resmem", "chosen on validation")):
-        chosen = methods[name]["hyperparameters"]
-        for axis, key in (("k", "k"), ("sigma", "sigma"), ("T", "temperature"), ("lambda", "lambda")):
-            assert found[axis, chosen[key], others] == pytest.approx(100 * methods[name]["accuracy"])
-        assert found["lambda", 0.0, others] == pytest.approx(100 * methods["deepnet"]["accuracy"])
-    assert {row["value"] for row in rows_of(tiny_copy, "sensitivity") if row["varied"] == "T"} == {0.5, 0.7, 1.0, 1.4, 2.0}
+    found = sensitivity_of(tiny_copy)
+    for name, title in LINES.items():
+        chosen, accuracy = methods[name]["hyperparameters"], pytest.approx(100 * methods[name]["accuracy"])
+        applying = {axis: key for axis, key in KEYS.items() if key in chosen}
+        assert {varied for method, varied, _ in found if method == title} == set(applying)
+        for axis, key in applying.items():
+            assert found[title, axis, chosen[key]] == accuracy
+        if "lambda" in chosen:
+            assert found[title, "lambda", 0.0] == pytest.approx(100 * methods["deepnet"]["accuracy"])
+            assert {value for method, varied, value in found if (method, varied) == (title, "T")} == {0.5, 0.7, 1.0, 1.4, 2.0}
+    assert {value for method, varied, value in found if (method, varied) == ("Adaptive ResMem", "k")} == {2, 12}
+
+
+KEYS = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda"}
+
+
+@pytest.mark.parametrize(("form", "axis"), [("boosted", (0.0, 4.0)), ("clipped", (0.0, 1.0))])
+def test_calibrated_resmem_is_varied_in_the_form_that_was_chosen(tiny_copy, form, axis):
+    results = read_json(tiny_copy / "results.json")
+    results["splits"]["test"]["methods"]["resmem_calibrated"]["form"] = form
+    write_json(tiny_copy / "results.json", results)
+    few = {"ks": (4,), "sigmas": (1.0,), "gate_ks": (4,), "gate_sigmas": (1.0,)}
+    study_sensitivity.function(tiny_copy, lambdas=(0.0, 1.0), boosts=(0.0, 4.0), **few)
+    varied = [value for method, varied, value in sensitivity_of(tiny_copy) if (method, varied) == ("Calibrated ResMem", "lambda")]
+    assert tuple(varied) == axis
+    told = read_json(tiny_copy / "studies/sensitivity/results.json")["text"]
+    assert ("a factor in the logits" in told) == (form == "boosted")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("ks", ()), ("sigmas", (0.0,)), ("lambdas", (-0.5,)), ("gate_ks", (0, 4)), ("gate_sigmas", ())]
+)
+def test_what_sensitivity_cannot_vary_is_told(tiny_copy, name, values):
+    with pytest.raises(UserError, match=f"study_sensitivity.{name} = .*take one or more numbers"):
+        study_sensitivity(tiny_copy, **{name: values})
 
 
 def test_right_predictions_among_some_tokens_are_those_of_the_predictions(tiny_run):

@@ -2,12 +2,12 @@ import csv
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmem_lm.main import main
 from resmem_lm.storage import read_json
-from resmem_lm.studies.theory import METHODS, bounded_least_squares, in_unit_ball, nearest, slope, study_theory
+from resmem_lm.studies.theory import METHODS, bounded_least_squares, in_unit_ball, nearest, predicted, risks, slope, study_theory
 from resmem_lm.verify import verify
 
 
@@ -43,9 +43,33 @@ def test_the_slope_of_a_power_law_is_its_exponent():
     assert error == pytest.approx(0, abs=1e-9)
 
 
+@given(st.sampled_from([1, 2, 3]), st.floats(0.05, 0.95), st.integers(0, 2**32 - 1))
+@settings(max_examples=10)
+def test_risks_are_those_predicted_and_the_surface_only_adds_to_them(d, bound, seed):
+    n, rng = 3000, np.random.default_rng(seed)
+    measured = np.mean([risks(rng, n, d, bound, 2000) for _ in range(6)], axis=0)
+    for method, risk in zip(METHODS, measured, strict=True):
+        wanted = predicted(method, n, d, bound)
+        assert 0.8 * wanted < risk < (1.25 if method == "DeepNet" else 1.25 + 2 * n ** (-1 / d)) * wanted
+
+
+@given(st.integers(1, 10), st.integers(1, 10_000), st.floats(0.05, 0.95))
+def test_the_predictions_differ_by_what_the_model_has_learned(d, n, bound):
+    deepnet, alone, resmem = (predicted(method, n, d, bound) for method in METHODS)
+    assert resmem == pytest.approx((1 - bound) ** 2 * alone)
+    assert predicted("nearest neighbour", 2**d * n, d, bound) == pytest.approx(alone / 4)  # half the distance
+    assert deepnet == predicted("DeepNet", 2 * n, d, bound)
+
+
+def test_in_one_dimension_the_mean_square_distance_is_known():
+    x = in_unit_ball(np.random.default_rng(0), 400_000, 1)[:, 0].reshape(-1, 200)  # 199 points for each query
+    squares = np.min(np.square(x[:, 1:] - x[:, :1]), axis=1)
+    assert predicted("nearest neighbour", 199, 1, 0.5) == pytest.approx(squares.mean(), rel=0.15)
+
+
 def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neighbour_alone(tmp_path):
-    settings = {"sizes": (100, 1000, 4000), "dimensions": (2, 4), "bounds": (0.5,), "repetitions": 4, "queries": 500}
-    first = study_theory(tmp_path, **settings)
+    small = {"sizes": (100, 1000, 4000), "dimensions": (2, 4), "bounds": (0.5,), "repetitions": 4, "queries": 500}
+    first = study_theory(tmp_path, **small)
     rows = read_json(tmp_path / "studies/theory/results.json")["rows"]
     assert len(rows) == 2 * len(METHODS)
     for row in rows:
@@ -53,13 +77,15 @@ def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neig
             assert abs(row["slope"]) < 0.1
             assert row["risk at largest n"] == pytest.approx((1 - 0.5) ** 2 / (row["d"] + 2), rel=0.15)
         if row["method"] == "ResMem":
-            assert row["slope"] == pytest.approx(-2 / row["d"], rel=0.15)
+            assert row["predicted slope"] == -2 / row["d"]
+            assert row["slope"] == pytest.approx(row["predicted slope"], rel=0.15)
+            assert row["risk at largest n"] == pytest.approx(row["predicted at largest n"], rel=0.25)
             alone = next(other for other in rows if other["d"] == row["d"] and other["method"] == "nearest neighbour")
             assert row["risk at largest n"] < alone["risk at largest n"]
     with (tmp_path / "studies/theory/table.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
     assert (tmp_path / "studies/theory/figure.svg").read_text().startswith("<svg")
-    assert study_theory(tmp_path / "again", **settings) == first
+    assert study_theory(tmp_path / "again", **small) == first
 
 
 def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, capsys):
