@@ -42,6 +42,7 @@ class Index(Protocol):
         """
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """What a library's files say of some shards of a datastore."""
 

@@ -65,7 +65,7 @@ def index_memory_gib(workdir: Path, shards: int) -> float:
     from resmem_lm.index import index_memory
 
     offsets = open_datastore(workdir / "datastore").offsets
-    return (PROCESS_BYTES + index_memory(int((offsets[shards:] - offsets[:-shards]).max()), 32, 100_000)) / 2**30
+    return (PROCESS_BYTES + index_memory("faiss", int((offsets[shards:] - offsets[:-shards]).max()), 32, 100_000)) / 2**30
 
 
 def arguments(folder: Path, workdir: Path, documents: int = 60) -> list[str]:
