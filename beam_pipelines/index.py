@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from beam_pipelines.work import count, run_units
 from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.index import build_scann, group_shards, index_memory, largest_index
+from resmem_lm.index import group_shards, index_memory, largest_index, library
 from resmem_lm.lock import assert_held
 from resmem_lm.published import Record, expect, folder_of, publish, record_of, remove_orphans
 from resmem_lm.storage import AnyPath, drop_copy, to_path, write_json
@@ -52,9 +52,8 @@ class BuildShard:
             if not record_of(workdir / "index", unit.name, made_from):
                 part.check_files(*KEY_FILES)
                 with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, made_from) as attempt:
-                    if self.settings["kind"] == "scann":
-                        chosen = {name: self.settings[name] for name in ("candidates", "training_rows", "threads")}
-                        attempt.facts |= build_scann(part, attempt.folder, **chosen)
+                    if self.settings["kind"] != "exact":
+                        attempt.facts |= library(self.settings["kind"]).build(part, attempt.folder, self.settings)
                     attempt.facts["rows"] = part.rows
                 for shard in part.shards:
                     for name in KEY_FILES:
@@ -72,7 +71,7 @@ def source_of(part: Datastore, settings: Record) -> Record:
 def build_index(
     workdir: AnyPath,
     *,
-    kind: Literal["scann", "exact"] = "scann",
+    kind: Literal["faiss", "scann", "exact"] = "faiss",
     candidates: int = 200,
     training_rows: int = 100_000,
     threads: int = 0,
@@ -82,11 +81,11 @@ def build_index(
     """Writes WORKDIR/index. Where shards of the datastore were added or changed, only what holds them is made again.
 
     Args:
-        kind: "scann", or "exact" where ScaNN cannot be installed or every comparison is wanted.
+        kind: "faiss"; "scann", the paper's (pip install 'resmem_lm[scann]'); or "exact" where every comparison is wanted.
         candidates: neighbours that each shard of the index proposes for a query; the nearest by true distance are kept.
-        training_rows: rows from which ScaNN learns its tree and codes.
-        threads: that ScaNN builds with; 0 is all cores. With 1, two builds are equal; with more, a row that is equally near to two
-            leaves is in either, and one query in some 60,000 finds other neighbours.
+        training_rows: rows from which leaves and codes are learned, at most; faiss takes no more than help it.
+        threads: that ScaNN builds with; 0 is all cores. With 1, two of its builds are equal; with more, a row that is equally near to two
+            leaves is in either, and one query in some 60,000 finds other neighbours. faiss takes all cores and builds the same.
         memory_gib: of one worker process, which says how many rows a shard of the index has; a finished index stays as it is.
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
@@ -99,10 +98,10 @@ def build_index(
     datastore = open_datastore(workdir / "datastore")
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
     emb = datastore.array("key_codes").shape[1]
-    most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
+    most = largest_index(kind, int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:
-        needed = (index_memory(largest, emb, training_rows) + PROCESS_BYTES) / 2**30
+        needed = (index_memory(kind, largest, emb, training_rows) + PROCESS_BYTES) / 2**30
         raise UserError(
             f"build_index.memory_gib = {memory_gib:g} is too small for the largest shard of the datastore, of {largest} rows: take "
             f"{needed + 0.05:.1f} (--index_memory_gib), or more shards of documents"

@@ -194,7 +194,7 @@ def evaluate(
     results["seconds"] = {name: record["seconds"] for name, record in records.items()}
     results["versions"] = {"python": platform.python_version()} | {
         name: importlib.metadata.version(name)
-        for name in ("resmem_lm", "jax", "flax", "optax", "apache-beam", "scann", "sentencepiece", "numpy")
+        for name in ("resmem_lm", "jax", "flax", "optax", "apache-beam", "faiss-cpu", "scann", "sentencepiece", "numpy")
         if _installed(name)
     }
     write_json(workdir / "results.json", results)

@@ -1,13 +1,13 @@
-"""Datastore -> index of its keys: ScaNN (approximate) or exact, behind one `search`; in shards that each fit a worker's memory.
+"""Datastore -> index of its keys: faiss or ScaNN (approximate) or exact, behind one `search`; in shards that each fit a worker's memory.
 
-Both return neighbours by true L2 distance between the query and the stored key: ScaNN only proposes candidates, whose
-distances are then computed from the datastore itself.
+All return neighbours by true L2 distance between the query and the stored key: faiss and ScaNN only propose candidates, whose
+distances are then computed from the datastore itself. What belongs to one library is in `faiss_index.py` and `scann_index.py`.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from resmem_lm.storage import AnyPath, local_path, read_json
 EXACT_BLOCK = 2**16  # keys in one matrix product
 QUERY_BLOCK = 1024
 SEARCH_BLOCK = 4096  # queries looked up before what they found is merged
-SMALL = 20_000  # rows below which ScaNN compares everything: a tree would cost recall and save nothing
+SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
 
 
 @runtime_checkable
@@ -40,6 +40,26 @@ class Index(Protocol):
 
         Rows of forgotten documents are never among them.
         """
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """What a library's files say of some shards of a datastore."""
+
+    def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries n"]:
+        """Up to `wanted` rows for each query that may be its nearest, -1 where there are fewer; none is forgotten.
+
+        At least `needed`, where so many are remembered and the library can find them.
+        """
+
+
+class Tree(NamedTuple):
+    """How an index is divided: leaves, those that a query looks through, rows they are learned from, and in how many rounds."""
+
+    leaves: int
+    searched: int
+    sample: int
+    rounds: int
 
 
 @jax.jit
@@ -108,51 +128,25 @@ def _in_blocks(function: Callable[..., tuple[np.ndarray, np.ndarray]], *arrays: 
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
-class ScannIndex:
-    """ScaNN (Guo et al. 2020): a tree and 4-bit product quantisation propose candidates."""
+class ApproximateIndex:
+    """The nearest of what a library proposes, by true distance."""
 
-    def __init__(self, datastore: Datastore, folder: Path, candidates: int) -> None:
-        self.datastore, self.candidates = datastore, candidates
-        self._searcher = _scann().load_searcher(str(folder))
+    def __init__(self, datastore: Datastore, proposer: Proposer, candidates: int) -> None:
+        self.datastore, self.proposer, self.candidates = datastore, proposer, candidates
 
     def search(
         self, queries: Float[np.ndarray, "queries emb"], k: int
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
-
-        return _in_blocks(lambda block: nearest(self.datastore, block, self._candidates(block, max(self.candidates, k)), k), queries)
-
-    def _candidates(self, queries: Float[np.ndarray, "queries emb"], wanted: int) -> Int[np.ndarray, "queries n"]:
-        """So many rows for each query, -1 where there are fewer. Where forgotten ones are among them, ScaNN is asked for more."""
-        rows, remembered = self.datastore.rows, max(1, self.datastore.remembered_rows)
-        result = np.full((len(queries), min(wanted, rows)), -1, np.int64)
-        count = min(rows, -(-wanted * rows // remembered))  # among which there are as many remembered ones as are wanted, on average
-        asked = np.arange(len(queries))
-        while len(asked):
-            found, scores = self._searcher.search_batched_parallel(queries[asked], final_num_neighbors=count)
-            # Where its leaves hold too few rows, ScaNN fills up with row 0 and a score that is not a number.
-            found = np.where(np.isnan(scores), -1, found.astype(np.int64))
-            exhausted = (found < 0).any(axis=1)
-            found[self.datastore.is_forgotten(found) & (found >= 0)] = -1
-            order = np.argsort(found < 0, axis=1, kind="stable")[:, : result.shape[1]]
-            result[asked] = np.take_along_axis(found, order, axis=1)
-            asked = asked[(result[asked] < 0).any(axis=1) & ~exhausted] if count < rows else asked[:0]
-            count = min(rows, 2 * count)
-        return result
+        wanted = max(self.candidates, k)
+        return _in_blocks(lambda some: nearest(self.datastore, some, self.proposer.propose(some, wanted, k), k), queries)
 
 
-def _scann() -> Any:
-    try:
-        from scann.scann_ops.py import scann_ops_pybind
-    except ImportError as error:
-        raise UserError(f"ScaNN cannot be imported here ({error}): install it, or set build_index.kind = 'exact'") from None
-    return scann_ops_pybind
-
-
-def scann_parameters(rows: int, dimensions: int) -> dict[str, int]:
-    """Leaves of the tree, leaves to search, and dimensions of a code block (at most 256 blocks stay on ScaNN's fast path)."""
-    leaves = int(np.clip(np.sqrt(rows), 16, rows))
-    return {"leaves": leaves, "leaves_to_search": min(leaves, max(40, leaves // 16)), "block": max(2, -(-dimensions // 256))}
+def library(kind: str) -> Any:
+    """The module of a kind of index, with `tree`, `build`, `Searcher`, `index_bytes` and `index_memory`; faiss's for an exact one, whose
+    search is shared among workers likewise.
+    """
+    return importlib.import_module("resmem_lm.scann_index" if kind == "scann" else "resmem_lm.faiss_index")
 
 
 def group_shards(shard_rows: list[int], most: int) -> list[tuple[int, int]]:
@@ -172,54 +166,23 @@ def group_shards(shard_rows: list[int], most: int) -> list[tuple[int, int]]:
     return groups
 
 
-def index_bytes(rows: int, dimensions: int) -> int:
-    """Of ScaNN's files: codes and leaf of every row, centres of leaves and codes; or all keys where there are few."""
-    if rows < SMALL:
-        return rows * dimensions * 4 + 400
-    parameters = scann_parameters(rows, dimensions)
-    blocks = -(-dimensions // parameters["block"])
-    return rows * (4 + blocks) + parameters["leaves"] * (8 * dimensions + 20) + 112 * dimensions + 1000
+def index_bytes(kind: str, rows: int, dimensions: int) -> int:
+    """Of the files of an index."""
+    return 0 if kind == "exact" else int(library(kind).index_bytes(rows, dimensions))
 
 
-def index_memory(rows: int, dimensions: int, training_rows: int) -> int:
-    """That ScaNN's build takes: the keys in float32 twice, its files, and its sample twice."""
-    return 8 * rows * dimensions + index_bytes(rows, dimensions) + 8 * min(rows, training_rows) * dimensions
+def index_memory(kind: str, rows: int, dimensions: int, training_rows: int) -> int:
+    """That the build of an index takes."""
+    return int(library(kind).index_memory(rows, dimensions, training_rows))
 
 
-def largest_index(memory: int, dimensions: int, training_rows: int) -> int:
+def largest_index(kind: str, memory: int, dimensions: int, training_rows: int) -> int:
     """The most rows whose index is built within `memory`; 0 if none."""
-    low, high = 0, memory // (8 * dimensions) + 1
+    low, high = 0, max(0, memory) + 1  # a row takes more than a byte
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if index_memory(middle, dimensions, training_rows) <= memory else (low, middle)
+        low, high = (middle, high) if index_memory(kind, middle, dimensions, training_rows) <= memory else (low, middle)
     return low
-
-
-def build_scann(datastore: Datastore, folder: Path, candidates: int, training_rows: int, threads: int = 0) -> Record:
-    """Writes ScaNN's files of some shards of a datastore; returns the measure and the tree's parameters."""
-    keys = np.empty((datastore.rows, datastore.array("key_codes").shape[1]), np.float32)
-    for shard, begin in enumerate(datastore.offsets[:-1]):
-        keys[begin : datastore.offsets[shard + 1]] = datastore.shard_keys(shard)
-    norms = np.linalg.norm(keys[:: max(1, len(keys) // 100_000)], axis=1)
-    # Inner products search three times faster, and order as distances do where all keys have nearly one norm.
-    facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}
-    if datastore.rows >= SMALL:
-        facts |= scann_parameters(*keys.shape)
-    scann_searcher(keys, facts, candidates, training_rows, threads).serialize(str(folder), relative_path=True)
-    return facts
-
-
-def scann_searcher(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, training_rows: int, threads: int) -> Any:
-    """ScaNN's searcher of some keys, with what `scann_parameters` says; without that, it compares everything."""
-    builder = _scann().builder(keys, candidates, facts["measure"]).set_n_training_threads(threads)
-    if "leaves" not in facts:
-        return builder.score_brute_force().build()
-    sample = min(training_rows, len(keys))
-    # Without random centres (k-means++ draws them by a fixed seed) two builds find the same candidates.
-    tree = builder.tree(
-        num_leaves=facts["leaves"], num_leaves_to_search=facts["leaves_to_search"], training_sample_size=sample, random_init=False
-    )
-    return tree.score_ah(facts["block"], anisotropic_quantization_threshold=0.2, training_sample_size=sample).build()
 
 
 def index_manifest(workdir: AnyPath, datastore: Datastore) -> Record:
@@ -246,11 +209,12 @@ def open_index(workdir: AnyPath, datastore: Datastore, manifest: Record, shard: 
     counts = [len(record["made_from"]["folders"]) for record in manifest["shards"]]
     first = sum(counts[:shard])
     part, record = datastore.part(first, counts[shard]), manifest["shards"][shard]
-    if manifest["kind"] == "exact":
+    if not record["files"]:  # an exact one, or of few rows
         return ExactIndex(part), int(datastore.offsets[first])
     folder = folder_of(workdir / "index", record)
     try:
-        return ScannIndex(part, local_path(folder), manifest["candidates"]), int(datastore.offsets[first])
+        proposer = library(manifest["kind"]).Searcher(part, local_path(folder), record)
+        return ApproximateIndex(part, proposer, manifest["candidates"]), int(datastore.offsets[first])
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} cannot be read ({reason}): {_mend(workdir)}") from None

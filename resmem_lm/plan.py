@@ -124,11 +124,12 @@ def plan(
 
     memory = int((settings["build_index"]["memory_gib"] if memory_gib is None else memory_gib) * 2**30)
     index_rows = [counts.rows]
-    if settings["build_index"]["kind"] == "scann":
+    kind = settings["build_index"]["kind"]
+    if kind != "exact":
         emb, training_rows = key_dimensions(settings), settings["build_index"]["training_rows"]
-        most, largest = largest_index(memory - PROCESS_BYTES, emb, training_rows), max(shard.tokens for shard in counts.shards)
+        most, largest = largest_index(kind, memory - PROCESS_BYTES, emb, training_rows), max(shard.tokens for shard in counts.shards)
         if most < largest:
-            needed = (index_memory(largest, emb, training_rows) + PROCESS_BYTES) / 2**30
+            needed = (index_memory(kind, largest, emb, training_rows) + PROCESS_BYTES) / 2**30
             raise UserError(
                 f"plan.memory_gib = {memory / 2**30:g} holds an index of {most} rows, the largest shard of the datastore has {largest}: "
                 f"take {needed + 0.05:.1f}, or more shards of documents"
@@ -227,7 +228,7 @@ def _times(
     build = cost("tokens_per_second", costs.build).seconds(sum(shard.window_tokens for shard in counts.shards))
     times["build"] = build, len(counts.shards)
 
-    trees = [rows >= SMALL and index["kind"] == "scann" for rows in index_rows]
+    trees = [rows >= SMALL and index["kind"] != "exact" for rows in index_rows]
     built = looked_up = 0.0
     for rows, tree in zip(index_rows, trees, strict=True):
         if tree and costs.tree:
@@ -235,7 +236,7 @@ def _times(
             looked_up += costs.tree.search_seconds(rows, emb) + costs.rescore
         else:
             looked_up += costs.index * rows
-    if index["kind"] == "scann":
+    if index["kind"] != "exact":
         rows = counts.rows
         built = cost("index_rows_per_second", Cost(0.0, built / rows)).seconds(rows)
     times["index"] = built + checksums, len(index_rows)
@@ -243,7 +244,7 @@ def _times(
     shards, queries = len(index_rows), counts.all_queries
     encoded = cost("query_tokens_per_second", costs.queries).seconds(sum(split.window_tokens for split in counts.queries.values()))
     found = cost("queries_per_second", Cost(0.0, looked_up / shards)).seconds(queries) * shards
-    recalled = sum(min(search["recall_queries"], split.tokens) for split in counts.queries.values()) if index["kind"] == "scann" else 0
+    recalled = sum(min(search["recall_queries"], split.tokens) for split in counts.queries.values()) if index["kind"] != "exact" else 0
     times["search"] = encoded + found + checksums + recalled * counts.rows * costs.exact, min(shards, GROUPS) * counts.query_shards
 
     if given["evaluated_queries_per_second"] is None:
@@ -265,13 +266,13 @@ def _memory(settings: Settings, counts: Counts, index_rows: list[int], costs: Co
     query_shard = largest * len(counts.queries) // counts.query_shards
     documents = max(split.documents for split in counts.queries.values())
     each = sum(query_bytes(model, k, len(settings["build_datastore"]["temperatures"])).values())
-    scann = settings["build_index"]["kind"] == "scann"
+    kind, emb = settings["build_index"]["kind"], key_dimensions(settings)
     grows = {
         "train": 24 * counts.train_tokens,  # lists of tokens, then rows of tokens and of segments
         "build": 2 * 16 * max(shard.tokens for shard in counts.shards),  # two shards at a time, text and tokens
-        "index": index_memory(most, key_dimensions(settings), settings["build_index"]["training_rows"]) if scann else 0,
+        "index": 0 if kind == "exact" else index_memory(kind, most, emb, settings["build_index"]["training_rows"]),
         # What is written, in parts and then together; and the index.
-        "search": 2 * query_shard * each + (index_bytes(most, key_dimensions(settings)) if scann else 0),
+        "search": 2 * query_shard * each + index_bytes(kind, most, emb),
         "evaluate": largest * 5 * METHODS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
     if "train" not in settings:

@@ -158,10 +158,10 @@ class _Rehearsal:
             if wanted & set(QUERY_RATES):
                 build_index.function(workdir, **self.settings["build_index"] | {"pipeline_options": "", "memory_gib": 1024.0})
                 self._search(workdir, wanted)
-        if wanted & {"index_rows_per_second", "queries_per_second"} and self.settings["build_index"]["kind"] == "scann":
+        if wanted & {"index_rows_per_second", "queries_per_second"} and self.settings["build_index"]["kind"] != "exact":
             self.say("measure index")
             index = self.settings["build_index"]
-            chosen = {name: index[name] for name in ("candidates", "training_rows", "threads")}
+            chosen = {name: index[name] for name in ("kind", "candidates", "training_rows", "threads")}
             self.costs.tree = measure_tree(self.settings["build_datastore"]["key_dimensions"] or self.model.emb_dim, **chosen)
         return self.costs
 

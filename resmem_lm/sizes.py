@@ -167,7 +167,7 @@ def sizes(settings: Settings, counts: Counts, *, index_rows: list[int], checkpoi
         files[f"datastore/{name}.npy"] = counts.rows * arrays[name] + NPY_HEADER * len(counts.shards)
     files["datastore/documents.jsonl"] = sum(shard.record_bytes for shard in counts.shards)
     files["datastore/*.json"] = sum(_datastore_records(settings, counts, arrays))
-    files["index"] = sum(index_bytes(rows, key_dimensions(settings)) for rows in index_rows if settings["build_index"]["kind"] == "scann")
+    files["index"] = sum(index_bytes(settings["build_index"]["kind"], rows, key_dimensions(settings)) for rows in index_rows)
     k = settings["search"]["neighbors"]
     each = query_bytes(model, k, len(build["temperatures"]))
     for name in Queries._fields:

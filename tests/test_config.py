@@ -157,7 +157,7 @@ SETTINGS = st.fixed_dictionaries(
             }
         ),
         "make_vocabulary": st.fixed_dictionaries({"model": st.none() | st.text()}),
-        "build_index": st.fixed_dictionaries({"kind": st.sampled_from(["scann", "exact"])}),
+        "build_index": st.fixed_dictionaries({"kind": st.sampled_from(["faiss", "scann", "exact"])}),
         "evaluate": st.fixed_dictionaries({"ks": st.lists(st.integers()), "sigmas": st.lists(FLOATS).map(tuple)}),
         "train": st.fixed_dictionaries(
             {
@@ -270,7 +270,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
         ("train.learning_rate='0.1'", "train.learning_rate = '0.1'", "float"),
         ("evaluate.lambdas=1.0", "evaluate.lambdas = 1.0", "tuple[float, ...] | list[float]"),
         ("evaluate.ks=(1, 2, 4, 8, '16')", "evaluate.ks = (1, 2, 4, 8, '16')", "tuple[int, ...] | list[int]"),
-        ("build_index.kind='annoy'", "build_index.kind = 'annoy'", "Literal['scann', 'exact']"),
+        ("build_index.kind='annoy'", "build_index.kind = 'annoy'", "Literal['faiss', 'scann', 'exact']"),
         ("train.model=3", "train.model = 3", "@ModelConfig()"),
         ("train.model=@ModelConfig", f"train.model = {ModelConfig!r}", "@ModelConfig()"),
     ],

@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from beam_pipelines.index import build_index
 from resmem_lm import forget as module
 from resmem_lm.datastore import ARRAYS, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
@@ -35,19 +37,30 @@ def evaluate_again(workdir):
         assert main([command, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["scann", "exact"])
-def test_rows_of_a_forgotten_document_are_never_returned_even_for_its_own_keys(tiny_copy, kind):
+@pytest.fixture
+def with_faiss(tiny_copy, monkeypatch):
+    """A finished run whose index has files, few as its rows are."""
+    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
+    shutil.rmtree(tiny_copy / "index")
+    (tiny_copy / "stages/index.json").unlink()
+    build_index(tiny_copy)
+    return tiny_copy
+
+
+@pytest.mark.parametrize("kind", ["faiss", "exact"])
+def test_rows_of_a_forgotten_document_are_never_returned_even_for_its_own_keys(with_faiss, kind):
+    tiny_copy = with_faiss
     before = open_datastore(tiny_copy / "datastore")
     name = ids_of(tiny_copy)[0]
     gone = rows_of(before, name)
     index, first = open_index(tiny_copy, before, index_manifest(tiny_copy, before), 0)
-    index = index if kind == "scann" else ExactIndex(before)
+    index = index if kind == "faiss" else ExactIndex(before)
     keys = before.keys(np.array(gone))
     assert np.isin(index.search(keys, 12)[0], gone).any()
     assert forget(tiny_copy, document=name) == {"documents": 1, "rows": len(gone)}
 
     datastore = open_datastore(tiny_copy / "datastore")
-    index = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)[0] if kind == "scann" else ExactIndex(datastore)
+    index = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)[0] if kind == "faiss" else ExactIndex(datastore)
     rows, distances = index.search(keys, 12)
     assert first == 0
     assert not np.isin(rows, gone).any()
@@ -56,7 +69,8 @@ def test_rows_of_a_forgotten_document_are_never_returned_even_for_its_own_keys(t
     assert datastore.remembered_rows == before.rows - len(gone)
 
 
-def test_more_can_be_forgotten_than_scann_proposes_and_k_neighbours_are_still_found(tiny_copy):
+def test_more_can_be_forgotten_than_faiss_proposes_and_k_neighbours_are_still_found(with_faiss):
+    tiny_copy = with_faiss
     for name in ids_of(tiny_copy, 0) + ids_of(tiny_copy, 1) + ids_of(tiny_copy, 2)[3:]:
         forget(tiny_copy, document=name)
     datastore = open_datastore(tiny_copy / "datastore")

@@ -135,7 +135,7 @@ def test_shards_of_the_index_are_whole_shards_of_the_datastore_and_fit_the_memor
     settings["build_datastore"]["shards"] = 20
     made = planned(settings, rows=200_010, memory_gib=memory_gib)
     shards = [shard.tokens for shard in made.counts.shards]
-    most = largest_index(int(memory_gib * 2**30) - PROCESS_BYTES, 32, settings["build_index"]["training_rows"])
+    most = largest_index("faiss", int(memory_gib * 2**30) - PROCESS_BYTES, 32, settings["build_index"]["training_rows"])
     assert made.index_rows == [sum(shards[first : first + number]) for first, number in group_shards(shards, most)]
     assert sum(made.index_rows) == 200_010
     assert max(made.index_rows) <= most
@@ -190,8 +190,9 @@ def test_the_rehearsal_measures_every_rate(tiny_run, settings, monkeypatch, caps
     assert "measured here" in capsys.readouterr().out
 
 
-def test_what_an_index_costs_grows_with_its_rows():
-    costs = TreeCosts(row=1e-5, sampled_row=1e-5, leaf_product=1e-9, query=1e-5, compared_row=1e-9, query_leaf=1e-9)
+@pytest.mark.parametrize("kind", ["faiss", "scann"])
+def test_what_an_index_costs_grows_with_its_rows(kind):
+    costs = TreeCosts(kind=kind, row=1e-5, sampled_row=1e-5, leaf_product=1e-9, query=1e-5, compared_row=1e-9, query_leaf=1e-9)
     build = [costs.build_seconds(rows, 64, 100_000) for rows in (20_000, 10**6, 10**9)]
     search = [costs.search_seconds(rows, 64) for rows in (20_000, 10**6, 10**9)]
     assert build == sorted(build)

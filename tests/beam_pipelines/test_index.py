@@ -29,11 +29,12 @@ def unindexed(tiny_copy):
     return tiny_copy
 
 
-@pytest.mark.parametrize("kind", ["scann", "exact"])
+@pytest.mark.parametrize("kind", ["faiss", "scann", "exact"])
 @pytest.mark.parametrize("fit", [1, 2])
-def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kind, fit):
+def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kind, fit, monkeypatch):
+    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
     groups = [(0, 1), (1, 1), (2, 1)] if fit == 1 else [(0, 2), (2, 1)]
-    found = build_index(unindexed, kind=kind, memory_gib=index_memory_gib(unindexed, fit))
+    found = build_index(unindexed, kind=kind, memory_gib=index_memory_gib(unindexed, fit, kind))
     datastore = open_datastore(unindexed / "datastore")
     assert [shard["rows"] for shard in found["shards"]] == [datastore.part(*group).rows for group in groups]
     manifest = index_manifest(unindexed, datastore)

@@ -38,7 +38,7 @@ def reindex(workdir, **settings):
 
 @pytest.mark.parametrize("options", ["", f"--runner={LOCAL_RUNNER} --direct_num_workers=1"])
 def test_an_index_in_shards_and_workers_that_take_pairs_find_the_same(tiny_run, unsearched, options):
-    """ScaNN compares everything where rows are so few."""
+    """Everything is compared where rows are so few."""
     assert len(reindex(unsearched, memory_gib=index_memory_gib(unsearched, 1))["shards"]) > 1
     found = search(unsearched, neighbors=12, pipeline_options=options)
     assert_same(arrays(unsearched), arrays(tiny_run))
