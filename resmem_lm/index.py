@@ -7,6 +7,7 @@ distances are then computed from the datastore itself. What belongs to one libra
 import functools
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -23,6 +24,7 @@ from resmem_lm.storage import AnyPath, local_path, read_json
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
 QUERY_BLOCK = 1024
+RANK_BLOCK = 64  # queries whose candidates' keys exist at a time: they stay in the cache
 SEARCH_BLOCK = 4096  # queries looked up before what they found is merged
 SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
 
@@ -73,11 +75,22 @@ def nearest(
     datastore: Datastore, queries: Float[np.ndarray, "queries emb"], candidates: Int[np.ndarray, "queries n"], k: int
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
     """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
-    if candidates.shape[1] < k:
-        candidates = np.pad(candidates, ((0, 0), (0, k - candidates.shape[1])), constant_values=-1)
-    found = np.array(_distances(queries, *(datastore.take(name, np.maximum(candidates, 0)) for name in ("key_codes", "key_scales"))))
-    found[candidates < 0] = np.inf
-    return merge_nearest([(candidates, found)], k)
+    ordered = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        some = slice(start, start + RANK_BLOCK)
+        rows, count = ordered[some], len(ordered[some])
+        keys = (datastore.take(name, np.maximum(rows, 0)) for name in ("key_codes", "key_scales"))
+        arrays = (np.pad(array, [(0, RANK_BLOCK - count)] + [(0, 0)] * (array.ndim - 1)) for array in (queries[some], *keys))
+        found = np.array(_distances(*arrays))[:count]
+        found[rows < 0] = np.inf
+        order = np.argsort(found, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(found, order, axis=1)
+
+    # Rows of other blocks are fetched while the distances of one are computed.
+    with ThreadPoolExecutor() as threads:
+        parts = list(threads.map(block, range(0, max(1, len(queries)), RANK_BLOCK)))
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 class ExactIndex:
