@@ -25,8 +25,8 @@ def drawn(seed, absent=0):
     candidates = Candidates(*map(jnp.asarray, (ids, np.take_along_axis(logits, ids, axis=1), np.zeros(QUERIES), log_z)))
     distances = np.sort(rng.random((QUERIES, K)), axis=1)
     distances[:, K - absent :] = np.inf
-    residuals = np.where(tokens[:, :, None] == ids[:, None, :], 0.5, -0.1)
-    neighbors = Neighbors(*map(jnp.asarray, (distances, tokens, residuals, np.full((QUERIES, K), -0.7), np.zeros((QUERIES, K, 1)))))
+    codes = rng.integers(0, 256, (QUERIES, K, ids.shape[1])).astype(np.uint8)
+    neighbors = Neighbors(*map(jnp.asarray, (distances, tokens, codes, np.full((QUERIES, K), -0.7), np.zeros((QUERIES, K, 1)))))
     targets = rng.integers(0, VOCAB, QUERIES)
     base = np.exp(np.take_along_axis(logits, targets[:, None], axis=1) - log_z)[:, 0]
     return logits - log_z, candidates, neighbors, targets, base

@@ -22,8 +22,9 @@ def folders(workdir):
 
 
 @pytest.fixture
-def unindexed(tiny_copy):
-    """A run whose index is not made."""
+def unindexed(tiny_copy, monkeypatch):
+    """A run whose index is not made. faiss will have files, few as the rows are."""
+    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
     shutil.rmtree(tiny_copy / "index")
     (tiny_copy / "stages/index.json").unlink()
     return tiny_copy
@@ -31,8 +32,7 @@ def unindexed(tiny_copy):
 
 @pytest.mark.parametrize("kind", ["faiss", "scann", "exact"])
 @pytest.mark.parametrize("fit", [1, 2])
-def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kind, fit, monkeypatch):
-    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
+def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kind, fit):
     groups = [(0, 1), (1, 1), (2, 1)] if fit == 1 else [(0, 2), (2, 1)]
     found = build_index(unindexed, kind=kind, memory_gib=index_memory_gib(unindexed, fit, kind))
     datastore = open_datastore(unindexed / "datastore")
