@@ -52,7 +52,7 @@ def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int,
 
 
 @study(name="model-size")
-def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = (64, 192, 256)) -> Record:
+def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = (64, 256)) -> Record:
     """Test accuracy of DeepNet and ResMem for the run's model and for others, trained, indexed and evaluated alike.
 
     Each is a work directory of its own, WORKDIR/derived/model-size/emb-WIDTH, with a datastore as large as the run's.
