@@ -9,7 +9,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-PARTS = ("encode", "build", "search", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
+PARTS = ("encode", "build", "search", "rows", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
 
 
 def main() -> None:

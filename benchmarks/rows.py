@@ -1,0 +1,106 @@
+"""How the time of search and evaluation grows with the rows of the datastore, and the exponents fitted to it.
+
+The rows are WORKDIR's own as far as they go; beyond, they are repeated with noise of a tenth of a key's deviation. What is searched and
+scored are keys of test tokens, as `resmem evaluate` does it: neighbours, then their residuals, then predictions.
+"""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from benchmarks.measure import table
+from benchmarks.search import query_keys
+from resmem_lm.candidates import Setting
+from resmem_lm.codes import encode_keys
+from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
+from resmem_lm.faiss_index import Searcher, build
+from resmem_lm.index import ApproximateIndex, ExactIndex
+from resmem_lm.machine import least
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import BASE_CANDIDATES, Queries, recall
+from resmem_lm.sharded import ShardedArray
+
+ROWS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+QUERIES, K, RECALL_QUERIES = 2048, 50, 128
+SHARD = 500_000
+SETTING = Setting("resmem", K, 1.0, 1.0, 1.0)
+
+
+def grown(source: Datastore, rows: int, folder: Path) -> Datastore:
+    """A datastore of so many rows, written shard by shard."""
+    rng, records = np.random.default_rng(0), []
+    for shard, first in enumerate(range(0, rows, SHARD)):
+        numbers = np.arange(first, min(rows, first + SHARD))
+        name = f"shard-{shard:05d}"
+        (folder / name).mkdir()
+        for array in ARRAYS:
+            if not array.startswith("key_"):
+                np.save(folder / name / f"{array}.npy", source.take(array, numbers % source.rows))
+        keys = source.keys(numbers % source.rows)
+        again = numbers >= source.rows
+        keys[again] += (0.1 * keys.std() * rng.normal(size=(int(again.sum()), keys.shape[1]))).astype(np.float32)
+        for array, value in zip(("key_codes", "key_scales"), encode_keys(jnp.asarray(keys)), strict=True):
+            np.save(folder / name / f"{array}.npy", np.asarray(value))
+        records.append({"folder": name, "rows": len(numbers), "files": {}})
+    return Datastore(folder, source.manifest | {"shards": records})
+
+
+def made_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"], logits: Float[np.ndarray, "queries base"]) -> Queries:
+    """What `resmem evaluate` caches of the keys' neighbours, but for DeepNet's candidates, which are drawn: they cost the same."""
+    rows, distances = index.search(keys, K)
+    neighbor_tokens = index.datastore.take("tokens", rows)
+    base = np.random.default_rng(0).integers(0, 30_000, logits.shape).astype(np.int32)
+    ids = np.concatenate([base, neighbor_tokens.astype(np.int32)], axis=1)
+    ones = np.ones((len(rows), len(index.datastore.binding.temperatures)), np.float32)
+    zeros = np.zeros(len(rows), np.float32)
+    arrays = {
+        "rows": rows,
+        "distances": distances,
+        "neighbor_tokens": neighbor_tokens,
+        "target_logits": zeros,
+        "candidate_ids": ids,
+        "candidate_logits": np.zeros(ids.shape, np.float32),
+        "bound": zeros,
+        "log_partition": 10 * ones,
+    }
+    sharded = {name: ShardedArray([array]) for name, array in arrays.items()}
+    return Queries(tokens=np.zeros(len(rows), np.int32), document_lengths=np.array([len(rows)]), **sharded)
+
+
+def exponent(rows: list[int], seconds: list[float]) -> str:
+    """Of seconds = c rows^a, by least squares of the logarithms, with its standard error."""
+    (slope, _), covariance = np.polyfit(np.log(rows), np.log(seconds), 1, cov=True)
+    return f"{slope:.2f} +- {covariance[0, 0] ** 0.5:.2f}"
+
+
+def run(workdir: Path) -> None:
+    """Prints the table."""
+    source, keys = open_datastore(workdir / "datastore"), query_keys(workdir, QUERIES)
+    logits = np.zeros((QUERIES, BASE_CANDIDATES), np.float32)
+    cells, times = [], {"build": [], "search": [], "evaluation": []}
+    for count in ROWS:
+        with tempfile.TemporaryDirectory(prefix="resmem-bench-", dir=workdir) as name:
+            datastore = grown(source, count, Path(name))
+            start = perf_counter()
+            facts = build(datastore, Path(name), {"training_rows": 100_000})
+            times["build"].append(perf_counter() - start)
+            index = ApproximateIndex(datastore, Searcher(datastore, Path(name), facts), 200)
+            found = index.search(keys[:RECALL_QUERIES], K)[0]
+            reached = recall(found, ExactIndex(datastore).search(keys[:RECALL_QUERIES], K)[0])
+            times["search"].append(least(lambda index=index: index.search(keys, K)))
+            scorer = SplitScorer("bench", made_queries(index, keys, logits), datastore)
+            with contextlib.redirect_stderr(io.StringIO()):
+                times["evaluation"].append(least(lambda scorer=scorer: scorer.predict([SETTING])))
+            each = [f"{1e6 * times[part][-1] / QUERIES:,.0f}" for part in ("search", "evaluation")]
+            cells.append((f"{count:,}", f"{reached:.3f}", f"{times['build'][-1]:.1f}", *each))
+    table(
+        f"Growth ({keys.shape[1]} dimensions, {QUERIES:,} queries, the least of three times)",
+        ("rows", "recall@50", "index build, s", "search, us a query", "scores, us a query"),
+        [*cells, ("exponent", "", *(exponent(list(ROWS), times[part]) for part in times))],
+    )
