@@ -11,8 +11,10 @@ import numpy as np
 
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm import config
-from resmem_lm.model import ModelConfig, init_parameters, shift_right
-from resmem_lm.train import compiled_update, learning_rate_schedule, optimizer
+from resmem_lm.model import init_parameters
+from resmem_lm.model_config import ModelConfig
+from resmem_lm.packing import shift_right
+from resmem_lm.training import compiled_update, learning_rate_schedule, optimizer
 
 SHAPES = {"t5_small": (8, 128), "mini": (16, 128)}  # rows and tokens a row of a step, as in the configurations that train them
 PRODUCT = 3000  # rows and columns of the matrices multiplied: 54 GFLOP
