@@ -11,6 +11,8 @@ import pytest
 
 from tests.tiny import arguments
 
+# faiss's threads wait asleep: where processes share few cores, waiting awake is most of what they do.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # jax reads it when it is imported, which no line above does.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 
