@@ -18,10 +18,13 @@ SAMPLE_OF_LIST = 64  # rows for each list: k-means finds no better ones with mor
 
 
 def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
-    """Lists, how many a query looks through, and the rows from which they are learned: at least as many as lists and values of a code."""
+    """Lists, how many a query looks through (more find hardly more), and the rows from which they are learned.
+
+    The latter are at least as many as lists and values of a code.
+    """
     lists = max(1, math.isqrt(rows))
     sample = max(min(training_rows, SAMPLE_OF_LIST * lists), lists, 2**CODE_BITS)
-    return Tree(lists, min(lists, max(64, lists // 8)), min(rows, sample), rounds=10)
+    return Tree(lists, min(lists, max(32, lists // 32)), min(rows, sample), rounds=10)
 
 
 def _even(keys: Float[np.ndarray, "rows emb"]) -> Float[np.ndarray, "rows even"]:
