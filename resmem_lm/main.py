@@ -94,12 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def import_stages() -> None:
     """Imports every stage, so that gin knows every name."""
-    logging.disable(logging.WARNING)  # while Beam warns of what only Google's cloud needs
-    for module in ("beam_pipelines.append", "beam_pipelines.documents", "beam_pipelines.search"):
-        importlib.import_module(module)
-    logging.disable(logging.NOTSET)
-    for module in ("evaluate", "plan", "report", "take_checkpoint"):  # which import the others
-        importlib.import_module(f"resmem_lm.{module}")
+    stages = ("append", "documents", "search"), ("evaluate", "plan", "report", "take_checkpoint")  # which import the others
+    for package, modules in zip(("beam_pipelines", "resmem_lm"), stages, strict=True):
+        for module in modules:
+            importlib.import_module(f"{package}.{module}")
 
 
 def stages_of(command: str) -> list[Any]:
@@ -314,9 +312,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """On a full disk Orbax logs the traceback of what it also raises, and leaves tasks behind, of which asyncio tells: we say one line."""
+    """Keeps back what libraries say of what we tell in a line, or of nothing.
+
+    On a full disk Orbax logs the traceback of what it also raises, and leaves tasks behind, of which asyncio tells. Beam warns of what only
+    Google's cloud needs.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("apitools not found"))
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
