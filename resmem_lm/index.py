@@ -24,6 +24,7 @@ from resmem_lm.storage import AnyPath, local_path, read_json
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
 QUERY_BLOCK = 1024
+SPARE = 16  # more than k, for the order of inner products is that of distances only as far as float32 tells
 RANK_BLOCK = 64  # queries whose candidates' keys exist at a time: they stay in the cache
 SEARCH_BLOCK = 4096  # queries looked up before what they found is merged
 SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
@@ -103,8 +104,9 @@ class ExactIndex:
         self, queries: Float[np.ndarray, "queries emb"], k: int
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
-        best_rows = np.full((len(queries), 2 * k), -1, np.int64)
-        best_scores = np.full((len(queries), 2 * k), -np.inf, np.float32)
+        most = k + SPARE
+        best_rows = np.full((len(queries), 2 * most), -1, np.int64)
+        best_scores = np.full((len(queries), 2 * most), -np.inf, np.float32)
         for shard, record in enumerate(self.datastore.shards):
             for start in range(0, record["rows"], EXACT_BLOCK):
                 some_keys = self.datastore.shard_keys(shard, slice(start, start + EXACT_BLOCK))
@@ -113,18 +115,18 @@ class ExactIndex:
                 block = jnp.asarray(np.pad(some_keys, ((0, padding), (0, 0))))
                 rows = self.datastore.offsets[shard] + start + np.arange(len(some_keys))
                 remembered = jnp.asarray(np.pad(~self.datastore.is_forgotten(rows), (0, padding)))
-                count = min(k, len(block))
+                count = min(most, len(block))
                 for begin in range(0, len(queries), QUERY_BLOCK):
                     some = slice(begin, begin + QUERY_BLOCK)
                     scores, places = _block_search(jnp.asarray(queries[some]), block, remembered, count)
-                    best_scores[some, k : k + count] = scores
-                    best_rows[some, k : k + count] = np.asarray(places) + self.datastore.offsets[shard] + start
+                    best_scores[some, most : most + count] = scores
+                    best_rows[some, most : most + count] = np.asarray(places) + self.datastore.offsets[shard] + start
                 order = np.argsort(-best_scores, axis=1, kind="stable")
-                best_scores[:, :k] = np.take_along_axis(best_scores, order[:, :k], axis=1)
-                best_rows[:, :k] = np.take_along_axis(best_rows, order[:, :k], axis=1)
-                best_scores[:, k:], best_rows[:, k:] = -np.inf, -1
+                best_scores[:, :most] = np.take_along_axis(best_scores, order[:, :most], axis=1)
+                best_rows[:, :most] = np.take_along_axis(best_rows, order[:, :most], axis=1)
+                best_scores[:, most:], best_rows[:, most:] = -np.inf, -1
         best_rows[np.isneginf(best_scores)] = -1  # forgotten
-        return _in_blocks(lambda q, rows: nearest(self.datastore, q, rows, k), queries, best_rows[:, :k])
+        return _in_blocks(lambda q, rows: nearest(self.datastore, q, rows, k), queries, best_rows[:, :most])
 
 
 @functools.partial(jax.jit, static_argnames="k")
