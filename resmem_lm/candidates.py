@@ -85,17 +85,23 @@ def codes_at(
 ) -> UInt8[np.ndarray, "queries k candidates"]:
     """The code of each row's probability of each candidate, zero where it stores none.
 
-    In NumPy, on the way from the files: a table of the vocabulary tells at once which entries matter.
+    In NumPy, on the way from the files, query by query: a table of the vocabulary, which stays in the cache, tells at once which entries
+    matter.
     """
-    queries = np.arange(len(candidates))[:, None]
-    place = np.full((len(candidates), int(max(candidates.max(), ids.max(initial=0))) + 1), -1, np.int16)
-    place[queries, candidates] = np.arange(candidates.shape[1], dtype=np.int16)
-    places = place[queries[..., None], ids]
-    query, neighbor, entry = np.nonzero(places >= 0)
-    found = np.zeros((*ids.shape[:2], candidates.shape[1]), np.uint8)
-    found[query, neighbor, places[query, neighbor, entry]] = codes[query, neighbor, entry]
-    # A token may stand twice among the candidates; the table has one of its places.
-    return np.take_along_axis(found, place[queries, candidates][:, None].astype(np.intp), axis=2)
+    (queries, k, others), count = ids.shape, candidates.shape[1]
+    place = np.full(int(max(candidates.max(initial=0), ids.max(initial=0))) + 1, -1, np.int16)
+    first_of_row = np.repeat(np.arange(k) * count, others)
+    found = np.empty((queries, k, count), np.uint8)
+    for query, (some, its_ids, its_codes) in enumerate(zip(candidates, ids, codes, strict=True)):
+        place[some] = np.arange(count, dtype=np.int16)
+        places = place.take(its_ids.reshape(-1))
+        entries = np.flatnonzero(places >= 0)
+        flat = np.zeros(k * count, np.uint8)
+        flat[first_of_row[entries] + places[entries]] = its_codes.reshape(-1)[entries]
+        # A token may stand twice among the candidates; the table has one of its places.
+        found[query] = flat.reshape(k, count).take(place[some], axis=1)
+        place[some] = -1
+    return found
 
 
 def score(
