@@ -85,7 +85,7 @@ def build_index(
         candidates: neighbours that each shard of the index proposes for a query; the nearest by true distance are kept.
         training_rows: rows from which leaves and codes are learned, at most; faiss takes no more than help it.
         threads: that ScaNN builds with; 0 is all cores. With 1, two of its builds are equal; with more, a row that is equally near to two
-            leaves is in either, and one query in some 60,000 finds other neighbours. faiss takes all cores and builds the same.
+            leaves is in either, and one query in some 60,000 finds other neighbours. faiss takes all cores and builds the same each time.
         memory_gib: of one worker process, which says how many rows a shard of the index has; a finished index stays as it is.
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 

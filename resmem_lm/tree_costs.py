@@ -41,7 +41,7 @@ Query = Callable[[np.ndarray, int], Any]  # with so many leaves searched
 def _faiss(keys: np.ndarray, sample: int, leaves: int, candidates: int, threads: int, folder: Path) -> Query:
     faiss = library("faiss")
     index = faiss.learn(keys[:sample], leaves)
-    faiss.add(index, keys)
+    index.add(keys)
     faiss.write(index, folder)
     return lambda queries, searched: faiss.propose(index, queries, candidates, searched)
 
