@@ -20,6 +20,7 @@ from resmem_lm.codes import decode_keys, decode_probabilities
 from resmem_lm.datastore import open_datastore
 from resmem_lm.encode import Encoder, QueryRows, query_head, residual_head
 from resmem_lm.evaluate import bootstrap_interval
+from resmem_lm.projection import principal_components
 from resmem_lm.resmem import largest, merge_sparse, neighbor_weights, residual
 from resmem_lm.search import query_documents
 from resmem_lm.vocabulary import load_vocabulary
@@ -118,7 +119,9 @@ def run(workdir: Path) -> None:
 
     train = some_documents(workdir, ROWS)
     paper = encode_all(model, both, train)
-    projected = paper.keys if datastore.projection is None else paper.keys @ datastore.projection
+    dimensions = binding.key_dimensions
+    projection = None if dimensions is None else principal_components(paper.keys, dimensions)
+    projected = paper.keys if projection is None else paper.keys @ projection
     parts = [
         jax.jit(compact)(model.parameters, *(jnp.asarray(array[i : i + 256]) for array in (projected, paper.hidden, paper.own)))
         for i in range(0, len(projected), 256)
@@ -132,7 +135,7 @@ def run(workdir: Path) -> None:
             np.concatenate(
                 [-np.expm1(rows.target_log_probability.astype(np.float32))[:, None], -decode_probabilities(rows.residual_codes)], 1
             ),
-            datastore.projection,
+            projection,
         ),
     }
     splits = {}

@@ -1,4 +1,4 @@
-"""Keys of fewer dimensions: what they have along the principal components of a sample of them.
+"""Keys of fewer dimensions: what they have in the space of the principal components of a sample of them.
 
 He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.3) find kNN-LM's keys to lose nothing so.
 """
@@ -13,9 +13,14 @@ from resmem_lm.storage import AnyPath, sha256, write_bytes
 
 
 def principal_components(keys: Float[np.ndarray, "rows emb"], dimensions: int) -> Float[np.ndarray, "emb dimensions"]:
-    """The directions in which keys vary most, as columns."""
+    """An orthonormal basis of the directions in which keys vary most, as columns.
+
+    It is a random one: along the components themselves the first would have most of the variance, and a code of one scale for a whole key
+    (`resmem_lm.codes`) would lose the others.
+    """
     _, directions = np.linalg.eigh(np.cov(keys.astype(np.float64), rowvar=False))
-    return np.ascontiguousarray(directions[:, ::-1][:, :dimensions], np.float32)
+    turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dimensions, dimensions)))
+    return np.ascontiguousarray(directions[:, ::-1][:, :dimensions] @ turned, np.float32)
 
 
 def projection_path(datastore: AnyPath, model: str, dimensions: int) -> AnyPath:

@@ -29,6 +29,13 @@ def test_components_are_orthonormal_and_keep_what_varies(seed):
     np.testing.assert_allclose(np.linalg.norm(kept, axis=1), np.linalg.norm(apart, axis=1), atol=0.02)
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_no_direction_has_most_of_what_varies(seed):
+    keys = np.random.default_rng(seed).normal(size=(400, 48)) * 0.8 ** np.arange(48)
+    deviations = (keys @ principal_components(keys.astype(np.float32), 16)).std(axis=0)
+    assert deviations.max() < 3 * deviations.mean()
+
+
 def test_it_comes_back_and_an_altered_one_is_refused(tmp_path):
     projection, path = np.arange(6, dtype=np.float32).reshape(3, 2), tmp_path / "projection.npy"
     save_projection(path, projection)
