@@ -1,7 +1,7 @@
 """Bytes of a row on disk, and what they cost in accuracy against rows as the paper has them: float32, all dimensions, 128 entries.
 
-Both memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form; sigma and lambda are
-chosen on validation tokens for each.
+Both memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form, with the sigma and lambda under
+which the paper's rows do best on validation tokens.
 """
 
 import functools
@@ -143,22 +143,22 @@ def run(workdir: Path) -> None:
         documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, name)), QUERIES)
         lengths = np.array([len(document) for document in documents])
         splits[name] = Split(encode_all(model, query_head, documents), np.concatenate(documents), lengths)
-    right, chosen = {}, {}
-    for name, memory in memories.items():
-        counts = (predictions(model, memory, splits["validation"], SIGMAS, LAMBDAS) == splits["validation"].targets).sum(-1)
-        sigma, lambda_ = np.unravel_index(np.argmax(counts), counts.shape)
-        chosen[name] = (SIGMAS[sigma], LAMBDAS[lambda_])
-        found = predictions(model, memory, splits["test"], chosen[name][:1], chosen[name][1:])[0, 0]
-        right[name] = (found == splits["test"].targets).astype(np.float64)
+    counts = (predictions(model, memories["as the paper's"], splits["validation"], SIGMAS, LAMBDAS) == splits["validation"].targets).sum(-1)
+    place = np.unravel_index(np.argmax(counts), counts.shape)
+    sigma, lambda_ = SIGMAS[place[0]], LAMBDAS[place[1]]
+    right = {
+        name: (predictions(model, memory, splits["test"], (sigma,), (lambda_,))[0, 0] == splits["test"].targets).astype(np.float64)
+        for name, memory in memories.items()
+    }
     index = sum(path.stat().st_size for path in (workdir / "index").rglob("*") if path.is_file()) / datastore.rows
     own = datastore.bytes / datastore.rows
     difference = right["as configured"] - right["as the paper's"]
     low, high = bootstrap_interval(difference, splits["test"].lengths)
     table(
-        f"Bytes a row (accuracy: {ROWS:,} rows, {len(difference):,} test tokens, exact search; sigma and lambda of validation)",
-        ("rows", "bytes", "with index", "test accuracy, %", "sigma", "lambda"),
+        f"Bytes a row (accuracy: {ROWS:,} rows, {len(difference):,} test tokens, exact search; sigma {sigma:g}, lambda {lambda_:g})",
+        ("rows", "bytes", "with index", "test accuracy, %"),
         (
-            (name, *sizes, f"{100 * right[name].mean():.2f}", *(f"{value:g}" for value in chosen[name]))
+            (name, *sizes, f"{100 * right[name].mean():.2f}")
             for name, sizes in {
                 "as the paper's": (f"{PAPER_BYTES:,}", ""),
                 "as configured": (f"{own:.0f}", f"{own + index:.0f}"),

@@ -119,12 +119,17 @@ def damaged_files(parent: AnyPath, record: Record, *, checksums: bool = False, n
 
 def remove_orphans(parent: AnyPath, kept: Iterable[Record]) -> None:
     """Removes every folder of an attempt that no kept record names, and records of no kept folder."""
-    folders = {record["folder"] for record in kept}
+    kept = list(kept)
+    folders, names = {record["folder"] for record in kept}, {name_of(record) for record in kept}
     for path in children(parent):
         attempt = re.fullmatch(r"(.+)\.[0-9a-f]{8}", path.name)
         if attempt and path.name not in folders:
             remove(path)
-            beside = parent / f"{attempt[1]}.json"
             with contextlib.suppress(UserError):
-                if read_json(beside)["folder"] == path.name:
+                if read_json(beside := parent / f"{attempt[1]}.json")["folder"] == path.name:
                     remove(beside)
+        elif path.suffix == ".json" and path.stem not in names:
+            with contextlib.suppress(UserError):  # its folder may never have been there: object storage has none without files
+                record = read_json(path)
+                if "folder" in record and record["folder"] not in folders:
+                    remove(path)
