@@ -1,7 +1,7 @@
 """Bytes of a row on disk, and what they cost in accuracy against rows as the paper has them: float32, all dimensions, 128 entries.
 
-Both memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form, with the sigma and lambda under
-which the paper's rows do best on validation tokens.
+Both memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form, with the sigma and lambda
+under which the paper's rows do best on validation tokens.
 """
 
 import functools
