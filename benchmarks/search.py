@@ -64,19 +64,19 @@ def all_keys(workdir: Path) -> Float[np.ndarray, "rows emb"]:
 
 
 def ivf_pq_refine(keys: Float[np.ndarray, "rows emb"]) -> Peer:
-    """faiss, 4-bit codes of 2 dimensions, then float16 copies of the keys."""
+    """faiss, 4-bit codes of 2 dimensions of keys turned at random, then float16 copies of the keys."""
     rows, dimensions = keys.shape
-    index = faiss.index_factory(dimensions, f"IVF{int(np.sqrt(rows))},PQ{dimensions // 2}x4fs,Refine(SQfp16)")
+    index = faiss.index_factory(dimensions, f"RR{dimensions},IVF{int(np.sqrt(rows))},PQ{dimensions // 2}x4fsr,Refine(SQfp16)")
     start = perf_counter()
     index.train(keys[:: max(1, rows // 100_000)])
     index.add(keys)
 
     def search(effort: int) -> Search:
-        inner = faiss.SearchParametersIVF(nprobe=effort)
+        inner = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=effort))
         parameters = faiss.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
         return lambda queries: index.search(queries, K, params=parameters)[1]
 
-    return Peer(perf_counter() - start, size_of(lambda path: faiss.write_index(index, path)), search, (10, 15, 20, 30, 40, 60, 100, 200))
+    return Peer(perf_counter() - start, size_of(lambda path: faiss.write_index(index, path)), search, (6, 8, 12, 16, 20, 30, 60, 100))
 
 
 def faiss_hnsw(keys: Float[np.ndarray, "rows emb"]) -> Peer:

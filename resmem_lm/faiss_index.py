@@ -36,6 +36,7 @@ def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTr
     """An empty index with the lists and codes that a sample of at least 16 keys gives; always the same ones for the same sample."""
     dimensions, turned = sample.shape[1], _even(sample.shape[1])
     index = faiss.IndexIVFPQFastScan(faiss.IndexFlatL2(turned), turned, lists, turned // CODE_DIMENSIONS, CODE_BITS)
+    index.by_residual = True
     # faiss warns below 39 points for each centre.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     rotation = faiss.RandomRotationMatrix(dimensions, turned)
