@@ -16,7 +16,7 @@ def principal_components(keys: Float[np.ndarray, "rows emb"], dimensions: int) -
     """An orthonormal basis of the directions in which keys vary most, as columns.
 
     It is a random one: along the components themselves the first would have most of the variance, and a code of one scale for a whole key
-    (`resmem_lm.codes`) would lose the others.
+    (`resmem_lm.codes`) would round the others coarsely.
     """
     _, directions = np.linalg.eigh(np.cov(keys.astype(np.float64), rowvar=False))
     turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dimensions, dimensions)))

@@ -136,7 +136,7 @@ from jax._src import xla_bridge
 from resmem_lm.main import STAGES, main
 for command in STAGES.keys() - {"plan"}:
     assert main([command, *sys.argv[1:]]) == 0
-large = {"apache_beam", "flax", "grain", "jinja2", "matplotlib", "optax", "orbax", "scann", "tensorboardX"} & set(sys.modules)
+large = {"apache_beam", "faiss", "flax", "grain", "jinja2", "matplotlib", "optax", "orbax", "scann", "tensorboardX"} & set(sys.modules)
 assert not large, large
 assert not xla_bridge.backends_are_initialized()
 """
