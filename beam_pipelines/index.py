@@ -72,7 +72,7 @@ def build_index(
     workdir: AnyPath,
     *,
     kind: Literal["faiss", "scann", "exact"] = "faiss",
-    candidates: int = 200,
+    candidates: int = 300,
     training_rows: int = 100_000,
     threads: int = 0,
     memory_gib: float = 8.0,

@@ -83,24 +83,11 @@ def codes_at(
     ids: Integer[np.ndarray, "queries k others"],
     codes: UInt8[np.ndarray, "queries k others"],
 ) -> UInt8[np.ndarray, "queries k candidates"]:
-    """The code of each row's probability of each candidate, zero where it stores none.
+    """The code of each row's probability of each candidate, zero where it stores none: on the way from the files."""
+    from resmem_lm import loops  # not at the top: Numba takes a quarter of a second, and every command imports every stage
 
-    In NumPy, on the way from the files, query by query: a table of the vocabulary, which stays in the cache, tells at once which entries
-    matter.
-    """
-    (queries, k, others), count = ids.shape, candidates.shape[1]
-    place = np.full(int(max(candidates.max(initial=0), ids.max(initial=0))) + 1, -1, np.int16)
-    first_of_row = np.repeat(np.arange(k) * count, others)
-    found = np.empty((queries, k, count), np.uint8)
-    for query, (some, its_ids, its_codes) in enumerate(zip(candidates, ids, codes, strict=True)):
-        place[some] = np.arange(count, dtype=np.int16)
-        places = place.take(its_ids.reshape(-1))
-        entries = np.flatnonzero(places >= 0)
-        flat = np.zeros(k * count, np.uint8)
-        flat[first_of_row[entries] + places[entries]] = its_codes.reshape(-1)[entries]
-        # A token may stand twice among the candidates; the table has one of its places.
-        found[query] = flat.reshape(k, count).take(place[some], axis=1)
-        place[some] = -1
+    vocabulary = int(max(candidates.max(initial=0), ids.max(initial=0))) + 1
+    found: np.ndarray = loops.codes_at(candidates, ids, codes, vocabulary)
     return found
 
 

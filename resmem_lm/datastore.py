@@ -163,6 +163,17 @@ class Datastore:
         """The given rows' keys."""
         return decode_keys(self.take("key_codes", rows), self.take("key_scales", rows))
 
+    @functools.cached_property
+    def key_parts(self) -> tuple[Any, Any]:
+        """The keys' codes and the bits of their scales by shard, as `resmem_lm.loops` takes them."""
+        import numba
+
+        parts = ([np.asarray(part) for part in self.shard_arrays(name)] for name in ("key_codes", "key_scales"))
+        codes, scales = next(parts), [part.view(np.uint16) for part in next(parts)]
+        for part in (*codes, *scales):
+            part.flags.writeable = False  # mapped ones are; a list has arrays of one kind
+        return numba.typed.List(codes), numba.typed.List(scales)
+
     def residuals(
         self, rows: Int[np.ndarray, "*some"], temperature: float = 1.0
     ) -> tuple[Int[np.ndarray, "*some entries"], Float[np.ndarray, "*some entries"]]:

@@ -1,6 +1,6 @@
 """faiss: lists of near keys and 4-bit product codes, compared in registers (André et al. 2017), propose candidates.
 
-A code is of two dimensions of a key's difference from the centre of its list, with the same number of bits everywhere. So keys are turned
+A code is of three dimensions of a key's difference from the centre of its list, with as many bits everywhere. So keys are turned
 at random first, which spreads what they have over all dimensions and changes no distance.
 """
 
@@ -17,7 +17,7 @@ from resmem_lm.published import Record
 
 FILE = "index.faiss"
 BLOCK = 2**16  # keys added at a time; a multiple of 8, as bits are packed
-CODE_DIMENSIONS, CODE_BITS = 2, 4  # of one code
+CODE_DIMENSIONS, CODE_BITS = 3, 4  # of one code
 SEED = 1  # of the rotation
 SAMPLE_OF_LIST = 64  # rows for each list: k-means finds no better ones with more
 
@@ -27,14 +27,14 @@ def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
 
     The latter are at least as many as lists and values of a code.
     """
-    lists = max(1, math.isqrt(rows))
+    lists = max(1, math.isqrt(rows) // 2)
     sample = max(min(training_rows, SAMPLE_OF_LIST * lists), lists, 2**CODE_BITS)
-    return Tree(lists, min(lists, max(16, lists // 64)), min(rows, sample), rounds=10)
+    return Tree(lists, min(lists, max(8, lists // 64)), min(rows, sample), rounds=10)
 
 
 def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTransform:
     """An empty index with the lists and codes that a sample of at least 16 keys gives; always the same ones for the same sample."""
-    dimensions, turned = sample.shape[1], _even(sample.shape[1])
+    dimensions, turned = sample.shape[1], _whole(sample.shape[1])
     index = faiss.IndexIVFPQFastScan(faiss.IndexFlatL2(turned), turned, lists, turned // CODE_DIMENSIONS, CODE_BITS)
     index.by_residual = True
     # faiss warns below 39 points for each centre.
@@ -46,9 +46,9 @@ def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTr
     return whole
 
 
-def _even(dimensions: int) -> int:
-    """A code has two."""
-    return dimensions + dimensions % CODE_DIMENSIONS
+def _whole(dimensions: int) -> int:
+    """As many as fill the codes."""
+    return dimensions + -dimensions % CODE_DIMENSIONS
 
 
 def write(index: faiss.IndexPreTransform, folder: Path) -> None:
@@ -117,11 +117,11 @@ def index_bytes(rows: int, dimensions: int) -> int:
     """Of index.faiss: codes and number of every row, centres of lists and codes; lists are filled up to 32 rows."""
     if rows < SMALL:
         return 0
-    lists, even = tree(rows, dimensions, rows).leaves, _even(dimensions)
+    lists, whole = tree(rows, dimensions, rows).leaves, _whole(dimensions)
     return (
         rows * (8 + _code_bytes(dimensions))
-        + lists * (16 * _code_bytes(dimensions) + 4 * even + 16)
-        + 4 * (2**CODE_BITS + dimensions) * even
+        + lists * (16 * _code_bytes(dimensions) + 4 * whole + 16)
+        + 4 * (2**CODE_BITS + dimensions) * whole
         + 350
     )
 

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float16, Int, Int8
+from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.codes import decode_keys
 from resmem_lm.datastore import Datastore
 from resmem_lm.errors import UserError
 from resmem_lm.published import Record, damaged_files, folder_of
@@ -25,7 +24,7 @@ from resmem_lm.storage import AnyPath, local_path, read_json
 EXACT_BLOCK = 2**16  # keys in one matrix product
 QUERY_BLOCK = 1024
 SPARE = 16  # more than k, for the order of inner products is that of distances only as far as float32 tells
-RANK_BLOCK = 64  # queries whose candidates' keys exist at a time: they stay in the cache
+RANK_BLOCK = 64  # queries whose candidates a thread ranks at a time
 SEARCH_BLOCK = 4096  # queries looked up before what they found is merged
 SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
 
@@ -65,30 +64,23 @@ class Tree(NamedTuple):
     rounds: int
 
 
-@jax.jit
-def _distances(
-    queries: Float[Array, "queries emb"], codes: Int8[Array, "queries n emb"], scales: Float16[Array, "queries n"]
-) -> Float[Array, "queries n"]:
-    return jnp.sqrt(jnp.sum(jnp.square(queries[:, None] - decode_keys(codes, scales)), axis=-1))
-
-
 def nearest(
     datastore: Datastore, queries: Float[np.ndarray, "queries emb"], candidates: Int[np.ndarray, "queries n"], k: int
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
     """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
+    from resmem_lm import loops  # not at the top: Numba takes a quarter of a second, and every command imports every stage
+
     ordered = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
 
     def block(start: int) -> tuple[np.ndarray, np.ndarray]:
-        some = slice(start, start + RANK_BLOCK)
-        rows, count = ordered[some], len(ordered[some])
-        keys = (datastore.take(name, np.maximum(rows, 0)) for name in ("key_codes", "key_scales"))
-        arrays = (np.pad(array, [(0, RANK_BLOCK - count)] + [(0, 0)] * (array.ndim - 1)) for array in (queries[some], *keys))
-        found = np.array(_distances(*arrays))[:count]
-        found[rows < 0] = np.inf
-        order = np.argsort(found, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(found, order, axis=1)
+        rows = ordered[start : start + RANK_BLOCK]
+        found = loops.distances(queries[start : start + RANK_BLOCK], *datastore.key_parts, datastore.offsets, rows)
+        # Floats from 0 on are in the order of their bits; places behind these put equal ones in the order of rows.
+        order = found.view(np.int32).astype(np.int64) << 32 | np.arange(rows.shape[1])
+        order.partition(k - 1, axis=1)
+        places = np.sort(order[:, :k], axis=1) & 0xFFFFFFFF
+        return np.take_along_axis(rows, places, axis=1), np.take_along_axis(found, places, axis=1)
 
-    # Rows of other blocks are fetched while the distances of one are computed.
     with ThreadPoolExecutor() as threads:
         parts = list(threads.map(block, range(0, max(1, len(queries)), RANK_BLOCK)))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

@@ -77,12 +77,12 @@ def test_exact_search_is_brute_force_over_all_shards(tmp_path, monkeypatch):
 KINDS = ["faiss", "scann"]
 
 
-def build(kind, datastore, folder, *, candidates=200, training_rows=10_000):
+def build(kind, datastore, folder, *, candidates=300, training_rows=10_000):
     folder.mkdir(exist_ok=True)
     return library(kind).build(datastore, folder, {"candidates": candidates, "training_rows": training_rows, "threads": 0})
 
 
-def build_and_open(kind, datastore, folder, *, candidates=200, training_rows=10_000):
+def build_and_open(kind, datastore, folder, *, candidates=300, training_rows=10_000):
     if kind == "exact":
         return ExactIndex(datastore)
     facts = build(kind, datastore, folder, candidates=candidates, training_rows=training_rows)
@@ -138,7 +138,7 @@ def test_faiss_finds_neighbours_where_few_dimensions_have_most_of_the_variance(t
     keys = clustered(40_000, 32) * (0.7 ** np.arange(32, dtype=np.float32))
     datastore = write_keys(tmp_path / "datastore", keys)
     queries = keys[::200] + 0.01
-    found = build_and_open("faiss", datastore, tmp_path / "index", candidates=200).search(queries, 20)[0]
+    found = build_and_open("faiss", datastore, tmp_path / "index").search(queries, 20)[0]
     assert recall(found, ExactIndex(datastore).search(queries, 20)[0]) > 0.97
 
 
@@ -163,10 +163,10 @@ def test_where_lists_hold_too_few_rows_faiss_looks_through_more(tmp_path, few_ar
 
 @pytest.mark.parametrize("kind", ["exact", *KINDS])
 def test_forgotten_rows_are_passed_over_and_the_next_nearest_are_found(tmp_path, few_are_indexed, kind):
-    keys = clustered(3000, 16)
+    keys = clustered(3000, 48)
     forgotten, queries, k = np.r_[0:400, 500:900], keys[:50], 10
     datastore = write_keys(tmp_path / "datastore", keys, [[0, 400], [500, 400]])
-    index = build_and_open(kind, datastore, tmp_path / "index", candidates=20 if kind == "scann" else 200)
+    index = build_and_open(kind, datastore, tmp_path / "index", candidates=20 if kind == "scann" else 300)
     rows, distances = index.search(queries, k)
     assert not np.isin(rows, forgotten).any()
     remembered = np.setdiff1d(np.arange(3000), forgotten)
@@ -255,7 +255,7 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(tmp_path, few_ar
     made_from = {"folders": [shard["folder"] for shard in datastore.shards]}
     with publish(folder, "shard", made_from) as attempt:
         attempt.facts |= build(kind, datastore, attempt.folder) | {"rows": 400}
-    manifest = {"kind": kind, "candidates": 200, "shards": [read_json(folder / "shard.json")]}
+    manifest = {"kind": kind, "candidates": 300, "shards": [read_json(folder / "shard.json")]}
     write_json(folder / "index.json", manifest)
     assert isinstance(open_index(tmp_path, datastore, index_manifest(tmp_path, datastore), 0)[0], ApproximateIndex)
     for file in [*folder.glob("*/*.faiss"), *folder.glob("*/*.pb")]:
