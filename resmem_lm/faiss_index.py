@@ -29,7 +29,7 @@ def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
     """
     lists = max(1, math.isqrt(rows) // 2)
     sample = max(min(training_rows, SAMPLE_OF_LIST * lists), lists, 2**CODE_BITS)
-    return Tree(lists, min(lists, max(8, lists // 64)), min(rows, sample), rounds=10)
+    return Tree(lists, min(lists, max(12, lists // 40)), min(rows, sample), rounds=10)
 
 
 def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTransform:
