@@ -1,7 +1,7 @@
 """Bytes of a row on disk, and what they cost in accuracy against rows as the paper has them: float32, all dimensions, 128 entries.
 
-Both memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form, with the sigma and lambda
-under which the paper's rows do best on validation tokens.
+All memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form, with the sigma and lambda
+under which the paper's rows do best on validation tokens. Rows are the configured ones with keys of more or fewer dimensions.
 """
 
 import functools
@@ -20,14 +20,15 @@ from resmem_lm.codes import decode_keys, decode_probabilities
 from resmem_lm.datastore import open_datastore
 from resmem_lm.encode import Encoder, QueryRows, query_head, residual_head
 from resmem_lm.evaluate import bootstrap_interval
+from resmem_lm.faiss_index import index_bytes
 from resmem_lm.projection import principal_components
 from resmem_lm.resmem import largest, merge_sparse, neighbor_weights, residual
 from resmem_lm.search import query_documents
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 
-ROWS, QUERIES, K, ENTRIES = 60_000, 6000, 50, 128
-PAPER_BYTES = 512 * 4 + ENTRIES * 8
+ROWS, QUERIES, K, ENTRIES = 60_000, {"validation": 6000, "test": 30_000}, 50, 128
+DIMENSIONS = (512, 320, 256, 192, 128)
 SIGMAS, LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
 BLOCK = 64  # queries whose dense scores exist at a time
 
@@ -109,7 +110,7 @@ def run(workdir: Path) -> None:
     """Prints the table."""
     model, vocabulary, datastore = load_model(workdir / "checkpoints"), load_vocabulary(workdir), open_datastore(workdir / "datastore")
     binding = datastore.binding
-    compact = residual_head(model, binding.entries, binding.temperatures)
+    compact = jax.jit(residual_head(model, binding.entries, binding.temperatures))
 
     def both(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> BothRows:
         logits = model.logits(parameters, hidden)
@@ -119,50 +120,48 @@ def run(workdir: Path) -> None:
 
     train = some_documents(workdir, ROWS)
     paper = encode_all(model, both, train)
-    dimensions = binding.key_dimensions
-    projection = None if dimensions is None else principal_components(paper.keys, dimensions)
-    projected = paper.keys if projection is None else paper.keys @ projection
-    parts = [
-        jax.jit(compact)(model.parameters, *(jnp.asarray(array[i : i + 256]) for array in (projected, paper.hidden, paper.own)))
-        for i in range(0, len(projected), 256)
-    ]
-    rows = type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    memories = {
-        "as the paper's": Memory(jnp.asarray(paper.keys), paper.ids, paper.values, None),
-        "as configured": Memory(
+
+    def as_configured(dimensions: int) -> Memory:
+        projection = None if dimensions >= paper.keys.shape[1] else principal_components(paper.keys, dimensions)
+        projected = paper.keys if projection is None else paper.keys @ projection
+        parts = [
+            compact(model.parameters, *(jnp.asarray(array[i : i + 256]) for array in (projected, paper.hidden, paper.own)))
+            for i in range(0, len(projected), 256)
+        ]
+        rows = type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        own = -np.expm1(rows.target_log_probability.astype(np.float32))[:, None]
+        return Memory(
             jnp.asarray(decode_keys(rows.key_codes, rows.key_scales)),
             np.concatenate([rows.tokens[:, None], rows.residual_ids], axis=1).astype(np.int32),
-            np.concatenate(
-                [-np.expm1(rows.target_log_probability.astype(np.float32))[:, None], -decode_probabilities(rows.residual_codes)], 1
-            ),
+            np.concatenate([own, -decode_probabilities(rows.residual_codes)], axis=1),
             projection,
-        ),
-    }
+        )
+
     splits = {}
-    for name in ("validation", "test"):
-        documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, name)), QUERIES)
+    for name, count in QUERIES.items():
+        documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, name)), count)
         lengths = np.array([len(document) for document in documents])
         splits[name] = Split(encode_all(model, query_head, documents), np.concatenate(documents), lengths)
-    counts = (predictions(model, memories["as the paper's"], splits["validation"], SIGMAS, LAMBDAS) == splits["validation"].targets).sum(-1)
+    as_paper = Memory(jnp.asarray(paper.keys), paper.ids, paper.values, None)
+    counts = (predictions(model, as_paper, splits["validation"], SIGMAS, LAMBDAS) == splits["validation"].targets).sum(-1)
     place = np.unravel_index(np.argmax(counts), counts.shape)
     sigma, lambda_ = SIGMAS[place[0]], LAMBDAS[place[1]]
-    right = {
-        name: (predictions(model, memory, splits["test"], (sigma,), (lambda_,))[0, 0] == splits["test"].targets).astype(np.float64)
-        for name, memory in memories.items()
-    }
-    index = sum(path.stat().st_size for path in (workdir / "index").rglob("*") if path.is_file()) / datastore.rows
-    own = datastore.bytes / datastore.rows
-    difference = right["as configured"] - right["as the paper's"]
-    low, high = bootstrap_interval(difference, splits["test"].lengths)
+    test = splits["test"]
+
+    def right(memory: Memory) -> Float[np.ndarray, " queries"]:
+        return (predictions(model, memory, test, (sigma,), (lambda_,))[0, 0] == test.targets).astype(np.float64)
+
+    expected, emb = right(as_paper), paper.keys.shape[1]
+    cells = [(f"as the paper's, {emb}", f"{4 * emb + 8 * ENTRIES:,}", "", f"{100 * expected.mean():.2f}", "", "")]
+    for dimensions in DIMENSIONS:
+        found = right(as_configured(dimensions))
+        low, high = bootstrap_interval(found - expected, test.lengths)
+        own = datastore.bytes / datastore.rows - (binding.key_dimensions or emb) + dimensions
+        whole = own + index_bytes(datastore.rows, dimensions) / datastore.rows
+        difference = f"{100 * (found - expected).mean():+.2f}", f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+        cells.append((str(dimensions), f"{own:.0f}", f"{whole:.0f}", f"{100 * found.mean():.2f}", *difference))
     table(
-        f"Bytes a row (accuracy: {ROWS:,} rows, {len(difference):,} test tokens, exact search; sigma {sigma:g}, lambda {lambda_:g})",
-        ("rows", "bytes", "with index", "test accuracy, %"),
-        (
-            (name, *sizes, f"{100 * right[name].mean():.2f}")
-            for name, sizes in {
-                "as the paper's": (f"{PAPER_BYTES:,}", ""),
-                "as configured": (f"{own:.0f}", f"{own + index:.0f}"),
-            }.items()
-        ),
+        f"Bytes a row (accuracy: {ROWS:,} rows, {len(expected):,} test tokens, exact search; sigma {sigma:g}, lambda {lambda_:g})",
+        ("dimensions of a key", "bytes", "with index", "test accuracy, %", "difference", "95%"),
+        cells,
     )
-    print(f"\nDifference: {100 * difference.mean():+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]")

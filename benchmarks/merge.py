@@ -1,5 +1,6 @@
 """50 neighbours of 128 entries merged into DeepNet's probabilities, against the dense zero-filled sum."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from resmem_lm.windows import WindowSpec
 QUERIES, K = 256, 50
 ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
+THREADS = 2
 
 
 def run(workdir: Path) -> None:
@@ -34,7 +36,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     rows = type(encoded[0])(*(np.concatenate(arrays) for arrays in zip(*encoded, strict=True)))
     hidden = np.concatenate([some.hidden for _, some in Encoder(model, WindowSpec(), query_head)(documents)])[:QUERIES]
     logits = model.logits(model.parameters, jnp.asarray(hidden))
-    rng = np.random.default_rng(0)
+    rng, threads = np.random.default_rng(0), ThreadPoolExecutor(THREADS)
     picked = rng.integers(0, len(rows.tokens), (QUERIES, K))
     distances = np.sort(rng.gamma(4.0, size=(QUERIES, K)), axis=1).astype(np.float32)
     ids, codes = rows.residual_ids[picked], rows.residual_codes[picked]
@@ -50,7 +52,9 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     )
 
     def ours() -> Int[np.ndarray, " queries"]:
-        return np.asarray(merged(codes_at(np.asarray(candidate_ids), ids, codes))[0])
+        # In threads, as `SplitScorer` reads its blocks.
+        parts = threads.map(codes_at, *(np.array_split(array, THREADS) for array in (np.asarray(candidate_ids), ids, codes)))
+        return np.asarray(merged(np.concatenate(list(parts)))[0])
 
     base = np.asarray(jax.nn.softmax(logits))
     weights = np.asarray(neighbor_weights(jnp.asarray(distances), SIGMA))

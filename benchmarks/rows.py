@@ -27,7 +27,7 @@ from resmem_lm.search import BASE_CANDIDATES, Queries, recall
 from resmem_lm.sharded import ShardedArray
 
 ROWS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-QUERIES, K, RECALL_QUERIES = 2048, 50, 128
+QUERIES, K, RECALL_QUERIES, CANDIDATES = 2048, 50, 128, 300
 SHARD = 500_000
 SETTING = Setting("resmem", K, 1.0, 1.0, 1.0)
 
@@ -90,7 +90,7 @@ def run(workdir: Path) -> None:
             start = perf_counter()
             facts = build(datastore, Path(name), {"training_rows": 100_000})
             times["build"].append(perf_counter() - start)
-            index = ApproximateIndex(datastore, Searcher(datastore, Path(name), facts), 200)
+            index = ApproximateIndex(datastore, Searcher(datastore, Path(name), facts), CANDIDATES)
             found = index.search(keys[:RECALL_QUERIES], K)[0]
             reached = recall(found, ExactIndex(datastore).search(keys[:RECALL_QUERIES], K)[0])
             times["search"].append(least(lambda index=index: index.search(keys, K)))

@@ -1,7 +1,7 @@
 """Search and build of the index, against exact search and the peers, each tuned to the same recall on the same keys.
 
 `python -m pip install 'resmem_lm[bench]'` brings the peers. All use as many threads as there are cores. IVF-PQ with refine is faiss as one
-would use it alone: it keeps a float16 copy of the keys, from which it ranks its candidates; ours ranks from the datastore.
+would use it alone, with our lists: it keeps a float16 copy of the keys, from which it ranks its candidates; ours ranks from the datastore.
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import faiss
 import hnswlib
 import numpy as np
+import scann
 from jaxtyping import Float, Int
 from usearch.index import Index as UsearchIndex
 
@@ -31,7 +32,7 @@ QUERIES, K, RECALL = 2048, 50, 0.95
 EXACT_QUERIES = 256  # exact search takes long; its time is of so many queries
 LINKS, EFFORT = 16, 100  # of the graphs: neighbours of a node (M), candidates when one is put in (ef_construction)
 
-TUNED_LISTS, TUNED_CANDIDATES = (6, 8, 10, 12, 14, 16, 20), 100
+TUNED_LISTS, TUNED_CANDIDATES = (3, 4, 5, 6, 7, 8, 10), 300
 
 Search = Callable[[Float[np.ndarray, "queries emb"]], Int[np.ndarray, "queries k"]]
 
@@ -46,11 +47,11 @@ class Peer(NamedTuple):
 
 
 def size_of(save: Callable[[str], Any]) -> int:
-    """Bytes of the file that `save` writes."""
+    """Bytes of the file or the folder that `save` writes."""
     with tempfile.TemporaryDirectory(prefix="resmem-bench-") as folder:
         path = Path(folder) / "index"
         save(str(path))
-        return path.stat().st_size
+        return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]))
 
 
 def query_keys(workdir: Path, count: int) -> Float[np.ndarray, "queries emb"]:
@@ -70,17 +71,19 @@ def all_keys(workdir: Path) -> Float[np.ndarray, "rows emb"]:
 def ivf_pq_refine(keys: Float[np.ndarray, "rows emb"]) -> Peer:
     """faiss, 4-bit codes of 2 dimensions of keys turned at random, then float16 copies of the keys."""
     rows, dimensions = keys.shape
-    index = faiss.index_factory(dimensions, f"RR{dimensions},IVF{int(np.sqrt(rows))},PQ{dimensions // 2}x4fsr,Refine(SQfp16)")
+    index = faiss.index_factory(dimensions, f"RR{dimensions},IVF{int(np.sqrt(rows)) // 2},PQ{dimensions // 2}x4fsr,Refine(SQfp16)")
     start = perf_counter()
     index.train(keys[:: max(1, rows // 100_000)])
     index.add(keys)
 
     def search(effort: int) -> Search:
         inner = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=effort))
-        parameters = faiss.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
+        parameters = faiss.IndexRefineSearchParameters(k_factor=4.0, base_index_params=inner)
         return lambda queries: index.search(queries, K, params=parameters)[1]
 
-    return Peer(perf_counter() - start, size_of(lambda path: faiss.write_index(index, path)), search, (6, 8, 12, 16, 20, 30, 60, 100))
+    return Peer(
+        perf_counter() - start, size_of(lambda path: faiss.write_index(index, path)), search, (3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)
+    )
 
 
 def faiss_hnsw(keys: Float[np.ndarray, "rows emb"]) -> Peer:
@@ -129,11 +132,30 @@ def usearch_graph(keys: Float[np.ndarray, "rows emb"]) -> Peer:
     return Peer(perf_counter() - start, size_of(index.save), search, (50, 100, 200, 400, 800))
 
 
+def scann_tree(keys: Float[np.ndarray, "rows emb"]) -> Peer:
+    """ScaNN as its documentation advises for so many keys: twice the root of the rows as leaves, 4-bit codes of 2 dimensions, reordered."""
+    leaves = 2 * int(np.sqrt(len(keys)))
+    start = perf_counter()
+    builder = scann.scann_ops_pybind.builder(keys, K, "squared_l2").tree(leaves, 10, training_sample_size=100_000)
+    index = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(2 * K).build()
+    seconds = perf_counter() - start
+
+    def save(path: str) -> None:
+        Path(path).mkdir()
+        index.serialize(path)
+
+    def search(effort: int) -> Search:
+        return lambda queries: index.search_batched_parallel(queries, K, leaves_to_search=effort)[0].astype(np.int64)
+
+    return Peer(seconds, size_of(save), search, (10, 15, 20, 30, 40, 60, 80, 120, 200))
+
+
 PEERS = {
     "faiss IVF-PQ with refine": ivf_pq_refine,
     "faiss HNSW": faiss_hnsw,
     "hnswlib": hnswlib_graph,
     "usearch": usearch_graph,
+    "ScaNN": scann_tree,
 }
 
 
