@@ -50,7 +50,8 @@ def build(folder: Path, documents: Iterable[Int[np.ndarray, "_"]]) -> None:
             content = np.concatenate([[SEPARATOR], document]).astype("<u2").tobytes()
             tokens.write(content)
             offset += len(content)
-    command = [sys.executable, "-m", "infini_gram.indexing", f"--data_dir={folder}", f"--save_dir={folder}", f"--temp_dir={folder}"]
+    here = folder.absolute()  # the package works in a directory of its own
+    command = [sys.executable, "-m", "infini_gram.indexing", f"--data_dir={here}", f"--save_dir={here}", f"--temp_dir={here}"]
     jobs = max(1, min(os.cpu_count() or 1, offset // JOB_BYTES))
     command += [f"--cpus={jobs}", f"--mem={MEMORY_GIB}", "--ulimit=4096"]
     made = subprocess.run(command, capture_output=True, text=True, check=False)

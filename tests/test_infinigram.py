@@ -1,4 +1,5 @@
 import collections
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,9 +45,11 @@ def test_continuations_are_those_of_the_longest_end_that_was_seen(tmp_path):
 
 
 @needs_package
-def test_a_context_that_was_never_seen_tells_nothing(tmp_path):
-    build(tmp_path / "index", [np.array([5, 6, EOS])] * 3)
-    found = continuations(tmp_path / "index", EOS, [np.array([8, 9])])
+def test_a_context_that_was_never_seen_tells_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and a relative path is one from here
+    folder = Path("index")
+    build(folder, [np.array([5, 6, EOS])] * 3)
+    found = continuations(folder, EOS, [np.array([8, 9])])
     assert found.tokens[0, 0] == 5
     assert (found.tokens[1] == -1).all()
     assert not found.sparse[1]
