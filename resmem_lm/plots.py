@@ -1,4 +1,4 @@
-"""Plots as SVG in the colours of the page around them, light or dark."""
+"""Plots as SVG in the colours of the page around them, light or dark; in light ones where there is no page."""
 
 import io
 import re
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
+INKS = {0: "#1f2328", 1: "#0067a5", 2: "#00805e", 3: "#c2410c", 4: "#7c3aed", 5: "#79066a", 9: "#e3e6ea"}  # on a light page
 # Of each line: marker, its size, dashes. So a line is known without its colour, and those that agree lie on each other and stay visible:
 # hollow markers nest, and the last, a cross, reaches beyond all of them.
 STYLES: tuple[tuple[str, int, Any], ...] = (("s", 9, "-"), ("^", 7, "-"), ("o", 5, "-"), ("D", 3, (0, (6, 2))), ("x", 11, (0, (1.5, 1.5))))
@@ -33,7 +34,7 @@ def to_svg(draw: Callable[[Figure], None]) -> str:
         metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
         figure.savefig(image, format="svg", transparent=True, metadata=metadata)
     svg = image.getvalue()
-    return re.sub(rf"{INK}(\d)", r"var(--ink-\1)", svg[svg.index("<svg") :])
+    return re.sub(rf"{INK}(\d)", lambda ink: f"var(--ink-{ink[1]}, {INKS[int(ink[1])]})", svg[svg.index("<svg") :])
 
 
 def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str) -> None:

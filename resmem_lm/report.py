@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from resmem_lm.plots import INK, Figure, line, to_svg
+from resmem_lm.plots import INK, INKS, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
 from resmem_lm.workdir import Record, stage
@@ -58,6 +58,7 @@ def write_report(workdir: AnyPath) -> Record:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         config=config.read_text("utf-8") if config.exists() else "",
+        inks=INKS,
     )
     # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
     write_bytes(workdir / "report.html", page.encode("utf-8", "replace"))
