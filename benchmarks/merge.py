@@ -18,7 +18,7 @@ from resmem_lm.resmem import neighbor_weights
 from resmem_lm.search import BASE_CANDIDATES
 from resmem_lm.windows import WindowSpec
 
-QUERIES, K = 256, 50
+QUERIES, K = 1024, 50
 ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
 THREADS = 2
@@ -62,9 +62,9 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     values = np.concatenate([-np.expm1(own)[..., None], -decode_probabilities(codes)], axis=-1)
 
     def dense_numpy() -> Int[np.ndarray, " queries"]:
-        found = []
+        found, filled = [], np.empty((K, base.shape[1]), np.float32)
         for query in range(QUERIES):
-            filled = np.zeros((K, base.shape[1]), np.float32)
+            filled.fill(0)
             np.put_along_axis(filled, all_ids[query], values[query], axis=1)
             found.append(np.argmax(base[query] + LAMBDA * weights[query] @ filled))
         return np.array(found)
@@ -83,7 +83,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     expected = ours()
     for name, way in ways.items():
         assert (way() == expected).all(), f"{name} predicts something else"
-    times = interleaved(ways, rounds=3)
+    times = interleaved(ways, rounds=7)
     table(
         f"Merge ({K} neighbours x {entries} entries into {base.shape[1]:,}; the same predictions)",
         ("way", "times ours", "queries/s"),

@@ -81,9 +81,12 @@ def codes_at(
             row[:] = 0
             for entry in range(others):
                 row[place[ids[query, neighbor, entry]]] = codes[query, neighbor, entry]
-            # A token may stand twice among the candidates; the table has the last of its places.
-            for number in range(count):
-                found[query, neighbor, number] = row[place[candidates[query, number]]]
+            found[query, neighbor] = row[:count]
+        # A token may stand twice among the candidates; the table has the last of its places.
+        for number in range(count):
+            last = place[candidates[query, number]]
+            if last != number:
+                found[query, :, number] = found[query, :, last]
         for number in range(count):
             place[candidates[query, number]] = count
     return found
