@@ -145,8 +145,8 @@ def test_shards_of_the_index_are_whole_shards_of_the_datastore_and_fit_the_memor
 
 
 def test_the_memory_that_a_refusal_names_is_enough(settings, unmeasured):
-    amounts = {"rows": 100_000_000, "queries": 300, "documents": 20_000}
-    with pytest.raises(UserError, match=r"the largest shard of the datastore has 33333334: take [\d.]+, or more") as caught:
+    amounts = {"rows": 200_000_000, "queries": 300, "documents": 20_000}
+    with pytest.raises(UserError, match=r"the largest shard of the datastore has 66666667: take [\d.]+, or more") as caught:
         planned(settings, **amounts, memory_gib=2)
     enough = float(re.search(r"take ([\d.]+)", str(caught.value))[1])
     assert len(planned(settings, **amounts, memory_gib=enough).index_rows) == 3
