@@ -21,7 +21,7 @@ from resmem_lm.windows import WindowSpec
 QUERIES, K = 1024, 50
 ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
-THREADS = 2
+THREADS = 2  # that read ahead, as in `SplitScorer.blocks`
 
 
 def run(workdir: Path) -> None:
@@ -52,7 +52,6 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     )
 
     def ours() -> Int[np.ndarray, " queries"]:
-        # In threads, as `SplitScorer` reads its blocks.
         parts = threads.map(codes_at, *(np.array_split(array, THREADS) for array in (np.asarray(candidate_ids), ids, codes)))
         return np.asarray(merged(np.concatenate(list(parts)))[0])
 

@@ -71,10 +71,11 @@ def nearest(
     from resmem_lm import loops  # not at the top: Numba takes a quarter of a second, and every command imports every stage
 
     ordered = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
+    keys = datastore.key_parts
 
     def block(start: int) -> tuple[np.ndarray, np.ndarray]:
         rows = ordered[start : start + RANK_BLOCK]
-        found = loops.distances(queries[start : start + RANK_BLOCK], *datastore.key_parts, datastore.offsets, rows)
+        found = loops.distances(queries[start : start + RANK_BLOCK], *keys, datastore.offsets, rows)
         # Floats from 0 on are in the order of their bits; places behind these put equal ones in the order of rows.
         order = found.view(np.int32).astype(np.int64) << 32 | np.arange(rows.shape[1])
         order.partition(k - 1, axis=1)
