@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from benchmarks.encode import first_tokens, some_documents
+from benchmarks.encode import some_documents
 from benchmarks.measure import table
 from resmem_lm.checkpoint import Model, load_model
 from resmem_lm.codes import decode_keys, decode_probabilities
@@ -21,6 +21,7 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.encode import Encoder, QueryRows, query_head, residual_head
 from resmem_lm.evaluate import bootstrap_interval
 from resmem_lm.faiss_index import index_bytes
+from resmem_lm.packing import first_tokens
 from resmem_lm.projection import principal_components
 from resmem_lm.resmem import largest, merge_sparse, neighbor_weights, residual
 from resmem_lm.search import query_documents

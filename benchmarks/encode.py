@@ -1,6 +1,5 @@
 """Key, residual and top-128 of every token, against the same forward pass with argmax only."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.checkpoint import load_model
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.encode import Encoder, query_head, residual_head
+from resmem_lm.packing import first_tokens
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 
@@ -24,16 +24,6 @@ def some_documents(workdir: Path, tokens: int) -> list[Int[np.ndarray, "_"]]:
     """Train documents of so many tokens together, the last cut."""
     vocabulary = load_vocabulary(workdir)
     return first_tokens((vocabulary.encode(document.text) for document in read_shard(shard_paths(workdir, "train")[-1])), tokens)
-
-
-def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list[Int[np.ndarray, "_"]]:
-    """The first documents, of so many tokens together, the last cut."""
-    found, room = [], tokens
-    for document in documents:
-        if room and len(document):
-            found.append(document[:room])
-            room -= len(found[-1])
-    return found
 
 
 def fast_argmax(values: Float[Array, "rows n"]) -> Int[Array, " rows"]:

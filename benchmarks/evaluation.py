@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from benchmarks.encode import fast_argmax, first_tokens
+from benchmarks.encode import fast_argmax
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import open_datastore
 from resmem_lm.encode import Encoder, query_head
 from resmem_lm.index import index_manifest, open_index
+from resmem_lm.packing import first_tokens
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import Queries, describe_queries, query_documents
 from resmem_lm.sharded import ShardedArray

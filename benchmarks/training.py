@@ -41,7 +41,7 @@ def _step(model: ModelConfig, rows: int, length: int) -> Callable[[], Any]:
     """Trains one more step on random tokens."""
     schedule = learning_rate_schedule(learning_rate=0.01, constant_steps=1000, steps=1000, cooldown_steps=0)
     adafactor = optimizer(schedule)
-    update, _ = compiled_update(model, adafactor, seed=0)
+    update = compiled_update(model, adafactor, seed=0)
     parameters = init_parameters(model, 0)
     state = [parameters, adafactor.init(parameters)]
     tokens = np.random.default_rng(0).integers(3, model.vocab_size, (rows, length)).astype(np.int32)

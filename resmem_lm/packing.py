@@ -4,7 +4,7 @@ No token is lost to a cut and none is padding, except at the very end; a segment
 documents apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 import numpy as np
@@ -27,6 +27,18 @@ def split_tokens(workdir: AnyPath, split: str, vocabulary: Vocabulary) -> Iterat
     """The tokens of every document of a split."""
     for shard in shard_paths(workdir, split):
         yield from vocabulary.encode_documents(read_shard(shard))
+
+
+def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list[Int[np.ndarray, "_"]]:
+    """The first documents, of so many tokens together, the last cut."""
+    found, room = [], tokens
+    for document in documents:
+        if not room:
+            break
+        if len(document):
+            found.append(document[:room])
+            room -= len(found[-1])
+    return found
 
 
 def shift_right(tokens: Int[Any, "batch length"], segment_ids: Int[Any, "batch length"]) -> Int[np.ndarray, "batch length"]:
@@ -60,13 +72,19 @@ def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: 
 
     rows = grain.MapDataset.range(packed.shape[1])
     order = rows.seed(seed).shuffle().repeat().batch(batch_size)
+    return order.map(lambda row_ids: _batch(packed[:, row_ids]))
 
-    def batch(row_ids: Int[np.ndarray, " batch"]) -> Batch:
-        tokens, segment_ids = packed[:, row_ids]
-        return Batch(
-            decoder_input_tokens=shift_right(tokens, segment_ids),
-            decoder_target_tokens=tokens,
-            decoder_segment_ids=segment_ids,
-        )
 
-    return order.map(batch)
+def one_pass(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int) -> list[Batch]:
+    """Every row once and in order, in batches of one size: the last is filled with padding."""
+    filled = np.pad(packed, ((0, 0), (0, -packed.shape[1] % batch_size), (0, 0)))
+    return [_batch(filled[:, start : start + batch_size]) for start in range(0, filled.shape[1], batch_size)]
+
+
+def _batch(packed: Int[np.ndarray, "2 batch length"]) -> Batch:
+    tokens, segment_ids = packed
+    return Batch(
+        decoder_input_tokens=shift_right(tokens, segment_ids),
+        decoder_target_tokens=tokens,
+        decoder_segment_ids=segment_ids,
+    )

@@ -27,10 +27,10 @@ class Reporter:
             self.bar.update(self.task, completed=done, detail=detail)
         elif now - self.last > SECONDS_BETWEEN_LINES or done == self.total:
             elapsed = now - self.began_at
-            line = f"{self.name}: {done:,} {self.unit}, {elapsed:.0f} s"
-            if self.total is not None:
-                left = elapsed / max(done - self.begun, 1) * (self.total - done)
-                line = f"{self.name}: {done:,} of {self.total:,} {self.unit}, {elapsed:.0f} s, {left:.0f} s left"
+            of_total = "" if self.total is None else f" of {self.total:,}"
+            line = f"{self.name}: {done:,}{of_total} {self.unit}, {elapsed:.0f} s"
+            if self.total is not None and done > self.begun:
+                line += f", {elapsed / (done - self.begun) * (self.total - done):.0f} s left"
             print(f"{line}; {detail}" if detail else line, file=sys.stderr, flush=True)
             self.last = now
 

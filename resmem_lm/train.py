@@ -4,13 +4,14 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from resmem_lm.checkpoint import checkpoint_manager, load_model, save_config
 from resmem_lm.errors import UserError
 from resmem_lm.model_config import ModelConfig
-from resmem_lm.packing import batches, pack, split_tokens
+from resmem_lm.packing import batches, first_tokens, one_pass, pack, split_tokens
 from resmem_lm.storage import AnyPath, local_path, remove, upload
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record, stage
@@ -25,7 +26,9 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
         )
 
 
-@stage(name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps",), beside="metrics")
+@stage(
+    name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps", "validation_tokens"), beside="metrics"
+)
 def train(
     workdir: AnyPath,
     *,
@@ -37,6 +40,7 @@ def train(
     constant_steps: int = 10_000,
     cooldown_steps: int = 0,
     checkpoint_steps: int = 1000,
+    validation_tokens: int = 30_000,
     seed: int = 0,
 ) -> Record:
     """Trains `model` on the train split, data parallel over the local devices; writes WORKDIR/checkpoints and metrics.
@@ -52,7 +56,8 @@ def train(
         learning_rate: of Adafactor, relative to each parameter's root mean square.
         constant_steps: steps at `learning_rate` before the inverse square root decay.
         cooldown_steps: the last steps, in which the rate falls linearly to 0.
-        checkpoint_steps: steps between checkpoints.
+        checkpoint_steps: steps between checkpoints, at each of which loss and accuracy on validation tokens are told.
+        validation_tokens: how many, from the first documents of the validation split; 0 for none.
         seed: of initialisation, order and dropout.
 
     Returns:
@@ -73,14 +78,20 @@ def train(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
     adafactor = training.optimizer(schedule)
-    update, replicated = training.compiled_update(model, adafactor, seed)
+    update, sums = training.compiled_update(model, adafactor, seed), training.compiled_sums(model)
     rows = batches(pack(list(split_tokens(workdir, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
+    held_out = first_tokens(split_tokens(workdir, "validation", vocabulary), validation_tokens)
+    validation = one_pass(pack(held_out, sequence_length), batch_size=batch_size) if held_out else []
+
+    def validate(parameters: Any) -> dict[str, float]:
+        return training.means([sums(parameters, batch) for batch in validation]) if validation else {}
+
     with _local(workdir) as (here, saved):
         directory = here / "checkpoints"
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:
-            begin, parameters, state = training.restore_or_init(manager, model, adafactor, seed, replicated)
-            training.loop(here, manager, saved, update, parameters, state, rows, schedule, begin, steps, checkpoint_steps)
+            begin, parameters, state = training.restore_or_init(manager, model, adafactor, seed)
+            training.loop(here, manager, saved, update, parameters, state, rows, validate, schedule, begin, steps, checkpoint_steps)
         return {"fingerprint": load_model(directory).fingerprint}
 
 

@@ -47,7 +47,7 @@ def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """T5X's loss, a sum over tokens of cross-entropy + 1e-4 log(Z)^2, and sums for the metrics."""
     logits: Any = Decoder(config).apply(
         {"params": parameters},
@@ -87,14 +87,19 @@ def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
-def compiled_update(model: ModelConfig, adafactor: optax.GradientTransformation, seed: int) -> tuple[Any, jax.sharding.Sharding]:
-    """One step of training, data parallel over the local devices, and how parameters and state lie on these.
-
-    The step takes parameters, state, batch and number of the step, and returns the first two and the metrics.
-    """
+def shardings() -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
+    """How parameters lie on the local devices, whole on each, and how a batch does, a part of its rows on each."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    replicated, by_row = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("data",)))
+    return replicated, by_row
+
+
+def compiled_update(model: ModelConfig, adafactor: optax.GradientTransformation, seed: int) -> Any:
+    """One step of training, data parallel over the local devices.
+
+    It takes parameters, state, batch and number of the step, and returns the first two and the metrics.
+    """
+    replicated, by_row = shardings()
     dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
 
     def update(parameters: Any, state: Any, batch: Batch, step: Array) -> Any:
@@ -103,16 +108,28 @@ def compiled_update(model: ModelConfig, adafactor: optax.GradientTransformation,
         updates, state = adafactor.update(gradients, state, parameters)
         return optax.apply_updates(parameters, updates), state, metrics
 
-    return jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated)), replicated
+    return jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated))
 
 
-def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int, sharding: Any) -> tuple[int, Any, Any]:
+def compiled_sums(model: ModelConfig) -> Any:
+    """The metrics of some parameters on a batch, without dropout."""
+    return jax.jit(lambda parameters, batch: loss_and_metrics(model, parameters, batch, None)[1], in_shardings=shardings())
+
+
+def means(sums: list[dict[str, Array]]) -> dict[str, float]:
+    """Loss and accuracy of a token over some batches, and the number of tokens."""
+    total = {name: float(np.sum([some[name] for some in jax.device_get(sums)])) for name in ("cross_entropy", "correct", "tokens")}
+    return {"loss": total["cross_entropy"] / total["tokens"], "accuracy": total["correct"] / total["tokens"], "tokens": total["tokens"]}
+
+
+def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int) -> tuple[int, Any, Any]:
     """The step of the newest checkpoint, or 0, with parameters and optimiser state of then."""
 
     def init() -> tuple[Any, Any]:
         parameters = init_parameters(model, seed)
         return parameters, adafactor.init(parameters)
 
+    sharding, _ = shardings()
     parameters, state = jax.jit(init, out_shardings=sharding)()
     begin = manager.latest_step()
     if begin is None:
@@ -133,39 +150,45 @@ def loop(
     parameters: Any,
     state: Any,
     rows: Any,
+    validate: Callable[[Any], dict[str, float]],
     schedule: optax.Schedule,
     begin: int,
     steps: int,
     checkpoint_steps: int,
 ) -> None:
-    """Trains from step `begin` on; `saved` is called when a checkpoint has been written."""
+    """Trains from step `begin` on.
+
+    `validate` gives scalars of some parameters, told at every checkpoint; `saved` is called when one has been written.
+    """
     log_steps = max(1, min(50, steps // 10))
     with (
         metrics(workdir / "metrics", begin=begin) as writer,
         progress("train", total=steps, done=begin, unit="steps") as bar,
     ):
         recent: list[Any] = []
+        validation = ""
         start = time.monotonic()
         for step in range(begin, steps):
             parameters, state, sums = update(parameters, state, rows[step], np.int32(step))
             recent.append(sums)
             finished = step + 1
+            checkpoint = finished % checkpoint_steps == 0 or finished == steps
+            if checkpoint:
+                jax.block_until_ready(parameters)
+                began = time.monotonic()
+                if scalars := validate(parameters):
+                    writer.write(finished, {f"validation/{name}": value for name, value in scalars.items()})
+                    validation = f"; validation loss {scalars['loss']:.3f} at step {finished:,}"
+                start += time.monotonic() - began  # the speed told is that of training
             if finished % log_steps == 0 or finished == steps:
-                sums = {name: float(np.sum([some[name] for some in jax.device_get(recent)])) for name in sums}
-                seconds, start = time.monotonic() - start, time.monotonic()
-                scalars = {
-                    "loss": sums["cross_entropy"] / sums["tokens"],
-                    "accuracy": sums["correct"] / sums["tokens"],
-                    "tokens_per_second": sums["tokens"] / seconds,
-                    "learning_rate": float(schedule(step)),
-                }
+                scalars = means(recent)
+                scalars["tokens_per_second"] = scalars.pop("tokens") / (time.monotonic() - start)
+                scalars["learning_rate"] = float(schedule(step))
                 writer.write(finished, {f"train/{name}": value for name, value in scalars.items()})
-                bar.update(
-                    finished,
-                    f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s",
-                )
-                recent = []
-            if finished % checkpoint_steps == 0 or finished == steps:
+                told = f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s"
+                bar.update(finished, told + validation)
+                recent, start = [], time.monotonic()
+            if checkpoint:
                 train_state = to_train_state(parameters, state, finished)
                 manager.save(finished, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(train_state)}))
                 saved()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmem_lm.packing import batches, pack, shift_right
+from resmem_lm.packing import batches, first_tokens, one_pass, pack, shift_right
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
@@ -30,6 +30,25 @@ def test_padding_is_less_than_a_row_and_at_the_very_end(lengths, row_length):
     assert 0 <= padded < row_length
     assert (tokens.ravel()[sum(lengths) :] == 0).all()
     assert (segment_ids.ravel()[sum(lengths) :] == 0).all()
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 7))
+def test_one_pass_has_every_row_once_in_order_and_full_batches(lengths, row_length, batch_size):
+    packed = pack(numbered_documents(lengths), row_length)
+    passed = one_pass(packed, batch_size=batch_size)
+    for name, rows in (("decoder_target_tokens", packed[0]), ("decoder_segment_ids", packed[1])):
+        assert {len(batch[name]) for batch in passed} == {batch_size}
+        together = np.concatenate([batch[name] for batch in passed])
+        np.testing.assert_array_equal(together[: len(rows)], rows)
+        assert (together[len(rows) :] == 0).all()
+
+
+@given(LENGTHS, st.integers(0, 400))
+def test_first_tokens_are_the_first_of_the_documents(lengths, count):
+    documents = numbered_documents(lengths)
+    found = first_tokens(documents, count)
+    np.testing.assert_array_equal(np.concatenate([np.zeros(0, int), *found]), np.concatenate(documents)[:count])
+    assert all(len(document) for document in found)
 
 
 @given(LENGTHS, st.integers(1, 20))

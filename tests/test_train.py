@@ -13,11 +13,12 @@ from resmem_lm.checkpoint import load_model
 from resmem_lm.errors import UserError
 from resmem_lm.model import init_parameters
 from resmem_lm.model_config import ModelConfig
-from resmem_lm.packing import batches, pack
+from resmem_lm.packing import batches, one_pass, pack, split_tokens
 from resmem_lm.progress import Reporter
 from resmem_lm.storage import read_json
 from resmem_lm.train import train
 from resmem_lm.training import learning_rate_schedule, loss_and_metrics, optimizer
+from resmem_lm.vocabulary import load_vocabulary
 
 MODEL = ModelConfig(vocab_size=256, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.1)
 SETTINGS = {"model": MODEL, "steps": 7, "batch_size": 4, "sequence_length": 32, "checkpoint_steps": 3, "learning_rate": 0.03}
@@ -55,18 +56,45 @@ def test_interrupted_and_resumed_ends_with_the_same_parameters(workdir, tmp_path
     assert load_model(other / "checkpoints").fingerprint == whole["fingerprint"]
 
 
-def test_the_loss_falls_and_is_written_for_tensorboard(tiny_run):
+def written(workdir, tag):
+    """The values of a scalar in the events for TensorBoard."""
     from tensorboardX.proto.event_pb2 import Event
 
-    events = next((tiny_run / "metrics").glob("events*")).read_bytes()
-    losses, place = [], 0
+    events = next((workdir / "metrics").glob("events*")).read_bytes()
+    values, place = [], 0
     while place < len(events):
         size = int.from_bytes(events[place : place + 8], "little")
         event = Event.FromString(events[place + 12 : place + 12 + size])
-        losses += [v.simple_value for v in event.summary.value if v.tag == "train/loss"]
+        values += [v.simple_value for v in event.summary.value if v.tag == tag]
         place += 12 + size + 4
+    return values
+
+
+def test_the_loss_falls_and_is_written_for_tensorboard(tiny_run):
+    losses = written(tiny_run, "train/loss")
     assert len(losses) >= 10
     assert losses[-1] < losses[0] - 1
+    held_out = written(tiny_run, "validation/loss")
+    assert len(held_out) > 1
+    assert held_out[-1] < losses[0] - 1
+
+
+def test_the_validation_loss_is_that_of_the_saved_model_on_every_token_once(workdir):
+    train(workdir, **SETTINGS)
+    vocabulary, model = load_vocabulary(workdir), load_model(workdir / "checkpoints")
+    rows = pack(list(split_tokens(workdir, "validation", vocabulary)), SETTINGS["sequence_length"])
+    alone = [jax.tree.map(jnp.asarray, batch) for batch in one_pass(rows, batch_size=1)]
+    sums = [loss_and_metrics(MODEL, model.parameters, batch, None)[1] for batch in alone]
+    mean = sum(float(some["cross_entropy"]) for some in sums) / sum(float(some["tokens"]) for some in sums)
+    np.testing.assert_allclose(written(workdir, "validation/loss")[-1], mean, rtol=1e-5)
+    assert written(workdir, "validation/tokens")[-1] == sum(map(len, split_tokens(workdir, "validation", vocabulary)))
+
+
+def test_without_validation_tokens_the_same_model_is_trained(workdir, tmp_path_factory):
+    other = tmp_path_factory.mktemp("without") / "run"
+    shutil.copytree(workdir, other)
+    assert train(workdir, **SETTINGS) == train(other, **SETTINGS, validation_tokens=0)
+    assert not written(other, "validation/loss")
 
 
 def test_padding_and_other_rows_do_not_change_a_tokens_loss():
@@ -137,7 +165,7 @@ def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
     code = (
         "import sys; from pathlib import Path; import resmem_lm.train as t; import resmem_lm.training as s\n"
         "from resmem_lm.model_config import ModelConfig\n"
-        "class Writer:\n    def write(self, step, scalars): print(repr(scalars['train/loss']))\n"
+        "class Writer:\n    def write(self, step, scalars): print(*(repr(v) for k, v in scalars.items() if k.endswith('/loss')))\n"
         "import contextlib; s.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
         f"t.train(Path(sys.argv[1]), **{SETTINGS!r})"
     )
@@ -148,6 +176,6 @@ def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path / f"run{devices}")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         losses[devices] = [float(line) for line in done.stdout.split()]
-    assert len(losses[1]) == SETTINGS["steps"]
+    assert len(losses[1]) > SETTINGS["steps"]  # and those of validation
     for devices in (2, 4):
         np.testing.assert_allclose(losses[devices], losses[1], rtol=1e-5)

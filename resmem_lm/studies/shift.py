@@ -25,7 +25,7 @@ from resmem_lm.storage import AnyPath, new_directory, read_json, remove, write_j
 from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.train import train
-from resmem_lm.training import compiled_update, optimizer, to_train_state
+from resmem_lm.training import compiled_update, optimizer, shardings, to_train_state
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import Record, finished
@@ -61,7 +61,7 @@ def right_predictions(model: Model, workdir: AnyPath, split: str, window: Window
 def seconds_a_step(model: ModelConfig, workdir: AnyPath, batch_size: int, sequence_length: int) -> float:
     """Of training on the train split of a work directory, without what it takes to begin."""
     adafactor = optimizer(optax.constant_schedule(0.01))
-    update, sharding = compiled_update(model, adafactor, 0)
+    update, (sharding, _) = compiled_update(model, adafactor, 0), shardings()
     parameters = jax.jit(lambda: init_parameters(model, 0), out_shardings=sharding)()
     state = jax.jit(adafactor.init, out_shardings=sharding)(parameters)
     rows = batches(pack(list(split_tokens(workdir, "train", load_vocabulary(workdir))), sequence_length), batch_size=batch_size, seed=0)
