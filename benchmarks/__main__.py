@@ -9,6 +9,8 @@ import argparse
 import importlib
 from pathlib import Path
 
+from resmem_lm.main import use_huge_pages
+
 PARTS = ("encode", "build", "search", "rows", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
 
 
@@ -27,4 +29,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as `resmem` does
     main()

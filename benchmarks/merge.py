@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,14 @@ from resmem_lm.checkpoint import Model, load_model
 from resmem_lm.codes import decode_probabilities
 from resmem_lm.encode import Encoder, query_head, residual_head
 from resmem_lm.resmem import neighbor_weights
+from resmem_lm.scoring import BLOCK
 from resmem_lm.search import BASE_CANDIDATES
 from resmem_lm.windows import WindowSpec
 
 QUERIES, K = 1024, 50
 ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
-THREADS = 2  # that read ahead, as in `SplitScorer.blocks`
+THREADS = 2  # that read ahead of the block which is scored, as in `SplitScorer.blocks`
 
 
 def run(workdir: Path) -> None:
@@ -43,17 +45,18 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     tokens, own = rows.tokens[picked].astype(np.int32), rows.target_log_probability[picked].astype(np.float32)
     candidate_ids, candidate_logits, bound = choose_candidates(logits, jnp.asarray(tokens), BASE_CANDIDATES)
     log_z = jax.nn.logsumexp(logits, axis=-1)[:, None]
-    candidates = Candidates(candidate_ids, candidate_logits, bound, log_z)
-    sums = jnp.zeros((QUERIES, K, 1))
-    merged = jax.jit(
-        lambda codes: best(
-            _total(candidates, Neighbors(jnp.asarray(distances), jnp.asarray(tokens), codes, jnp.asarray(own), sums)), candidate_ids
-        )
-    )
+    parts = (*Candidates(candidate_ids, candidate_logits, bound, log_z), distances, tokens, own)
+    blocks = [tuple(map(jnp.asarray, some)) for some in zip(*map(_blocks, parts), strict=True)]
+    stored = list(map(_blocks, (np.asarray(candidate_ids), ids, codes)))
+
+    @jax.jit
+    def merged(block: tuple[Array, ...], codes: Array) -> Array:
+        candidates, (distances, tokens, own) = Candidates(*block[:4]), block[4:]
+        neighbors = Neighbors(distances, tokens, codes, own, jnp.zeros((*tokens.shape, 1)))
+        return best(_total(candidates, neighbors), candidates.ids)[0]
 
     def ours() -> Int[np.ndarray, " queries"]:
-        parts = threads.map(codes_at, *(np.array_split(array, THREADS) for array in (np.asarray(candidate_ids), ids, codes)))
-        return np.asarray(merged(np.concatenate(list(parts)))[0])
+        return np.concatenate([merged(block, codes) for block, codes in zip(blocks, threads.map(codes_at, *stored), strict=True)])
 
     base = np.asarray(jax.nn.softmax(logits))
     weights = np.asarray(neighbor_weights(jnp.asarray(distances), SIGMA))
@@ -88,6 +91,10 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
         ("way", "times ours", "queries/s"),
         ((name, ratio(times, name, "ours"), f"{QUERIES / median(times, name):,.0f}") for name in ways),
     )
+
+
+def _blocks(array: Any) -> list[Any]:
+    return np.array_split(array, QUERIES // BLOCK)
 
 
 def _total(candidates: Candidates, neighbors: Neighbors) -> Float[Array, "queries candidates"]:

@@ -11,17 +11,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 
 from resmem_lm import config, training
 from resmem_lm.machine import processor
 from resmem_lm.main import import_stages
 from resmem_lm.model import init_parameters
-from resmem_lm.packing import batches, pack, split_tokens
+from resmem_lm.packing import batches, one_pass, pack, split_tokens
 from resmem_lm.train import train
 from resmem_lm.vocabulary import load_vocabulary
-
-VALIDATION_ROWS = 16
 
 
 def main() -> None:
@@ -46,32 +43,22 @@ def main() -> None:
     adafactor = training.optimizer(training.learning_rate_schedule(**{name: settings[name] for name in names}))
     parameters = init_parameters(model, settings["seed"])
     state = adafactor.init(parameters)
-    dropout_key = jax.random.key(1) if model.dropout_rate > 0 else None
+    update, sums = training.compiled_update(model, adafactor, settings["seed"]), training.compiled_sums(model)
 
-    @jax.jit
-    def update(parameters, state, batch, step):
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
-        gradients, _ = jax.grad(lambda p: training.loss_and_metrics(model, p, batch, key), has_aux=True)(parameters)
-        updates, state = adafactor.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state
-
-    parameters, state = update(parameters, state, rows[0], np.int32(0))
+    parameters, state, _ = update(parameters, state, rows[0], np.int32(0))
     jax.block_until_ready(parameters)
     start = time.monotonic()
     for step in range(1, steps):
-        parameters, state = update(parameters, state, rows[step], np.int32(step))
+        parameters, state, _ = update(parameters, state, rows[step], np.int32(step))
         if step % 20 == 0:
             jax.block_until_ready(parameters)
     jax.block_until_ready(parameters)
     rate = (steps - 1) * settings["batch_size"] * settings["sequence_length"] / (time.monotonic() - start)
 
-    measure = jax.jit(lambda batch: training.loss_and_metrics(model, parameters, batch, None)[1])
-    validation = batches(packed["validation"], batch_size=VALIDATION_ROWS, seed=0)
-    sums = [jax.device_get(measure(validation[i])) for i in range(packed["validation"].shape[1] // VALIDATION_ROWS)]
-    tokens, loss, correct = (sum(float(s[name]) for s in sums) for name in ("tokens", "cross_entropy", "correct"))
+    validation = training.means([sums(parameters, batch) for batch in one_pass(packed["validation"], batch_size=settings["batch_size"])])
     print(
-        f"{' '.join(bindings) or 'as configured'}: validation loss {loss / tokens:.3f}, accuracy {correct / tokens:.2%} "
-        f"of {tokens:,.0f} tokens; {rate:,.0f} tokens/s on {processor()}"
+        f"{' '.join(bindings) or 'as configured'}: validation loss {validation['loss']:.3f}, accuracy {validation['accuracy']:.2%} "
+        f"of {validation['tokens']:,.0f} tokens; {rate:,.0f} tokens/s on {processor()}"
     )
 
 

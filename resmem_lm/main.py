@@ -268,7 +268,7 @@ def _keep(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _use_huge_pages() -> None:
+def use_huge_pages() -> None:
     """Starts this process again with 2 MiB pages for the heap, where glibc can: training is 1.1 times as fast on a CPU (docs/demo.md).
 
     glibc reads the setting at its start only. One that the user has set stays.
@@ -331,6 +331,6 @@ def _quiet_libraries() -> None:
 
 def script() -> int:
     """The entry point of the installed command."""
-    _use_huge_pages()
+    use_huge_pages()
     _quiet_libraries()
     return main()

@@ -1,0 +1,48 @@
+"""How much of the queries' text stands word for word in the memory's: runs of 13 words of each query document, sought in the train split.
+
+    python -m benchmarks.overlap WORKDIR
+
+WORKDIR is one whose documents are made. `prepare_documents` drops near-duplicates as a whole; this tells what is left in parts.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from resmem_lm.documents import Document, read_shard, shard_paths
+
+WORDS = 13  # as Brown et al. 2020 (GPT-3), appendix C
+
+
+def runs(document: Document) -> list[int]:
+    """A hash of every run of so many words."""
+    words = re.findall(r"\w+", document.text.lower())
+    return [hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1)]
+
+
+def documents_of(workdir: Path, split: str) -> Iterator[Document]:
+    """All documents of a split."""
+    for shard in shard_paths(workdir, split):
+        yield from read_shard(shard)
+
+
+def main() -> None:
+    """Prints a line for each split of the queries."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    workdir = parser.parse_args().workdir
+    queries = {split: [runs(document) for document in documents_of(workdir, split)] for split in ("validation", "test")}
+    sought = {run for documents in queries.values() for some in documents for run in some}
+    found = {run for document in documents_of(workdir, "train") for run in runs(document) if run in sought}
+    for split, documents in queries.items():
+        shares = [sum(run in found for run in some) / len(some) for some in documents if some]
+        total, there = sum(map(len, documents)), sum(run in found for some in documents for run in some)
+        print(
+            f"{split}: {there / total:.1%} of {total:,} runs of {WORDS} words are in the train split; "
+            f"{sum(share > 0.5 for share in shares)} of {len(documents)} documents have more than half of theirs there"
+        )
+
+
+if __name__ == "__main__":
+    main()
