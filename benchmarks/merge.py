@@ -20,7 +20,7 @@ from resmem_lm.scoring import BLOCK
 from resmem_lm.search import BASE_CANDIDATES
 from resmem_lm.windows import WindowSpec
 
-QUERIES, K = 1024, 50
+QUERIES, K = 2048, 50
 ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
 THREADS = 2  # that read ahead of the block which is scored, as in `SplitScorer.blocks`

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from resmem_lm.codes import decode_keys, decode_probabilities
+from resmem_lm.codes import decode_keys, decode_log_probabilities
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
 from resmem_lm.projection import load_projection, projection_path
@@ -179,10 +179,9 @@ class Datastore:
     ) -> tuple[Int[np.ndarray, "*some entries"], Float[np.ndarray, "*some entries"]]:
         """Ids and values of the given rows' residual entries, the token's own first."""
         ids = np.concatenate([self.take("tokens", rows)[..., None], self.take("residual_ids", rows)], axis=-1).astype(np.int32)
-        others = decode_probabilities(self.take("residual_codes", rows))
         number = self.binding.temperatures.index(temperature)
         values = at_temperature(
-            jnp.pad(others, [(0, 0)] * rows.ndim + [(1, 0)]),
+            decode_log_probabilities(np.pad(self.take("residual_codes", rows), [(0, 0)] * rows.ndim + [(1, 0)])),
             (jnp.arange(ids.shape[-1]) == 0).astype(jnp.float32),
             jnp.asarray(self.take("target_log_probability", rows), jnp.float32),
             jnp.asarray(self.take("log_power_sums", rows)[..., number], jnp.float32),

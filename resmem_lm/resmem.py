@@ -71,20 +71,19 @@ def sparse_residual(
 
 
 def at_temperature(
-    probabilities: Float[Array, "... entries"],
+    log_probabilities: Float[Array, "... entries"],
     is_target: Float[Array, "... entries"],
     target_log_probability: Float[Array, "..."],
     log_power_sum: Float[Array, "..."],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "... entries"]:
-    """Residual entries at temperature T, from the probabilities p_1 stored at T = 1 (0 where there is no entry).
+    """Residual entries at temperature T, from log p_1 as stored at T = 1 (-inf where there is no entry).
 
     The logits are log p_1 + log Z_1, so p_T = exp(log p_1 / T - s_T) with s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T, which is
-    0 at T = 1. An entry of the row's own token is there whatever stands in `probabilities`; its p_1 is given more exactly.
+    0 at T = 1. An entry of the row's own token is there whatever stands in `log_probabilities`; its p_1 is given more exactly.
     """
-    log_p = jnp.where(is_target > 0, target_log_probability[..., None], jnp.log(jnp.maximum(probabilities, 1e-30)))
-    p_t = jnp.exp(log_p / temperature - log_power_sum[..., None])
-    return jnp.where((probabilities == 0) & (is_target == 0), 0.0, is_target - p_t)
+    log_p = jnp.where(is_target > 0, target_log_probability[..., None], log_probabilities)
+    return is_target - jnp.exp(log_p / temperature - log_power_sum[..., None])
 
 
 def neighbor_weights(distances: Float[Array, "queries k"], sigma: float | Float[Array, ""]) -> Float[Array, "queries k"]:

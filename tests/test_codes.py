@@ -33,3 +33,10 @@ def test_a_probability_comes_back_the_nearer_the_smaller_it_is(seed):
 def test_every_code_comes_back():
     every = np.arange(256, dtype=np.uint8)[None]
     np.testing.assert_array_equal(codes.encode_probabilities(jnp.asarray(codes.decode_probabilities(every))), every)
+
+
+def test_logarithms_are_those_of_the_probabilities():
+    every = np.arange(256, dtype=np.uint8)
+    found = np.asarray(codes.decode_log_probabilities(every))
+    assert found[0] == -np.inf
+    np.testing.assert_allclose(np.exp(found), codes.decode_probabilities(every), rtol=1e-5)
