@@ -116,18 +116,10 @@ def score(
     log_z = candidates.log_partition[:, temperature_number]
     return Scores(
         base=jnp.exp(candidates.logits / temperature - log_z[:, None]),
-        residual=_weighted(weights, r),
-        knn=_weighted(weights, is_token),
+        residual=jnp.einsum("wqk,qkc->wqc", weights, r),
+        knn=jnp.einsum("wqk,qkc->wqc", weights, is_token),
         bound=jnp.exp(candidates.bound / temperature - log_z),
     )
-
-
-def _weighted(
-    weights: Float[Array, "weightings queries k"], values: Float[Array, "queries k candidates"]
-) -> Float[Array, "weightings queries _"]:
-    if len(weights) == 1:  # of the sum below, XLA on a CPU would make a loop ten times as slow; of this, for more, one of twice the time
-        return jnp.einsum("wqk,qkc->wqc", weights, values)
-    return jnp.sum(weights[..., None] * values, axis=2)
 
 
 def best(
