@@ -7,10 +7,10 @@ WORKDIR is one whose documents are made. `prepare_documents` drops near-duplicat
 
 import argparse
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from resmem_lm.documents import Document, read_shard, shard_paths
+from resmem_lm.search import QUERY_SPLITS, query_documents
 
 WORDS = 13  # as Brown et al. 2020 (GPT-3), appendix C
 
@@ -21,20 +21,15 @@ def runs(document: Document) -> list[int]:
     return [hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1)]
 
 
-def documents_of(workdir: Path, split: str) -> Iterator[Document]:
-    """All documents of a split."""
-    for shard in shard_paths(workdir, split):
-        yield from read_shard(shard)
-
-
 def main() -> None:
     """Prints a line for each split of the queries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args().workdir
-    queries = {split: [runs(document) for document in documents_of(workdir, split)] for split in ("validation", "test")}
+    queries = {split: [runs(document) for document in query_documents(workdir, split)] for split in QUERY_SPLITS}
     sought = {run for documents in queries.values() for some in documents for run in some}
-    found = {run for document in documents_of(workdir, "train") for run in runs(document) if run in sought}
+    memory = (document for shard in shard_paths(workdir, "train") for document in read_shard(shard))
+    found = {run for document in memory for run in runs(document) if run in sought}
     for split, documents in queries.items():
         shares = [sum(run in found for run in some) / len(some) for some in documents if some]
         total, there = sum(map(len, documents)), sum(run in found for some in documents for run in some)

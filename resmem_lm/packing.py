@@ -32,9 +32,8 @@ def split_tokens(workdir: AnyPath, split: str, vocabulary: Vocabulary) -> Iterat
 def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list[Int[np.ndarray, "_"]]:
     """The first documents, of so many tokens together, the last cut."""
     found, room = [], tokens
-    for document in documents:
-        if not room:
-            break
+    remaining = iter(documents)
+    while room and (document := next(remaining, None)) is not None:
         if len(document):
             found.append(document[:room])
             room -= len(found[-1])
