@@ -20,16 +20,18 @@ BLOCK = 2**16  # keys added at a time; a multiple of 8, as bits are packed
 CODE_DIMENSIONS, CODE_BITS = 3, 4  # of one code
 SEED = 1  # of the rotation
 SAMPLE_OF_LIST = 64  # rows for each list: k-means finds no better ones with more
+NEIGHBORS, COVERED = 50, 0.99  # the share of a query's neighbours that are to be in the lists which it looks through
+REACH_ROWS = 1000  # that stand for queries when this is learned
 
 
 def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
-    """Lists, how many a query looks through (more find little more), and the rows from which they are learned.
+    """Lists, the most that a query looks through (more find little more), and the rows from which they are learned.
 
     The latter are at least as many as lists and values of a code.
     """
     lists = max(1, math.isqrt(rows) // 2)
     sample = max(min(training_rows, SAMPLE_OF_LIST * lists), lists, 2**CODE_BITS)
-    return Tree(lists, min(lists, max(12, lists // 40)), min(rows, sample), rounds=10)
+    return Tree(lists, min(lists, max(16, lists // 40)), min(rows, sample), rounds=10)
 
 
 def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTransform:
@@ -44,6 +46,19 @@ def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTr
     whole = faiss.IndexPreTransform(rotation, index)
     whole.train(sample)
     return whole
+
+
+def reach(index: faiss.IndexPreTransform, sample: Float[np.ndarray, "rows emb"], neighbors: int) -> float:
+    """How far the centre of a list may be, over the distance of the nearest one, for COVERED of the neighbours to be in such lists.
+
+    Rows of the sample stand for queries, and `neighbors` is how many of a query's neighbours the sample has on average.
+    """
+    centres, turned = faiss.extract_index_ivf(index).quantizer, index.chain.at(0).apply(sample)
+    queries = turned[:: -(-len(turned) // REACH_ROWS)]
+    near = faiss.knn(queries, turned, 1 + min(neighbors, len(turned) - 1))[1][:, 1:]  # but for the query itself
+    of_lists = centres.reconstruct_batch(centres.search(turned, 1)[1][near.ravel(), 0]).reshape(*near.shape, -1)
+    theirs = np.sum(np.square(queries[:, None] - of_lists), axis=-1, dtype=np.float64)
+    return float(np.sqrt(np.quantile(theirs / np.maximum(centres.search(queries, 1)[0], 1e-9), COVERED)).round(3))
 
 
 def _whole(dimensions: int) -> int:
@@ -63,12 +78,14 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     if rows < SMALL:
         return {}
     found = tree(rows, datastore.array("key_codes").shape[1], settings["training_rows"])
-    index = learn(datastore.keys(np.arange(found.sample) * rows // found.sample), found.leaves)
+    sample = datastore.keys(np.arange(found.sample) * rows // found.sample)
+    index = learn(sample, found.leaves)
+    farther = reach(index, sample, max(1, round(NEIGHBORS * found.sample / rows)))
     for shard, record in enumerate(datastore.shards):
         for start in range(0, record["rows"], BLOCK):
             index.add(datastore.shard_keys(shard, slice(start, start + BLOCK)))
     write(index, folder)
-    return {"leaves": found.leaves, "leaves_to_search": found.searched}
+    return {"leaves": found.leaves, "leaves_to_search": found.searched, "farther": farther}
 
 
 def propose(
@@ -89,22 +106,30 @@ class Searcher:
     """index.faiss, read into memory. See `resmem_lm.index.Proposer`."""
 
     def __init__(self, datastore: Datastore, folder: Path, record: Record) -> None:
-        self._index, self._probed = faiss.read_index(str(folder / FILE)), record["leaves_to_search"]
-        self._lists = faiss.extract_index_ivf(self._index).nlist
+        self._index, self._most, self._farther = faiss.read_index(str(folder / FILE)), record["leaves_to_search"], record["farther"]
+        self._ivf = faiss.extract_index_ivf(self._index)
         self._remembered = None
         if datastore.remembered_rows < datastore.rows:
             blocks = (np.arange(start, min(start + BLOCK, datastore.rows)) for start in range(0, datastore.rows, BLOCK))
             bits = np.concatenate([np.packbits(~datastore.is_forgotten(rows), bitorder="little") for rows in blocks])
             self._remembered = faiss.IDSelectorBitmap(bits)
 
+    def lists(self, queries: Float[np.ndarray, "queries emb"]) -> Int[np.ndarray, " queries"]:
+        """How many lists each query looks through: a power of two, so that many queries have the same, or the most."""
+        squared = self._ivf.quantizer.search(self._index.chain.at(0).apply(queries), self._most)[0]
+        near = np.sum(squared <= self._farther**2 * squared[:, :1], axis=1)
+        return np.minimum(self._most, 2 ** np.ceil(np.log2(near)).astype(np.int64))
+
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries wanted"]:
         """See `resmem_lm.index.Proposer`. More lists are looked through for a query that found too few rows."""
-        rows = np.full((len(queries), wanted), -1, np.int64)
-        asked, probed = np.arange(len(queries)), self._probed
+        rows, lists = np.full((len(queries), wanted), -1, np.int64), self.lists(queries)
+        asked = np.arange(len(queries))
         while len(asked):
-            rows[asked] = propose(self._index, queries[asked], wanted, probed, self._remembered)
-            asked = asked[rows[asked, needed - 1] < 0] if probed < self._lists else asked[:0]
-            probed = min(self._lists, 4 * probed)
+            for count in np.unique(lists[asked]):
+                some = asked[lists[asked] == count]
+                rows[some] = propose(self._index, queries[some], wanted, int(count), self._remembered)
+            asked = asked[(rows[asked, needed - 1] < 0) & (lists[asked] < self._ivf.nlist)]
+            lists[asked] = np.minimum(self._ivf.nlist, 4 * lists[asked])
         return rows
 
 

@@ -223,7 +223,7 @@ def open_index(workdir: AnyPath, datastore: Datastore, manifest: Record, shard: 
     try:
         proposer = library(manifest["kind"]).Searcher(part, local_path(folder), record)
         return ApproximateIndex(part, proposer, manifest["candidates"]), int(datastore.offsets[first])
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError) as error:  # KeyError: of a version that recorded less
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} cannot be read ({reason}): {_mend(workdir)}") from None
 

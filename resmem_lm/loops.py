@@ -10,7 +10,11 @@ from typing import Any
 import numba
 import numpy as np
 from jaxtyping import Float, Int, Int8, Integer, UInt8, UInt16
+from llvmlite import ir  # which Numba brings
+from numba.extending import intrinsic
 
+AHEAD = 4  # rows between the one that is read and the one that is fetched into the cache
+LINE = 64  # bytes that the cache fetches at once
 FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)  # which Numba does not know
 
 
@@ -19,6 +23,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Sums may be taken in any order, so that they stay in registers; nothing is assumed of NaN and infinity.
     compiled: Callable[..., Any] = numba.njit(nogil=True, fastmath={"contract", "reassoc"})(inspect.unwrap(function))
     return compiled
+
+
+@intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Fetches what is at an address into the cache, without waiting for it; no harm if there is nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.intp), generate
 
 
 @_compiled
@@ -49,6 +67,11 @@ def distances(
                 while row >= offsets[shard + 1]:
                     shard += 1
                 some_codes, some_scales = codes[shard], scales[shard]
+            if place + AHEAD < rows.shape[1]:  # memory is slow, but answers many at once; beyond the shard, the guess is wrong
+                ahead = rows[query, place + AHEAD] - offsets[shard]
+                for byte in range(0, len(key) + LINE - 1, LINE):
+                    _prefetch(some_codes.ctypes.data + ahead * len(key) + byte)  # type: ignore[call-arg]
+                _prefetch(some_scales.ctypes.data + ahead * some_scales.itemsize)  # type: ignore[call-arg]
             code, scale = some_codes[row - offsets[shard]], FLOAT16[some_scales[row - offsets[shard]]]
             total = np.float32(0)
             for dimension in range(len(key)):
