@@ -152,6 +152,22 @@ def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
     assert all(len(np.unique(row[row >= 0])) == (row >= 0).sum() for row in rows)
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.7], ids=["as much variance everywhere", "most in few dimensions"])
+def test_the_lists_that_faiss_looks_through_hold_the_neighbours_and_are_few(tmp_path, spread):
+    keys = clustered(40_000, 32) * spread ** np.arange(32, dtype=np.float32)
+    datastore = write_keys(tmp_path / "datastore", keys)
+    facts, queries = build("faiss", datastore, tmp_path), keys[::200] + 0.01
+    truth = ExactIndex(datastore).search(queries, 50)[0]
+    found = {}
+    for farther in (facts["farther"], np.inf):
+        searcher = library("faiss").Searcher(datastore, tmp_path, facts | {"farther": farther})
+        found[farther] = ApproximateIndex(datastore, searcher, 1000).search(queries, 50)[0]
+        lists = searcher.lists(queries)
+        assert lists.min() >= 1
+        assert lists.mean() == facts["leaves_to_search"] if np.isinf(farther) else lists.mean() < 0.7 * facts["leaves_to_search"]
+    assert recall(found[facts["farther"]], truth) > recall(found[np.inf], truth) - 0.02
+
+
 def test_where_lists_hold_too_few_rows_faiss_looks_through_more(tmp_path, few_are_indexed, monkeypatch):
     monkeypatch.setattr("resmem_lm.faiss_index.tree", lambda *_: Tree(leaves=100, searched=1, sample=3000, rounds=10))
     keys = clustered(3000, 16)
