@@ -1,4 +1,4 @@
-"""ResMem end to end, from text to predictions, against DeepNet alone on the same tokens."""
+"""ResMem end to end, from text to predictions, against DeepNet alone on the same tokens; and the choice of hyperparameters."""
 
 from pathlib import Path
 
@@ -11,18 +11,20 @@ from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import open_datastore
 from resmem_lm.encode import Encoder, query_head
+from resmem_lm.evaluate import grid_of
 from resmem_lm.index import index_manifest, open_index
 from resmem_lm.packing import first_tokens
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import Queries, describe_queries, query_documents
 from resmem_lm.sharded import ShardedArray
+from resmem_lm.storage import read_json
 from resmem_lm.vocabulary import load_vocabulary
 
 TOKENS, K = 8000, 50
 
 
 def run(workdir: Path) -> None:
-    """Prints the table."""
+    """Prints the tables."""
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     datastore = open_datastore(workdir / "datastore")
     index, _ = open_index(workdir, datastore, index_manifest(workdir, datastore), 0)
@@ -39,7 +41,7 @@ def run(workdir: Path) -> None:
             found[positions] = predictions
         return found
 
-    def resmem() -> dict[Setting, tuple[np.ndarray, np.ndarray]]:
+    def scorer() -> SplitScorer:
         keys, hidden = (
             np.empty((len(targets), index.datastore.array("key_codes").shape[1]), np.float32),
             np.empty((len(targets), model.config.emb_dim), np.float32),
@@ -53,7 +55,10 @@ def run(workdir: Path) -> None:
         names = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
         lengths = np.array([len(document) for document in documents])
         queries = Queries(tokens=targets, document_lengths=lengths, **dict(zip(names, arrays, strict=True)))
-        return SplitScorer("test", queries, index.datastore).predict([DEEPNET, setting])
+        return SplitScorer("test", queries, index.datastore)
+
+    def resmem() -> dict[Setting, tuple[np.ndarray, np.ndarray]]:
+        return scorer().predict([DEEPNET, setting])
 
     assert np.mean(resmem()[DEEPNET][0] == deepnet()) > 0.999
     times = interleaved({"DeepNet alone": deepnet, "ResMem": resmem}, rounds=3)
@@ -61,4 +66,17 @@ def run(workdir: Path) -> None:
         f"Evaluation ({len(targets):,} tokens, {index.datastore.rows:,} rows, emb {model.config.emb_dim})",
         ("way", "tokens/s", "of DeepNet's tokens/s"),
         ((way, f"{len(targets) / median(times, way):,.0f}", ratio(times, "DeepNet alone", way)) for way in times),
+    )
+
+    tried, found = read_json(workdir / "stages" / "evaluate.json")["settings"], scorer()
+    grid = [tried[name] for name in ("ks", "sigmas", "temperatures")]
+    counts = found.count_correct(*grid, grid_of(tried["lambdas"]))
+    times = interleaved(
+        {"one setting": lambda: found.predict([setting]), "grid": lambda: found.count_correct(*grid, grid_of(tried["lambdas"]))}, rounds=3
+    )
+    names = {"one setting": "one setting", "grid": f"{len(counts):,} settings, of which the best is chosen"}
+    table(
+        f"Scores of {len(targets):,} tokens whose neighbours are known",
+        ("what", "tokens/s", "times one setting"),
+        ((name, f"{len(targets) / median(times, way):,.0f}", ratio(times, way, "one setting")) for way, name in names.items()),
     )
