@@ -31,6 +31,7 @@ from resmem_lm.windows import WindowSpec
 from resmem_lm.workdir import disk_errors, stage
 
 PROJECTED_TOKENS = 20_000  # whose keys tell the principal components
+LEAST_TEMPERATURE = 0.2  # below, powers of probabilities leave the range of float32
 COUNTERS = ("documents", "tokens", "windows", "window_tokens", "computed_tokens")
 
 
@@ -197,7 +198,7 @@ def build_datastore(
         window_length: tokens the model sees at once (paper: 256).
         window_context: tokens at the head of a window that are context only (paper: 64).
         entries: residual components kept of each row (paper: 128).
-        temperatures: for which log-partition values are kept, so that T can be chosen later; 1.0 must be among them.
+        temperatures: for which log-partition values are kept, so that T can be chosen later; 1.0 must be among them, and none below 0.2.
         key_dimensions: of a key, the principal components of a sample; None keeps all that the model has (as the paper).
         shards: the first so many shards of the train split; None takes all. (The paper's datastore is 1% of C4.)
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
@@ -208,8 +209,11 @@ def build_datastore(
     Raises:
         UserError: no space left, a checkpoint of another vocabulary, or what a worker reported.
     """
-    if 1.0 not in temperatures:
-        raise UserError(f"build_datastore.temperatures = {temperatures} must have 1.0 among them: residuals are kept at T = 1")
+    if 1.0 not in temperatures or min(temperatures) < LEAST_TEMPERATURE:
+        raise UserError(
+            f"build_datastore.temperatures = {temperatures} must have 1.0 among them, at which residuals are kept, and none below "
+            f"{LEAST_TEMPERATURE}"
+        )
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     binding = Binding(
         model=model.fingerprint,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, UInt8
 
-from resmem_lm.codes import decode_log_probabilities
+from resmem_lm.codes import decode_powers
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
 
 Formula = Literal["resmem", "knnlm", "boosted", "clipped"]
@@ -103,9 +103,9 @@ def score(
 
     `temperature_number` tells where the temperature stands among those of the log-partition values.
     """
-    is_token = (neighbors.tokens[..., None] == candidates.ids[:, None, :]).astype(jnp.float32)
+    is_token = neighbors.tokens[..., None] == candidates.ids[:, None, :]
     r = at_temperature(
-        decode_log_probabilities(neighbors.codes),
+        decode_powers(neighbors.codes, temperature),
         is_token,
         neighbors.target_log_probability,
         neighbors.log_power_sums[..., temperature_number],
@@ -117,7 +117,7 @@ def score(
     return Scores(
         base=jnp.exp(candidates.logits / temperature - log_z[:, None]),
         residual=jnp.einsum("wqk,qkc->wqc", weights, r),
-        knn=jnp.einsum("wqk,qkc->wqc", weights, is_token),
+        knn=jnp.einsum("wqk,qkc->wqc", weights, is_token.astype(jnp.float32)),
         bound=jnp.exp(candidates.bound / temperature - log_z),
     )
 

@@ -34,9 +34,9 @@ def decode_probabilities(codes: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
     return root * root * root
 
 
-def decode_log_probabilities(codes: UInt8[Any, "*some"]) -> Float[Array, "*some"]:
-    """Their logarithms, -inf for 0: looked up, which is cheaper than taken."""
-    return jnp.log(decode_probabilities(jnp.arange(256, dtype=jnp.uint8)))[codes]
+def decode_powers(codes: UInt8[Any, "*some"], temperature: float | Float[Array, ""]) -> Float[Array, "*some"]:
+    """p^(1/T) of the probabilities: looked up, which is cheaper than taken."""
+    return jnp.power(decode_probabilities(jnp.arange(256, dtype=jnp.uint8)), 1 / temperature)[codes]
 
 
 def bound_probabilities(codes: UInt8[Any, "*some"]) -> Float[Any, "*some"]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from resmem_lm.codes import decode_keys, decode_log_probabilities
+from resmem_lm.codes import decode_keys, decode_powers
 from resmem_lm.encode import DatastoreRows
 from resmem_lm.errors import UserError
 from resmem_lm.projection import load_projection, projection_path
@@ -181,8 +181,8 @@ class Datastore:
         ids = np.concatenate([self.take("tokens", rows)[..., None], self.take("residual_ids", rows)], axis=-1).astype(np.int32)
         number = self.binding.temperatures.index(temperature)
         values = at_temperature(
-            decode_log_probabilities(np.pad(self.take("residual_codes", rows), [(0, 0)] * rows.ndim + [(1, 0)])),
-            (jnp.arange(ids.shape[-1]) == 0).astype(jnp.float32),
+            decode_powers(np.pad(self.take("residual_codes", rows), [(0, 0)] * rows.ndim + [(1, 0)]), temperature),
+            jnp.arange(ids.shape[-1]) == 0,
             jnp.asarray(self.take("target_log_probability", rows), jnp.float32),
             jnp.asarray(self.take("log_power_sums", rows)[..., number], jnp.float32),
             temperature,

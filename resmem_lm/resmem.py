@@ -14,7 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def residual(
@@ -71,19 +71,19 @@ def sparse_residual(
 
 
 def at_temperature(
-    log_probabilities: Float[Array, "... entries"],
-    is_target: Float[Array, "... entries"],
+    powers: Float[Array, "... entries"],
+    is_target: Bool[Array, "... entries"],
     target_log_probability: Float[Array, "..."],
     log_power_sum: Float[Array, "..."],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "... entries"]:
-    """Residual entries at temperature T, from log p_1 as stored at T = 1 (-inf where there is no entry).
+    """Residual entries at temperature T, from p_1^(1/T) of what is stored at T = 1 (0 where there is no entry).
 
-    The logits are log p_1 + log Z_1, so p_T = exp(log p_1 / T - s_T) with s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T, which is
-    0 at T = 1. An entry of the row's own token is there whatever stands in `log_probabilities`; its p_1 is given more exactly.
+    The logits are log p_1 + log Z_1, so p_T = p_1^(1/T) / exp(s_T) with s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T, which is
+    0 at T = 1. An entry of the row's own token is there whatever stands in `powers`; its p_1 is given more exactly.
     """
-    log_p = jnp.where(is_target > 0, target_log_probability[..., None], log_probabilities)
-    return is_target - jnp.exp(log_p / temperature - log_power_sum[..., None])
+    own = jnp.exp(target_log_probability / temperature - log_power_sum)
+    return jnp.where(is_target, 1 - own[..., None], -powers * jnp.exp(-log_power_sum)[..., None])
 
 
 def neighbor_weights(distances: Float[Array, "queries k"], sigma: float | Float[Array, ""]) -> Float[Array, "queries k"]:

@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,8 +36,9 @@ def test_every_code_comes_back():
     np.testing.assert_array_equal(codes.encode_probabilities(jnp.asarray(codes.decode_probabilities(every))), every)
 
 
-def test_logarithms_are_those_of_the_probabilities():
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_powers_are_those_of_the_probabilities(temperature):
     every = np.arange(256, dtype=np.uint8)
-    found = np.asarray(codes.decode_log_probabilities(every))
-    assert found[0] == -np.inf
-    np.testing.assert_allclose(np.exp(found), codes.decode_probabilities(every), rtol=1e-5)
+    found = np.asarray(codes.decode_powers(every, temperature))
+    assert found[0] == 0
+    np.testing.assert_allclose(found, codes.decode_probabilities(every) ** (1 / temperature), rtol=1e-5)

@@ -104,8 +104,8 @@ def test_residuals_at_another_temperature_come_from_those_at_one(temperature, p)
     logits, targets = p["logits"].reshape(-1, vocab), p["targets"].reshape(-1)
     one = softmax(logits)
     found = resmem.at_temperature(
-        jnp.log(one),
-        jnp.eye(vocab)[targets],
+        jnp.asarray(one ** (1 / temperature)),
+        jnp.eye(vocab, dtype=bool)[targets],
         jnp.asarray(np.log(one[np.arange(len(targets)), targets])),
         jnp.asarray(np.log((one ** (1 / temperature)).sum(-1))),
         temperature,
@@ -115,7 +115,7 @@ def test_residuals_at_another_temperature_come_from_those_at_one(temperature, p)
 
 def test_a_probability_of_zero_is_no_entry_at_any_temperature_but_the_tokens_own_always_is_one():
     one = jnp.ones(1)
-    found = resmem.at_temperature(jnp.log(jnp.array([[0.0, 0.9, 0.0]])), jnp.array([[1.0, 0.0, 0.0]]), jnp.log(0.1 * one), one, 2.0)
+    found = resmem.at_temperature(jnp.sqrt(jnp.array([[0.0, 0.9, 0.0]])), jnp.array([[True, False, False]]), jnp.log(0.1 * one), one, 2.0)
     assert found[0, 2] == 0
     assert found[0, 1] < 0
     assert found[0, 0] > 0.8

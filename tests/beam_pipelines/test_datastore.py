@@ -136,7 +136,12 @@ def test_more_shards_than_documents_leave_some_without_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"shards": 4}, "take 1 to 3"), ({"temperatures": (0.5, 2.0)}, "1.0 among them"), ({"window_context": 32}, "context")],
+    [
+        ({"shards": 4}, "take 1 to 3"),
+        ({"temperatures": (0.5, 2.0)}, "1.0 among them"),
+        ({"temperatures": (0.1, 1.0)}, "none below 0.2"),
+        ({"window_context": 32}, "context"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(tiny_copy, change, says):
     (tiny_copy / "stages/build.json").unlink()
