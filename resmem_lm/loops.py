@@ -96,20 +96,26 @@ def codes_at(
     (queries, k, others), count = ids.shape, candidates.shape[1]
     place = np.full(vocabulary, count, np.uint16)
     row = np.empty(count + 1, np.uint8)
+    twice = np.empty((count, 2), np.int64)
     found = np.empty((queries, k, count), np.uint8)
     for query in range(queries):
         for number in range(count):
             place[candidates[query, number]] = number
+        # A token may stand twice among the candidates; the table has the last of its places.
+        pairs = 0
+        for number in range(count):
+            last = place[candidates[query, number]]
+            if last != number:
+                twice[pairs, 0], twice[pairs, 1] = number, last
+                pairs += 1
         for neighbor in range(k):
             row[:] = 0
             for entry in range(others):
                 row[place[ids[query, neighbor, entry]]] = codes[query, neighbor, entry]
-            found[query, neighbor] = row[:count]
-        # A token may stand twice among the candidates; the table has the last of its places.
-        for number in range(count):
-            last = place[candidates[query, number]]
-            if last != number:
-                found[query, :, number] = found[query, :, last]
+            for pair in range(pairs):
+                row[twice[pair, 0]] = row[twice[pair, 1]]
+            for number in range(count):
+                found[query, neighbor, number] = row[number]
         for number in range(count):
             place[candidates[query, number]] = count
     return found
