@@ -122,6 +122,7 @@ class Searcher:
 
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries wanted"]:
         """See `resmem_lm.index.Proposer`. More lists are looked through for a query that found too few rows."""
+        faiss.omp_set_num_threads(1)  # of the calling thread, beside which others search
         rows, lists = np.full((len(queries), wanted), -1, np.int64), self.lists(queries)
         asked = np.arange(len(queries))
         while len(asked):

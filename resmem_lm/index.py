@@ -6,6 +6,7 @@ distances are then computed from the datastore itself. What belongs to one libra
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -22,9 +23,8 @@ from resmem_lm.resmem import largest
 from resmem_lm.storage import AnyPath, local_path, read_json
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
-QUERY_BLOCK = 1024
+QUERY_BLOCK = 1024  # queries that a thread looks up at a time, at most
 SPARE = 16  # more than k, for the order of inner products is that of distances only as far as float32 tells
-RANK_BLOCK = 64  # queries whose candidates a thread ranks at a time
 SEARCH_BLOCK = 4096  # queries looked up before what they found is merged
 SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
 
@@ -51,7 +51,7 @@ class Proposer(Protocol):
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries n"]:
         """Up to `wanted` rows for each query that may be its nearest, -1 where there are fewer; none is forgotten.
 
-        At least `needed`, where so many are remembered and the library can find them.
+        At least `needed`, where so many are remembered and the library can find them. Each core has a thread that calls this.
         """
 
 
@@ -70,20 +70,22 @@ def nearest(
     """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
     from resmem_lm import loops  # not at the top: Numba takes a quarter of a second, and every command imports every stage
 
-    ordered = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
-    keys = datastore.key_parts
+    rows = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
+    found = loops.distances(queries, *datastore.key_parts, datastore.offsets, rows)
+    # Floats from 0 on are in the order of their bits; places behind these put equal ones in the order of rows.
+    order = found.view(np.int32).astype(np.int64) << 32 | np.arange(rows.shape[1])
+    order.partition(k - 1, axis=1)
+    places = np.sort(order[:, :k], axis=1) & 0xFFFFFFFF
+    return np.take_along_axis(rows, places, axis=1), np.take_along_axis(found, places, axis=1)
 
-    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = ordered[start : start + RANK_BLOCK]
-        found = loops.distances(queries[start : start + RANK_BLOCK], *keys, datastore.offsets, rows)
-        # Floats from 0 on are in the order of their bits; places behind these put equal ones in the order of rows.
-        order = found.view(np.int32).astype(np.int64) << 32 | np.arange(rows.shape[1])
-        order.partition(k - 1, axis=1)
-        places = np.sort(order[:, :k], axis=1) & 0xFFFFFFFF
-        return np.take_along_axis(rows, places, axis=1), np.take_along_axis(found, places, axis=1)
 
-    with ThreadPoolExecutor() as threads:
-        parts = list(threads.map(block, range(0, max(1, len(queries)), RANK_BLOCK)))
+def in_threads(function: Callable[..., tuple[np.ndarray, np.ndarray]], *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the function makes of some rows of all arrays, for all rows: each core has a thread that takes a block at a time."""
+    cores = os.cpu_count() or 1
+    block = int(np.clip(-(-len(arrays[0]) // cores), 1, QUERY_BLOCK))
+    with ThreadPoolExecutor(cores) as threads:
+        starts = range(0, max(1, len(arrays[0])), block)
+        parts = list(threads.map(lambda start: function(*(array[start : start + block] for array in arrays)), starts))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -119,7 +121,7 @@ class ExactIndex:
                 best_rows[:, :most] = np.take_along_axis(best_rows, order[:, :most], axis=1)
                 best_scores[:, most:], best_rows[:, most:] = -np.inf, -1
         best_rows[np.isneginf(best_scores)] = -1  # forgotten
-        return _in_blocks(lambda q, rows: nearest(self.datastore, q, rows, k), queries, best_rows[:, :most])
+        return in_threads(lambda q, rows: nearest(self.datastore, q, rows, k), queries, best_rows[:, :most])
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -129,11 +131,6 @@ def _block_search(
     # For one query, the order of q.z - |z|^2 / 2 is that of the distance.
     offsets = jnp.where(remembered, -jnp.sum(jnp.square(keys), axis=-1) / 2, -jnp.inf)
     return largest(queries @ keys.T + offsets, k)
-
-
-def _in_blocks(function: Callable[..., tuple[np.ndarray, np.ndarray]], *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts = [function(*(array[start : start + QUERY_BLOCK] for array in arrays)) for start in range(0, len(arrays[0]), QUERY_BLOCK)]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 class ApproximateIndex:
@@ -147,7 +144,7 @@ class ApproximateIndex:
     ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
         """See `Index.search`."""
         wanted = max(self.candidates, k)
-        return _in_blocks(lambda some: nearest(self.datastore, some, self.proposer.propose(some, wanted, k), k), queries)
+        return in_threads(lambda some: nearest(self.datastore, some, self.proposer.propose(some, wanted, k), k), queries)
 
 
 def library(kind: str) -> Any:

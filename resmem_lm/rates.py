@@ -30,7 +30,7 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.documents import Document, read_shard, shard_name, shard_paths, write_manifest
 from resmem_lm.encode import ROWS
 from resmem_lm.evaluate import evaluate
-from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, index_manifest, nearest, open_index
+from resmem_lm.index import QUERY_BLOCK, SMALL, ExactIndex, in_threads, index_manifest, nearest, open_index
 from resmem_lm.machine import forget_peak_memory, least, peak_memory
 from resmem_lm.model_config import ModelConfig
 from resmem_lm.search import QUERY_SPLITS
@@ -251,7 +251,9 @@ class _Rehearsal:
         candidates = np.random.default_rng(0).integers(
             datastore.rows, size=(QUERY_BLOCK, max(k, self.settings["build_index"]["candidates"]))
         )
-        self.costs.rescore = least(lambda: nearest(datastore, np.resize(keys, (QUERY_BLOCK, keys.shape[1])), candidates, k)) / QUERY_BLOCK
+        queries = np.resize(keys, (QUERY_BLOCK, keys.shape[1]))
+        ranked = least(lambda: in_threads(lambda some, rows: nearest(datastore, some, rows, k), queries, candidates))
+        self.costs.rescore = ranked / QUERY_BLOCK
         compares_all = isinstance(index, ExactIndex) or datastore.rows < SMALL
         self.costs.index = searched / datastore.rows if compares_all else self.costs.exact
         if not wanted & {"query_tokens_per_second", "evaluated_queries_per_second"}:

@@ -250,6 +250,19 @@ def test_a_moved_index_still_opens(tiny_copy):
     assert (rows[:, 0] < datastore.rows).all()
 
 
+@pytest.mark.parametrize("kind", ["exact", *KINDS])
+def test_what_is_found_does_not_depend_on_the_number_of_cores(tmp_path, few_are_indexed, monkeypatch, kind):
+    keys = clustered(3000, 16)
+    index = build_and_open(kind, write_keys(tmp_path / "datastore", keys), tmp_path / "index")
+    found = []
+    for cores in (1, 2, 7):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        found.append(index.search(keys[:500] + 0.01, 20))
+    for rows, distances in found[1:]:
+        np.testing.assert_array_equal(rows, found[0][0])
+        np.testing.assert_array_equal(distances, found[0][1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_grow_with_the_rows(kind):
     for rows in (20_000, 10**6, 10**9):
