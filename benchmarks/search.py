@@ -32,7 +32,7 @@ QUERIES, K, RECALL = 2048, 50, 0.95
 EXACT_QUERIES = 256  # exact search takes long; its time is of so many queries
 LINKS, EFFORT = 16, 100  # of the graphs: neighbours of a node (M), candidates when one is put in (ef_construction)
 
-TUNED_FARTHER, TUNED_CANDIDATES = (1.1, 1.15, 1.2, 1.25, 1.3, 1.35), 200
+TUNED_FARTHER, TUNED_CANDIDATES = (1.1, 1.15, 1.2, 1.225, 1.25, 1.275, 1.3, 1.35), 200
 
 Search = Callable[[Float[np.ndarray, "queries emb"]], Int[np.ndarray, "queries k"]]
 
