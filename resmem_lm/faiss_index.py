@@ -58,7 +58,8 @@ def reach(index: faiss.IndexPreTransform, sample: Float[np.ndarray, "rows emb"],
     near = faiss.knn(queries, turned, 1 + min(neighbors, len(turned) - 1))[1][:, 1:]  # but for the query itself
     of_lists = centres.reconstruct_batch(centres.search(turned, 1)[1][near.ravel(), 0]).reshape(*near.shape, -1)
     theirs = np.sum(np.square(queries[:, None] - of_lists), axis=-1, dtype=np.float64)
-    return float(np.sqrt(np.quantile(theirs / np.maximum(centres.search(queries, 1)[0], 1e-9), COVERED)).round(3))
+    nearest = np.maximum(centres.search(queries, 1)[0], 1e-9)  # 0 where rows are equal and the only ones of their list
+    return max(1.0, float(np.sqrt(np.quantile(theirs / nearest, COVERED)).round(3)))
 
 
 def _whole(dimensions: int) -> int:

@@ -30,7 +30,7 @@ class TreeCosts(NamedTuple):
         return float(self.row * rows + self.sampled_row * tree.sample + self.leaf_product * tree.leaves * compared)
 
     def search_seconds(self, rows: int, dimensions: int) -> float:
-        """Of one query: comparison with all leaves, then with the codes in the searched ones."""
+        """Of one query, if it looks through the most leaves: comparison with all, then with the codes in these."""
         tree = library(self.kind).tree(rows, dimensions, rows)
         return float(self.query + self.query_leaf * tree.leaves + self.compared_row * rows * tree.searched / tree.leaves)
 

@@ -168,6 +168,13 @@ def test_the_lists_that_faiss_looks_through_hold_the_neighbours_and_are_few(tmp_
     assert recall(found[facts["farther"]], truth) > recall(found[np.inf], truth) - 0.02
 
 
+def test_faiss_takes_keys_that_are_all_equal(tmp_path, few_are_indexed):
+    datastore = write_keys(tmp_path / "datastore", np.zeros((200, 8), np.float32))
+    rows, distances = build_and_open("faiss", datastore, tmp_path / "index").search(clustered(20, 8), 5)
+    assert (rows >= 0).all()
+    np.testing.assert_allclose(distances, np.linalg.norm(clustered(20, 8), axis=1, keepdims=True).repeat(5, axis=1), rtol=1e-5)
+
+
 def test_where_lists_hold_too_few_rows_faiss_looks_through_more(tmp_path, few_are_indexed, monkeypatch):
     monkeypatch.setattr("resmem_lm.faiss_index.tree", lambda *_: Tree(leaves=100, searched=1, sample=3000, rounds=10))
     keys = clustered(3000, 16)
