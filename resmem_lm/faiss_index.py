@@ -89,49 +89,60 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     return {"leaves": found.leaves, "leaves_to_search": found.searched, "farther": farther}
 
 
-def propose(
-    index: faiss.IndexPreTransform,
-    queries: Float[np.ndarray, "queries emb"],
-    wanted: int,
-    probed: int,
-    selector: faiss.IDSelector | None = None,
-) -> Int[np.ndarray, "queries wanted"]:
-    """The rows whose codes are nearest in so many lists, of those that are selected; -1 where there are fewer."""
-    chosen = {} if selector is None else {"sel": selector}
-    within = faiss.SearchParametersIVF(nprobe=probed, **chosen)
-    rows: np.ndarray = index.search(queries, wanted, params=faiss.SearchParametersPreTransform(index_params=within))[1]
-    return rows
-
-
 class Searcher:
     """index.faiss, read into memory. See `resmem_lm.index.Proposer`."""
 
     def __init__(self, datastore: Datastore, folder: Path, record: Record) -> None:
-        self._index, self._most, self._farther = faiss.read_index(str(folder / FILE)), record["leaves_to_search"], record["farther"]
-        self._ivf = faiss.extract_index_ivf(self._index)
-        self._remembered = None
+        index = faiss.read_index(str(folder / FILE))
+        self.rotation, self._ivf = index.chain.at(0), faiss.downcast_index(index.index)
+        self._index = index  # which owns both
+        self._most, self._farther = record["leaves_to_search"], record["farther"]
+        self._remembered = {}
         if datastore.remembered_rows < datastore.rows:
             blocks = (np.arange(start, min(start + BLOCK, datastore.rows)) for start in range(0, datastore.rows, BLOCK))
             bits = np.concatenate([np.packbits(~datastore.is_forgotten(rows), bitorder="little") for rows in blocks])
-            self._remembered = faiss.IDSelectorBitmap(bits)
+            self._remembered = {"sel": faiss.IDSelectorBitmap(bits)}
 
-    def lists(self, queries: Float[np.ndarray, "queries emb"]) -> Int[np.ndarray, " queries"]:
-        """How many lists each query looks through: a power of two, so that many queries have the same, or the most."""
-        squared = self._ivf.quantizer.search(self._index.chain.at(0).apply(queries), self._most)[0]
+    def lists(
+        self, turned: Float[np.ndarray, "queries whole"]
+    ) -> tuple[Int[np.ndarray, "queries most"], Float[np.ndarray, "queries most"], Int[np.ndarray, " queries"]]:
+        """The lists with the nearest centres, squared distances to these, and how many of them each query looks through: a power of two,
+        so that many queries have the same, or the most.
+        """
+        squared, lists = self._ivf.quantizer.search(turned, self._most)
         near = np.sum(squared <= self._farther**2 * squared[:, :1], axis=1)
-        return np.minimum(self._most, 2 ** np.ceil(np.log2(near)).astype(np.int64))
+        return lists, squared, np.minimum(self._most, 2 ** np.ceil(np.log2(near)).astype(np.int64))
 
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries wanted"]:
         """See `resmem_lm.index.Proposer`. More lists are looked through for a query that found too few rows."""
         faiss.omp_set_num_threads(1)  # of the calling thread, beside which others search
-        rows, lists = np.full((len(queries), wanted), -1, np.int64), self.lists(queries)
-        asked = np.arange(len(queries))
+        turned = self.rotation.apply(queries)
+        lists, squared, counts = self.lists(turned)
+        rows, asked = np.full((len(queries), wanted), -1, np.int64), np.arange(len(queries))
         while len(asked):
-            for count in np.unique(lists[asked]):
-                some = asked[lists[asked] == count]
-                rows[some] = propose(self._index, queries[some], wanted, int(count), self._remembered)
-            asked = asked[(rows[asked, needed - 1] < 0) & (lists[asked] < self._ivf.nlist)]
-            lists[asked] = np.minimum(self._ivf.nlist, 4 * lists[asked])
+            for count in np.unique(counts):
+                some = np.flatnonzero(counts == count)
+                rows[asked[some]] = self._nearest_codes(turned[asked[some]], lists[some, :count], squared[some, :count], wanted)
+            few = (rows[asked, needed - 1] < 0) & (counts < self._ivf.nlist)
+            asked, counts = asked[few], np.minimum(self._ivf.nlist, 4 * counts[few])
+            if len(asked):
+                squared, lists = self._ivf.quantizer.search(turned[asked], int(counts.max()))
+        return rows
+
+    def _nearest_codes(
+        self,
+        turned: Float[np.ndarray, "queries whole"],
+        lists: Int[np.ndarray, "queries lists"],
+        squared: Float[np.ndarray, "queries lists"],
+        wanted: int,
+    ) -> Int[np.ndarray, "queries wanted"]:
+        # Told the lists, faiss does not look for them once more: for few queries that would be without a matrix product. What it has in
+        # Python for this takes the number of lists from the index, which threads share; what is in C takes it as here.
+        within = faiss.SearchParametersIVF(nprobe=lists.shape[1], **self._remembered)
+        lists, squared = np.ascontiguousarray(lists), np.ascontiguousarray(squared)
+        rows, distances = np.empty((len(turned), wanted), np.int64), np.empty((len(turned), wanted), np.float32)
+        pointers = [faiss.swig_ptr(array) for array in (lists, squared, distances, rows)]
+        self._ivf.search_preassigned_c(len(turned), faiss.swig_ptr(turned), wanted, *pointers, False, within)
         return rows
 
 
