@@ -53,7 +53,8 @@ def reach(index: faiss.IndexPreTransform, sample: Float[np.ndarray, "rows emb"],
 
     Rows of the sample stand for queries, and `neighbors` is how many of a query's neighbours the sample has on average.
     """
-    centres, turned = faiss.extract_index_ivf(index).quantizer, index.chain.at(0).apply(sample)
+    rotation, ivf = parts(index)
+    centres, turned = ivf.quantizer, rotation.apply(sample)
     queries = turned[:: -(-len(turned) // REACH_ROWS)]
     near = faiss.knn(queries, turned, 1 + min(neighbors, len(turned) - 1))[1][:, 1:]  # but for the query itself
     of_lists = centres.reconstruct_batch(centres.search(turned, 1)[1][near.ravel(), 0]).reshape(*near.shape, -1)
@@ -89,19 +90,51 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     return {"leaves": found.leaves, "leaves_to_search": found.searched, "farther": farther}
 
 
+def parts(index: faiss.IndexPreTransform) -> tuple[faiss.VectorTransform, faiss.IndexIVFPQFastScan]:
+    """What turns keys, and the lists; both are gone when the index is."""
+    return index.chain.at(0), faiss.downcast_index(index.index)
+
+
+def nearest_codes(
+    ivf: faiss.IndexIVFPQFastScan,
+    turned: Float[np.ndarray, "queries whole"],
+    lists: Int[np.ndarray, "queries lists"],
+    squared: Float[np.ndarray, "queries lists"],
+    wanted: int,
+    selector: faiss.IDSelector | None = None,
+) -> Int[np.ndarray, "queries wanted"]:
+    """The rows whose codes are nearest in each query's lists, of those that are selected; -1 where there are fewer.
+
+    Args:
+        ivf: the index without what turns keys.
+        turned: queries, turned as the keys are.
+        lists, squared: to look through, and the squared distances of their centres.
+        wanted: rows for each query.
+        selector: all rows, if there is none.
+    """
+    # Told the lists, faiss does not look for them once more: for few queries that would be without a matrix product. What it has in
+    # Python for this takes the number of lists from the index, which threads share; what is in C takes it as here.
+    chosen = {} if selector is None else {"sel": selector}
+    within = faiss.SearchParametersIVF(nprobe=lists.shape[1], **chosen)
+    lists, squared = np.ascontiguousarray(lists), np.ascontiguousarray(squared)
+    rows, distances = np.empty((len(turned), wanted), np.int64), np.empty((len(turned), wanted), np.float32)
+    pointers = [faiss.swig_ptr(array) for array in (lists, squared, distances, rows)]
+    ivf.search_preassigned_c(len(turned), faiss.swig_ptr(turned), wanted, *pointers, False, within)
+    return rows
+
+
 class Searcher:
     """index.faiss, read into memory. See `resmem_lm.index.Proposer`."""
 
     def __init__(self, datastore: Datastore, folder: Path, record: Record) -> None:
-        index = faiss.read_index(str(folder / FILE))
-        self.rotation, self._ivf = index.chain.at(0), faiss.downcast_index(index.index)
-        self._index = index  # which owns both
+        self._index = faiss.read_index(str(folder / FILE))
+        self.rotation, self._ivf = parts(self._index)
         self._most, self._farther = record["leaves_to_search"], record["farther"]
-        self._remembered = {}
+        self._remembered = None
         if datastore.remembered_rows < datastore.rows:
             blocks = (np.arange(start, min(start + BLOCK, datastore.rows)) for start in range(0, datastore.rows, BLOCK))
             bits = np.concatenate([np.packbits(~datastore.is_forgotten(rows), bitorder="little") for rows in blocks])
-            self._remembered = {"sel": faiss.IDSelectorBitmap(bits)}
+            self._remembered = faiss.IDSelectorBitmap(bits)
 
     def lists(
         self, turned: Float[np.ndarray, "queries whole"]
@@ -122,27 +155,12 @@ class Searcher:
         while len(asked):
             for count in np.unique(counts):
                 some = np.flatnonzero(counts == count)
-                rows[asked[some]] = self._nearest_codes(turned[asked[some]], lists[some, :count], squared[some, :count], wanted)
+                theirs = turned[asked[some]], lists[some, :count], squared[some, :count]
+                rows[asked[some]] = nearest_codes(self._ivf, *theirs, wanted, self._remembered)
             few = (rows[asked, needed - 1] < 0) & (counts < self._ivf.nlist)
             asked, counts = asked[few], np.minimum(self._ivf.nlist, 4 * counts[few])
             if len(asked):
                 squared, lists = self._ivf.quantizer.search(turned[asked], int(counts.max()))
-        return rows
-
-    def _nearest_codes(
-        self,
-        turned: Float[np.ndarray, "queries whole"],
-        lists: Int[np.ndarray, "queries lists"],
-        squared: Float[np.ndarray, "queries lists"],
-        wanted: int,
-    ) -> Int[np.ndarray, "queries wanted"]:
-        # Told the lists, faiss does not look for them once more: for few queries that would be without a matrix product. What it has in
-        # Python for this takes the number of lists from the index, which threads share; what is in C takes it as here.
-        within = faiss.SearchParametersIVF(nprobe=lists.shape[1], **self._remembered)
-        lists, squared = np.ascontiguousarray(lists), np.ascontiguousarray(squared)
-        rows, distances = np.empty((len(turned), wanted), np.int64), np.empty((len(turned), wanted), np.float32)
-        pointers = [faiss.swig_ptr(array) for array in (lists, squared, distances, rows)]
-        self._ivf.search_preassigned_c(len(turned), faiss.swig_ptr(turned), wanted, *pointers, False, within)
         return rows
 
 

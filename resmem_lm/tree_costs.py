@@ -43,7 +43,15 @@ def _faiss(keys: np.ndarray, sample: int, leaves: int, candidates: int, threads:
     index = faiss.learn(keys[:sample], leaves)
     index.add(keys)
     faiss.write(index, folder)
-    return lambda queries, searched: faiss.propose(index, queries, candidates, searched)
+
+    def query(queries: np.ndarray, searched: int) -> np.ndarray:
+        rotation, ivf = faiss.parts(index)
+        turned = rotation.apply(queries)
+        squared, lists = ivf.quantizer.search(turned, searched)
+        rows: np.ndarray = faiss.nearest_codes(ivf, turned, lists, squared, candidates)
+        return rows
+
+    return query
 
 
 def _scann(keys: np.ndarray, sample: int, leaves: int, candidates: int, threads: int, folder: Path) -> Query:
