@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from benchmarks.encode import some_documents
+from benchmarks.encode import fast_argmax, some_documents
 from benchmarks.measure import table
 from resmem_lm.checkpoint import Model, load_model
 from resmem_lm.codes import decode_keys, decode_probabilities
@@ -28,8 +28,8 @@ from resmem_lm.search import query_documents
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
 
-ROWS, QUERIES, K, ENTRIES = 60_000, {"validation": 15_000, "test": 30_000}, 50, 128
-DIMENSIONS = (512, 320, 280, 256, 192)
+ROWS, QUERIES, K, ENTRIES = 60_000, {"validation": 15_000, "test": 90_000}, 50, 128
+DIMENSIONS = (512, 320, 256, 192)
 SIGMAS, LAMBDAS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
 BLOCK = 64  # queries whose dense scores exist at a time
 
@@ -92,7 +92,7 @@ def neighbors(memory: Memory, queries: Float[np.ndarray, "queries emb"]) -> tupl
 @jax.jit
 def _predictions(base: Array, distances: Array, ids: Array, values: Array, sigma: Array, lambdas: Array) -> Array:
     change = merge_sparse(jnp.zeros_like(base), neighbor_weights(distances, sigma), ids, values)
-    return jax.lax.map(lambda lambda_: jnp.argmax(base + lambda_ * change, axis=-1), lambdas)
+    return jax.lax.map(lambda lambda_: fast_argmax(base + lambda_ * change), lambdas)
 
 
 def predictions(model: Model, memory: Memory, split: Split, sigmas: tuple[float, ...], lambdas: tuple[float, ...]) -> np.ndarray:
