@@ -8,6 +8,7 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.documents import (
     SPLITS,
     Document,
+    position,
     read_documents,
     read_shard,
     shard_content,
@@ -29,8 +30,9 @@ SPLITS_AND_ADDED = (*SPLITS, "added")
 def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipeline_options: str = "") -> Record:
     """Adds documents to a finished datastore, in shards of their own. The model is not trained on them.
 
-    Documents that nearly repeat one of the work directory, of whatever split, are left out; so running it again adds nothing (but what was
-    forgotten in between comes back), and an append that was killed goes on. `resmem index` and `resmem evaluate` then do what is new.
+    Documents that nearly repeat one of the work directory, of whatever split, are left out, and those of a `prepare_documents.group`
+    that falls into validation or test. So running it again adds nothing (but what was forgotten in between comes back), and an append that
+    was killed goes on. `resmem index` and `resmem evaluate` then do what is new.
 
     Args:
         workdir: of a finished datastore.
@@ -47,7 +49,7 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
         record = finished(workdir, "build")
         documents = finished(workdir, "documents")
         threshold = documents["settings"]["duplicate_threshold"]
-        counts = {"added": 0, "empty": 0, "duplicate": 0}
+        counts = {"added": 0, "empty": 0, "duplicate": 0, "held_out": 0}
         fresh = _new_documents(workdir, text, documents, threshold, counts)
         folder = workdir / "documents"
         listed = {path.name for split in SPLITS_AND_ADDED for path in shard_paths(workdir, split)}
@@ -75,10 +77,12 @@ def _new_documents(
 ) -> list[Document]:
     """Of the text, what repeats neither another part of it nor a document of the work directory."""
     read: Iterable[Document]
-    if "held_out" in documents["settings"]:  # sampled: documents are named by their addresses
+    settings, held_out = documents["settings"], 0.0
+    if "held_out" in settings:  # sampled: documents are named by their addresses
         read = (document for path in text_files(text) for document in file_documents(str(path)))
     else:
-        read = read_documents(text, duplicate_threshold=threshold)
+        read = read_documents(text, duplicate_threshold=threshold, group=settings.get("group"))
+        held_out = settings["test_fraction"] + settings["validation_fraction"]
     signatures, fresh = Signatures(threshold), []
     with progress("append", total=None, unit="documents") as bar:
         for number, document in enumerate(read):
@@ -86,6 +90,8 @@ def _new_documents(
             signature = minhash(document.text)
             if not document.text.strip():
                 counts["empty"] += 1
+            elif document.group is not None and position(document.group) < held_out:
+                counts["held_out"] += 1
             elif signatures.has_similar(signature):
                 counts["duplicate"] += 1
             else:

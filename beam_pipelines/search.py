@@ -85,11 +85,11 @@ class Settings:
 
     def encoded_from(self) -> Record:
         """What a shard's encoded queries are made from."""
-        return {name: self.datastore[name] for name in ("model", "vocabulary", "window")}
+        return {name: self.datastore[name] for name in ("model", "vocabulary", "window", "key_dimensions", "projection")}
 
     def found_from(self, query: QueryShard, index_shards: tuple[int, ...]) -> Record:
         """What a shard's neighbours in some shards of the index are made from."""
-        return {"index": [self.index["shards"][shard]["folder"] for shard in index_shards], **self.merged_from(query)}
+        return self.merged_from(query) | {"index": [self.index["shards"][shard]["folder"] for shard in index_shards]}
 
     def merged_from(self, query: QueryShard) -> Record:
         """What a shard's neighbours are made from."""
@@ -97,6 +97,7 @@ class Settings:
             **self.encoded_from(),
             "datastore": self.checksum,
             "kind": [self.index["kind"], self.index["candidates"]],
+            "index": [shard["folder"] for shard in self.index["shards"]],
             "neighbors": self.neighbors,
             "recall_queries": self.recall_queries,
             "tokens": [query.first, query.tokens, query.split_tokens],
@@ -297,11 +298,13 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
 
     Returns:
-        Per split the number of tokens and documents, and the measured recall at k.
+        The checksum of WORKDIR/neighbors/neighbors.json, and per split the number of tokens and documents, and the measured recall at k.
 
     Raises:
-        UserError: more neighbours than rows, or a datastore or index made with another checkpoint.
+        UserError: more neighbours than rows, no query to compare, or a datastore or index made with another checkpoint.
     """
+    if recall_queries < 1:
+        raise UserError(f"search.recall_queries = {recall_queries}: take 1 or more, so that the index's recall can be told")
     fingerprint, vocabulary = load_model(workdir / "checkpoints").fingerprint, load_vocabulary(workdir)
     datastore = open_datastore(workdir / "datastore", model=fingerprint, vocabulary=vocabulary.sha256)
     if not 1 <= neighbors <= datastore.remembered_rows:
@@ -346,7 +349,7 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
     remove_orphans(folder, [record for split in QUERY_SPLITS for record in facts[split]["shards"]])
     for name in (ENCODED, PARTS):
         remove(folder / name)
-    return result
+    return result | {"neighbors": sha256(folder / "neighbors.json")}
 
 
 def _together(queries: list[QueryShard]) -> Iterator[tuple[QueryShard, ...]]:

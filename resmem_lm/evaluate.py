@@ -29,7 +29,7 @@ def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
     """The settings with most right predictions: of kNN alone, kNN-LM, and ResMem with lambda 1 and with any lambda."""
 
     def winner(allowed: list[Setting]) -> Setting:
-        return max(allowed, key=lambda s: (counts[s], -allowed.index(s)))
+        return max(allowed, key=counts.__getitem__)  # the first of those
 
     resmem, knnlm = ([s for s in counts if s.formula == formula] for formula in ("resmem", "knnlm"))
     return {
@@ -133,8 +133,8 @@ def evaluate(
             f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those"
         )
     scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
-    if min(sigmas) <= 0 or min(lambdas) < 0:
-        raise UserError(f"evaluate: sigmas must be above 0 and lambdas 0 or more; has {sigmas}, {lambdas}")
+    if not sigmas or not lambdas or min(sigmas) <= 0 or min(lambdas) < 0:
+        raise UserError(f"evaluate: needs sigmas above 0 and lambdas of 0 or more; has {sigmas}, {lambdas}")
     searched = scorers["test"].queries.rows.shape[1]
     usable = [k for k in ks if 1 <= k <= searched]
     if not usable or 1.0 not in lambdas or min(lambdas) >= 1 or 1.0 not in temperatures:

@@ -50,15 +50,16 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
         datastore = open_datastore(workdir / "datastore")
         meant = [[d for d in datastore.documents(shard) if is_meant(d["id"])] for shard in range(len(datastore.shards))]
         known = {record["made_from"]["documents"] for record in datastore.shards}
-        # Of an append that was killed before its rows were made.
-        pending = {path.name for path in shard_paths(workdir, "added") if path.name not in known}
-        waiting = any(is_meant(d.id) for name in pending for d in read_shard(workdir / "documents" / name))
-        if not any(meant) and not waiting:
+        # Of an append that was killed before the manifest had its rows, and of train shards that are not remembered.
+        others = {path.name for split in ("train", "added") for path in shard_paths(workdir, split)} - known
+        elsewhere = any(is_meant(d.id) for name in others for d in read_shard(workdir / "documents" / name))
+        if not any(meant) and not elsewhere:
             what = f"document {document!r}" if document else f"source {source!r}"
             raise UserError(
                 f"{workdir / 'datastore'} has no {what}: its documents.jsonl files have the ids; validation and test are not in it"
             )
         _remove_what_shows_rows(workdir)  # first, so that a kill at any moment leaves nothing that returns them
+        remove_orphans(workdir / "datastore", datastore.shards)  # an append that is run again would take them
         found = {"documents": 0, "rows": 0}
         for record, documents in zip(datastore.shards, meant, strict=True):
             before = [tuple(some) for some in record.get("forgotten", [])]
@@ -70,7 +71,7 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
         assert_held(workdir)
         write_json(workdir / "datastore" / "manifest.json", datastore.manifest)
         named = {r["made_from"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}
-        _remove_text(workdir, named | pending, is_meant)
+        _remove_text(workdir, named | others, is_meant)
         renew_build(workdir)
     return found
 

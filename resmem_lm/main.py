@@ -204,7 +204,8 @@ def _append(workdir: Any, text: list[str], pipeline_options: str) -> None:
 
     found = append(workdir, text, pipeline_options=pipeline_options)
     print(
-        f"{found['added']:,} documents added; {found['duplicate']:,} are there already or nearly so, {found['empty']:,} are empty. "
+        f"{found['added']:,} documents added; {found['duplicate']:,} are there already or nearly so, {found['empty']:,} are empty, "
+        f"{found['held_out']:,} of groups that are validation's or test's. "
         f"{found['rows']:,} rows now: `resmem evaluate` after `resmem index` uses them."
     )
 

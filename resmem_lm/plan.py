@@ -120,6 +120,9 @@ def plan(
     for name, value in (numbers | {"memory_gib": memory_gib} | given).items():
         if value is not None and not value > 0:
             raise UserError(f"plan.{name} = {value:g}: take a number above 0")
+    shards = settings["build_datastore"]["shards"]
+    if shards is not None and shards < 1:
+        raise UserError(f"build_datastore.shards = {shards}: take 1 or more, or None for all")
     counts, counted = _counts(workdir, settings, text_stages, rows, queries, documents, bytes_per_token)
 
     memory = int((settings["build_index"]["memory_gib"] if memory_gib is None else memory_gib) * 2**30)

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from resmem_lm.plots import INK, INKS, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
-from resmem_lm.workdir import Record, stage
+from resmem_lm.workdir import Record, is_current, stage
 
 # Shows the examples of a study that have every word of what is typed. The page's policy lets no other script run than this one.
 FILTER = """
@@ -34,7 +35,9 @@ for (const filtered of document.querySelectorAll(".filtered")) {
 
 @stage(name="report", after=("evaluate",), output="report.html", redo=True)
 def write_report(workdir: AnyPath) -> Record:
-    """Writes WORKDIR/report.html from results.json and config.gin: the same bytes whenever these are the same.
+    """Writes WORKDIR/report.html from results.json, studies and config.gin: the same bytes whenever these are the same.
+
+    A study of another datastore or evaluation than the work directory has now is left out, and named on standard error.
 
     Returns:
         The checksum of the page.
@@ -44,7 +47,12 @@ def write_report(workdir: AnyPath) -> Record:
     """
     results = read_json(workdir / "results.json")
     studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
-    sections = [_study(folder) for folder in studies]
+    sections = []
+    for folder in studies:
+        if is_current(workdir, f"study-{folder.name}"):
+            sections.append(_study(folder))
+        else:
+            print(f"report: without the study {folder.name}, which is of other results: `resmem study {folder.name}`", file=sys.stderr)
     script = FILTER if any(section["examples"] is not None for section in sections) else ""
     config = workdir / "config.gin"  # written by the command `resmem`; stages called from Python have none
     page = _template().render(

@@ -31,7 +31,7 @@ def to_path(name: str | AnyPath) -> AnyPath:
         return Path(name)
     try:
         path = UPath(name, use_listings_cache=False)  # other processes write there too
-        path.fs  # noqa: B018 - imports the storage's own package
+        path = UPath(path.fs.unstrip_protocol(path.path), use_listings_cache=False)  # s3a:// is s3://, as listings say it
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {reason}: install the package of that storage (gcsfs for gs://, s3fs for s3://)") from None
@@ -142,15 +142,24 @@ def glob(pattern: str) -> list[AnyPath]:
     return [to_path(path.fs.unstrip_protocol(name)) for name in sorted(path.fs.glob(path.path))]
 
 
-def upload(folder: Path, target: AnyPath) -> None:
-    """Copies the files of a local folder to `target`."""
-    for file in files_below(folder):
+def upload(folder: Path, target: AnyPath, *, last: str = "") -> None:
+    """Copies the files of a local folder to `target`, those named `last` after the others."""
+    for file in sorted(files_below(folder), key=lambda file: file.name == last):
         place = target / inside(file, folder)
         if isinstance(place, Path):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(str(file), place)
         else:
             place.fs.put_file(str(file), place.path)
+
+
+def download(folder: UPath, target: Path) -> None:
+    """Copies the files of a folder in object storage to `target`, a local one."""
+    for file in files_below(folder):
+        assert isinstance(file, UPath)
+        place = target / inside(file, folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.fs.get_file(file.path, str(place))
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """A checkpoint trained elsewhere, by T5X or by this package, in place of training here."""
 
+import re
+
 from resmem_lm.checkpoint import STATE, Model, checkpoint_manager, newest_checkpoint, read_parameters, save_config
 from resmem_lm.errors import UserError
 from resmem_lm.model_config import ModelConfig
@@ -38,7 +40,8 @@ def take_checkpoint(workdir: AnyPath, *, model: ModelConfig, checkpoint: str | N
             f"set make_vocabulary.model = '{source.parent.parent / 'vocabulary' / 'vocabulary.model'}'"
         )
     taken = Model(model, read_parameters(local_path(source), model))
-    step = int(source.name.rpartition("_")[2]) if "_" in source.name else 0
+    named = re.fullmatch(r"checkpoint_(\d+)", source.name)  # or whatever it was renamed to
+    step = int(named[1]) if named else 0
     with new_directory(workdir / "checkpoints") as directory:
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:

@@ -12,7 +12,7 @@ from resmem_lm.checkpoint import checkpoint_manager, load_model, save_config
 from resmem_lm.errors import UserError
 from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, first_tokens, one_pass, pack, split_tokens
-from resmem_lm.storage import AnyPath, local_path, remove, upload
+from resmem_lm.storage import AnyPath, download, remove, upload
 from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record, stage
 
@@ -24,6 +24,9 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
             f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
             f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
         )
+
+
+COPIED_LAST = "_CHECKPOINT_METADATA"  # of Orbax, in every checkpoint
 
 
 @stage(
@@ -64,12 +67,17 @@ def train(
         The fingerprint of the trained model.
 
     Raises:
-        UserError: a vocabulary larger than the model's, or a batch that the devices cannot share evenly.
+        UserError: a vocabulary larger than the model's, a number out of its range, or a batch that the devices cannot share evenly.
     """
     from resmem_lm import training  # not at the top: it brings Flax, Optax and Orbax, and every command imports this module
 
     vocabulary = load_vocabulary(workdir)
     check_vocabulary(vocabulary, model)
+    least = {"steps": 1, "batch_size": 1, "sequence_length": 1, "constant_steps": 1, "cooldown_steps": 0, "checkpoint_steps": 1}
+    given = locals()
+    for name, smallest in least.items():
+        if given[name] < smallest:
+            raise UserError(f"train.{name} = {given[name]}: take {smallest} or more")
     devices = len(jax.local_devices())
     if batch_size % devices:
         raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
@@ -106,12 +114,12 @@ def _local(workdir: AnyPath) -> Iterator[tuple[Path, Callable[[], None]]]:
         return
     with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
         here = Path(scratch)
-        if (workdir / "checkpoints").exists():
-            upload(local_path(workdir / "checkpoints"), here / "checkpoints")
+        for checkpoint in workdir.glob(f"checkpoints/checkpoint_*/{COPIED_LAST}"):  # without it, of a copy that was cut short
+            download(checkpoint.parent, here / "checkpoints" / checkpoint.parent.name)
 
         def saved() -> None:
             for name in ("checkpoints", "metrics"):
-                upload(here / name, workdir / name)
+                upload(here / name, workdir / name, last=COPIED_LAST)
             for old in (workdir / "checkpoints").glob("checkpoint_*"):
                 if not (here / "checkpoints" / old.name).exists():
                     remove(old)

@@ -20,7 +20,7 @@ import gin
 
 from resmem_lm.errors import UserError
 from resmem_lm.lock import assert_held, locked
-from resmem_lm.storage import AnyPath, files_below, inside, read_json, sha256, to_path, write_json
+from resmem_lm.storage import AnyPath, children, files_below, inside, read_json, sha256, to_path, write_json
 
 P = ParamSpec("P")
 Record = dict[str, Any]
@@ -171,6 +171,15 @@ def finished(workdir: AnyPath, name: str) -> Record:
     if not record.get("finished"):
         raise UserError(f"{workdir}: the stage {name} has not finished: run it first")
     return record
+
+
+def is_current(workdir: AnyPath, stage: str) -> bool:
+    """Whether a stage has finished, and what it was made from is still what the work directory has."""
+    records = {path.stem: read_json(path) for path in children(workdir / "stages", "*.json")}
+    record = records.get(stage, {})
+    return bool(record.get("finished")) and all(
+        name in records and _digest(records[name].get("result", {})) == digest for name, digest in record["inputs"].items()
+    )
 
 
 def _digest(result: Record) -> str:

@@ -207,6 +207,19 @@ def test_what_cannot_be_forgotten_is_one_line_and_nothing_is_lost(tiny_copy, cap
     assert (tiny_copy / "results.json").exists()
 
 
+def test_text_goes_from_shards_that_the_datastore_does_not_remember_too(tiny_copy, tmp_path):
+    document = read_shard(shard_paths(tiny_copy, "train")[2])[0].id
+    for place in ("datastore", "index", "neighbors"):
+        shutil.rmtree(tiny_copy / place)
+    for stage in ("build", "index", "search"):
+        (tiny_copy / f"stages/{stage}.json").unlink()
+    text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
+    command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'"]
+    assert main(["build", *command, "--gin.build_datastore.shards=1"]) == 0
+    assert forget(tiny_copy, document=document) == {"documents": 0, "rows": 0}
+    assert document not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+
+
 def test_without_a_datastore_it_is_told(tmp_path, capsys):
     for command in (["forget", "--document=a"], ["compact"]):
         assert main([*command, f"--workdir={tmp_path}"]) == 2

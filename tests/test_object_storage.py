@@ -135,3 +135,23 @@ def test_text_may_lie_there_too(bucket, tmp_path):
     assert [document.id for document in found] == [f"{bucket}/texts/{number}.txt" for number in range(4)]
     assert list(read_documents(f"{bucket}/texts", duplicate_threshold=0.7)) == found
     assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1")
+
+
+def test_an_address_has_one_name_whatever_its_protocol_is_called(bucket):
+    assert str(to_path(f"{bucket.replace('s3:', 's3a:')}/run/x")) == str(to_path(f"{bucket}/run/x"))
+
+
+def test_a_checkpoint_that_was_half_copied_when_killed_is_not_gone_on_from(bucket, tiny_run):
+    workdir = to_path(f"{bucket}/cut")
+    command = arguments(tiny_run.parent, workdir)
+    assert main(["train", *command]) == 0
+    fingerprint = read_json(workdir / "stages/train.json")["result"]
+    (newest,) = workdir.glob("checkpoints/checkpoint_30")
+    for file in [*files_below(newest)[::2], newest / "_CHECKPOINT_METADATA"]:
+        if file.exists():
+            file.unlink()
+    (workdir / "stages/train.json").unlink()
+    assert main(["train", *command]) == 0
+    assert read_json(workdir / "stages/train.json")["result"] == fingerprint
+    names = [file.name for file in files_below(workdir / "checkpoints")]
+    assert not [name for name in names if name.startswith(".")]

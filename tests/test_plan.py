@@ -117,6 +117,7 @@ def test_flags_beat_the_gin_file(tmp_path, unmeasured, capsys):
         ([], "plan.rows is not set: give --rows=..., or --workdir=... whose text is counted"),
         (["--rows=1e6"], "plan.queries is not set: give --queries=..., or --workdir=... whose text is counted"),
         (["--rows=0"], "plan.rows = 0: take a number above 0"),
+        (["--gin.build_datastore.shards=0"], "build_datastore.shards = 0: take 1 or more, or None for all"),
         (["--rows=1e6", "--queries=1e5", "--tokens_per_second=0"], "plan.tokens_per_second = 0: take a number above 0"),
         (["--rows=1e6", "--queries=1e5", "--workers=-1"], "plan.workers = -1: take a number above 0"),
         (["--rows=1e6", "--queries=1e5", "--memory_gib=0.5"], "plan.memory_gib = 0.5 holds an index of 0 rows"),

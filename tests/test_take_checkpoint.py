@@ -80,6 +80,15 @@ def test_the_newest_checkpoint_is_taken_and_unfinished_ones_are_not(tmp_path):
     assert newest_checkpoint(tmp_path / "checkpoint_9").name == "checkpoint_9"
 
 
+def test_a_checkpoint_may_have_been_renamed(tiny_run, workdir, tmp_path):
+    newest = max((tiny_run / "checkpoints").glob("checkpoint_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    shutil.copytree(newest, tmp_path / "t5_small")
+    config = load_model(tiny_run / "checkpoints").config
+    assert take_checkpoint(workdir, model=config, checkpoint=str(tmp_path / "t5_small")) == {
+        "fingerprint": load_model(tiny_run / "checkpoints").fingerprint
+    }
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [

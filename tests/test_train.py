@@ -153,6 +153,11 @@ def test_adafactor_is_scaled_by_the_parameter():
             "set ModelConfig.vocab_size = 256",
         ),
         ({"batch_size": 3}, "cannot be shared by 2 devices"),
+        ({"batch_size": 0}, "train.batch_size = 0: take 1 or more"),
+        ({"sequence_length": 0}, "train.sequence_length = 0: take 1 or more"),
+        ({"checkpoint_steps": 0}, "train.checkpoint_steps = 0: take 1 or more"),
+        ({"constant_steps": 0}, "train.constant_steps = 0: take 1 or more"),
+        ({"cooldown_steps": -1}, "train.cooldown_steps = -1: take 0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(workdir, change, says):

@@ -105,8 +105,9 @@ def _ranges(values: Float[np.ndarray, " tokens"], edges: list[float]) -> Iterato
 def _groups(test: SplitScorer, datastore: Datastore) -> Iterator[tuple[str, str, Bool[np.ndarray, " tokens"]]]:
     """(by what, range, which tokens)."""
     q, unit = test.queries, test.unit_number
-    counts = np.zeros(2**17, np.int64)
-    for tokens in datastore.shard_arrays("tokens"):
+    remembered = list(datastore.shard_arrays("tokens"))
+    counts = np.zeros(1 + max(int(tokens.max(initial=0)) for tokens in (*remembered, q.tokens)), np.int64)
+    for tokens in remembered:
         counts += np.bincount(tokens, minlength=len(counts))
     nearest = np.asarray(q.distances)[:, 0]
     nearest = np.where(np.isfinite(nearest), nearest, np.inf)

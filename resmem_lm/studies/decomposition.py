@@ -4,6 +4,7 @@ import numpy as np
 
 from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
 from resmem_lm.evaluate import describe, grid_of
 from resmem_lm.results import METHODS, interval
 from resmem_lm.scoring import SplitScorer
@@ -50,11 +51,19 @@ def study_decomposition(
         temperatures: temperatures to try, out of those of the datastore.
         lambdas: factors to try, of both methods.
         most_fpr: the bound of the second rule (paper: 0.05).
+
+    Raises:
+        UserError: nothing usable to try.
     """
     datastore = open_datastore(workdir / "datastore")
     scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
     usable = [k for k in ks if 1 <= k <= scorers["test"].queries.rows.shape[1]]
     known = [temperature for temperature in temperatures if temperature in datastore.binding.temperatures]
+    if not (usable and known and sigmas and min(sigmas) > 0 and lambdas and min(lambdas) >= 0 and min(lambdas) < 1):
+        raise UserError(
+            f"study_decomposition: needs ks of 1 to {scorers['test'].queries.rows.shape[1]}, sigmas above 0, temperatures of "
+            f"{list(datastore.binding.temperatures)} and lambdas of 0 or more, some below 1; has {ks}, {sigmas}, {temperatures}, {lambdas}"
+        )
     validation, test = scorers["validation"], scorers["test"]
     deepnet = validation.predict([DEEPNET])[DEEPNET][0] == validation.queries.tokens
     grid = grid_of(lambdas)

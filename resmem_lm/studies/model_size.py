@@ -78,7 +78,8 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
         print(f"model-size: emb {width} ({number} of {len(others)})", file=sys.stderr, flush=True)
         derived, model = derive(workdir, f"model-size/emb-{width}", ("documents", "vocabulary")), resized(own, width)
         train(derived, **settings | {"model": model, "checkpoint_steps": checkpoint_steps(settings["steps"])})
-        found.append((model, remember(workdir, derived)))
+        dimensions = settings_of(workdir, "build")["key_dimensions"]
+        found.append((model, remember(workdir, derived, key_dimensions=dimensions and min(dimensions, width))))
 
     found.sort(key=lambda pair: count_parameters(pair[0]))
     parameters = [count_parameters(model) for model, _ in found]

@@ -50,9 +50,10 @@ def predict_with(
 
 def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], entries: int) -> Float[np.ndarray, "queries k"]:
     """A bound of every |r| of each row that is not among its `entries`. They are stored by size, behind the token's own."""
-    if entries == datastore.binding.entries:
-        return datastore.take("dropped", rows).astype(np.float32)
-    return bound_probabilities(datastore.take("residual_codes", rows)[..., entries - 1])
+    codes = datastore.take("residual_codes", rows)
+    return (
+        bound_probabilities(codes[..., entries - 1]) if entries <= codes.shape[-1] else datastore.take("dropped", rows).astype(np.float32)
+    )
 
 
 def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datastore:

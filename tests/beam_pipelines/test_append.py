@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from beam_pipelines import append as module
+from beam_pipelines import datastore as datastore_module
 from beam_pipelines.append import append
 from resmem_lm.datastore import ARRAYS, open_datastore
-from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.documents import position, read_shard, shard_paths
 from resmem_lm.errors import UserError
 from resmem_lm.forget import forget
 from resmem_lm.main import main
@@ -47,7 +48,7 @@ def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, 
     assert added == {d["id"] for shard in range(3, len(after.shards)) for d in after.documents(shard)}
     assert len(added) == 9
     rows = after.rows
-    assert append(tiny_copy, str(more)) == {"added": 0, "empty": 1, "duplicate": 11, "rows": rows}
+    assert append(tiny_copy, str(more)) == {"added": 0, "empty": 1, "duplicate": 11, "held_out": 0, "rows": rows}
 
     assert main(command(tiny_copy, "evaluate")) == 2
     assert "run `resmem index`" in capsys.readouterr().err
@@ -111,18 +112,39 @@ def test_what_was_forgotten_stays_so_though_a_worker_given_up_long_ago_writes_it
     assert verify(tiny_copy) == []
 
 
-def test_documents_of_an_append_that_was_killed_can_be_forgotten(tiny_copy, more, monkeypatch):
+@pytest.mark.parametrize("moment", [(module, "encode_units"), (datastore_module, "write_manifest")])
+def test_documents_of_an_append_that_was_killed_can_be_forgotten(tiny_copy, more, monkeypatch, moment):
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "encode_units", killed)
+        patch.setattr(*moment, killed)
         with pytest.raises(KeyboardInterrupt):
             append(tiny_copy, str(more))
     forget(tiny_copy, source=f"{more}")
     append(tiny_copy, str(tiny_copy.parent / "corpus.jsonl"))  # which goes on with the other, and has nothing new
     assert open_datastore(tiny_copy / "datastore").remembered_rows == read_json(tiny_copy / "stages/build.json")["result"]["rows"]
     assert not [d for path in shard_paths(tiny_copy, "added") for d in read_shard(path)]
+    datastore = open_datastore(tiny_copy / "datastore")
+    assert not [d for shard in range(3, len(datastore.shards)) for d in datastore.documents(shard)]
+
+
+def test_parts_of_a_work_that_is_held_out_are_not_added(tiny_copy, tmp_path):
+    record = read_json(tiny_copy / "stages/documents.json")
+    record["settings"]["group"] = "work"
+    write_json(tiny_copy / "stages/documents.json", record)
+    path = tmp_path / "parts.jsonl"
+    works = [f"work {n}" for n in range(30)]
+    path.write_text(
+        "".join(json.dumps({"text": f"A part of {work}, new and unlike others {work}.", "work": work}) + "\n" for work in works)
+    )
+    held_out = sum(position(work) < 0.2 for work in works)  # as tests.tiny splits documents
+    found = append(tiny_copy, str(path))
+    assert found["held_out"] == held_out > 0
+    assert found["added"] + found["duplicate"] == len(works) - held_out
+    path.write_text(json.dumps({"text": "A part of no work."}) + "\n")
+    with pytest.raises(UserError, match='has no field "work"'):
+        append(tiny_copy, str(path))
 
 
 def test_what_is_added_to_sampled_text_is_named_by_its_address(tiny_copy, more):

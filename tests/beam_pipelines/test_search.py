@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from beam_pipelines.append import append
+from beam_pipelines.datastore import build_datastore
 from beam_pipelines.index import build_index
 from beam_pipelines.runner import LOCAL_RUNNER
 from beam_pipelines.search import search
@@ -57,6 +58,45 @@ def test_neighbours_are_those_of_exact_search_with_their_tokens(tiny_run, unsear
         np.testing.assert_allclose(found[split, "distances"], expected[split, "distances"], rtol=1e-3)
         np.testing.assert_array_equal(datastore.take("tokens", found[split, "rows"]), found[split, "neighbor_tokens"])
         assert (np.diff(found[split, "distances"], axis=1) >= 0).all()
+
+
+def test_another_search_is_another_result_though_its_recall_is_the_same(tiny_copy):
+    before = read_json(tiny_copy / "stages/search.json")["result"]
+    shutil.rmtree(tiny_copy / "neighbors")
+    (tiny_copy / "stages/search.json").unlink()
+    after = search(tiny_copy, neighbors=5)
+    assert {name: after[name] for name in QUERY_SPLITS} == {name: before[name] for name in QUERY_SPLITS}
+    assert after != before  # so that the evaluation is made again
+
+
+def test_an_index_that_was_made_anew_is_searched(tiny_copy):
+    before = read_json(tiny_copy / "neighbors/neighbors.json")
+    shutil.rmtree(tiny_copy / "index")
+    reindex(tiny_copy, training_rows=1000)
+    search(tiny_copy, neighbors=12)
+    after = read_json(tiny_copy / "neighbors/neighbors.json")
+    assert all(after[split]["shards"][0]["folder"] != before[split]["shards"][0]["folder"] for split in QUERY_SPLITS)
+
+
+def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimensions(tiny_copy, monkeypatch):
+    shutil.rmtree(tiny_copy / "neighbors")
+    (tiny_copy / "stages/search.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("beam_pipelines.search._query_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            search(tiny_copy, neighbors=12)
+    for place in ("datastore", "index"):
+        shutil.rmtree(tiny_copy / place)
+    for stage in ("build", "index"):
+        (tiny_copy / f"stages/{stage}.json").unlink()
+    build_datastore(tiny_copy, window_length=32, window_context=8, entries=16, temperatures=(1.0, 1.4), key_dimensions=8)
+    build_index(tiny_copy)
+    assert search(tiny_copy, neighbors=12)["test"]["recall_at_k"] == 1
+
+
+def test_no_query_to_compare_is_refused(unsearched):
+    with pytest.raises(UserError, match="recall_queries = 0: take 1 or more"):
+        search(unsearched, recall_queries=0)
 
 
 def test_what_a_killed_search_had_published_is_kept(tiny_copy):

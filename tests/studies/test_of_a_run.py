@@ -114,7 +114,11 @@ def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is
     command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'", "--gin.evaluate.ks=(1, 2)"]
     assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
     assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns == stamp
+    assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] in (tiny_copy / "report.html").read_text("utf-8")
+    capsys.readouterr()
     assert main(["run", *command]) == 0
+    assert "without the study sensitivity, which is of other results" in capsys.readouterr().err
+    assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] not in (tiny_copy / "report.html").read_text("utf-8")
     assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
     assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns > stamp
     assert verify(tiny_copy) == []
