@@ -17,7 +17,7 @@ from beam_pipelines.index import OneAtATime
 from beam_pipelines.work import count, run_units
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
-from resmem_lm.documents import read_shard, shard_paths
+from resmem_lm.documents import Document, digest, read_shard, shard_paths
 from resmem_lm.encode import query_head
 from resmem_lm.errors import UserError
 from resmem_lm.index import ExactIndex, Index, index_manifest, merge_nearest, open_index
@@ -32,6 +32,7 @@ from resmem_lm.workdir import disk_errors, stage
 ENCODED, PARTS = "queries", "parts"  # folders of what is kept only until all is merged
 SEARCH_BLOCK = 4096
 LOOKUP_TOKENS = 2**20  # of several query shards in one piece of work: 1.2 GB of neighbours at k = 50, while they are merged
+OF_DOCUMENTS = ("document_lengths", "document_groups")
 FOUND = ("rows", "distances", "exact_rows", "exact_distances")
 GROUPS = 16  # of shards of the index: each keeps k neighbours of every query in files until all are merged
 
@@ -115,6 +116,12 @@ def part_name(query: QueryShard, group: int) -> str:
     return f"{query.name}.group-{group:02d}"
 
 
+def group_numbers(documents: list[Document]) -> Int[np.ndarray, " documents"]:
+    """A number for each document, the same whichever shard it is in; equal if they are of one group."""
+    names = (f"document {document.id}" if document.group is None else f"group {document.group}" for document in documents)
+    return np.array([int(digest(name), 16) >> 1 for name in names], np.int64)
+
+
 class EncodeQueries:
     """Name of a shard of documents -> its tokens' keys and hidden states, published."""
 
@@ -130,12 +137,14 @@ class EncodeQueries:
         neighbors, _ = self.settings.open()
         folder, made_from = neighbors / ENCODED, self.settings.encoded_from()
         if not record_of(folder, name, made_from):
-            tokens = worker.vocabulary.encode_documents(read_shard(neighbors.parent / "documents" / f"{name}.jsonl"))
-            expected = [f"{array}.npy" for array in ("keys", "hidden", "tokens", "document_lengths")]
+            documents = read_shard(neighbors.parent / "documents" / f"{name}.jsonl")
+            tokens = worker.vocabulary.encode_documents(documents)
+            expected = [f"{array}.npy" for array in ("keys", "hidden", "tokens", *OF_DOCUMENTS)]
             with disk_errors(folder), publish(folder, name, made_from, expected) as attempt:
                 attempt.facts = write_arrays(attempt.folder, tokens, worker.encoder, name)
                 np.save(attempt.folder / "tokens.npy", np.concatenate([*tokens, np.zeros(0, np.int32)]))
                 np.save(attempt.folder / "document_lengths.npy", np.array([len(document) for document in tokens], np.int64))
+                np.save(attempt.folder / "document_groups.npy", group_numbers(documents))
                 count("query_tokens", attempt.facts["tokens"])
         yield name
 
@@ -247,8 +256,8 @@ class MergeNeighbors:
         if not record_of(neighbors, query.name, made_from):
             rows, distances = _merged(settings, neighbors, query, *FOUND[:2])
             exact, _ = _merged(settings, neighbors, query, *FOUND[2:])
-            with _arrays(neighbors / ENCODED, query.name, settings.encoded_from(), "tokens", "hidden", "document_lengths") as encoded:
-                tokens, hidden, lengths = (np.asarray(array) for array in encoded)
+            with _arrays(neighbors / ENCODED, query.name, settings.encoded_from(), "tokens", "hidden", *OF_DOCUMENTS) as encoded:
+                tokens, hidden, *of_documents = (np.asarray(array) for array in encoded)
             neighbor_tokens = datastore.take("tokens", np.maximum(rows, 0))
             parts = list(describe_queries(worker.model, datastore, hidden, tokens, neighbor_tokens))
             if not parts:  # a shard without documents: arrays without rows, as wide as any
@@ -264,11 +273,11 @@ class MergeNeighbors:
             arrays = {"rows": rows, "distances": distances, "tokens": tokens, "neighbor_tokens": neighbor_tokens, **described}
             expected = [f"{name}.npy" for name in Queries._fields]
             with disk_errors(neighbors), publish(neighbors, query.name, made_from, expected) as attempt:
-                for name, array in (arrays | {"document_lengths": lengths}).items():
+                for name, array in (arrays | dict(zip(OF_DOCUMENTS, of_documents, strict=True))).items():
                     np.save(attempt.folder / f"{name}.npy", array)
                 sample = settings.sample(query)
                 found = {"sampled": int((exact >= 0).sum()), "recalled": common(rows[sample], exact)}
-                attempt.facts = {"tokens": len(tokens), "documents": len(lengths), **found}
+                attempt.facts = {"tokens": len(tokens), "documents": len(of_documents[0]), **found}
             count("merged_tokens", len(tokens))
         yield query.name
 

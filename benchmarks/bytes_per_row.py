@@ -48,7 +48,7 @@ class Split(NamedTuple):
 
     queries: QueryRows
     targets: Int[np.ndarray, " queries"]
-    lengths: Int[np.ndarray, " documents"]
+    documents: Int[np.ndarray, " queries"]  # their numbers
 
 
 def encode_all(model: Model, head: Any, documents: list[np.ndarray]) -> Any:
@@ -141,8 +141,8 @@ def run(workdir: Path) -> None:
     splits = {}
     for name, count in QUERIES.items():
         documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, name)), count)
-        lengths = np.array([len(document) for document in documents])
-        splits[name] = Split(encode_all(model, query_head, documents), np.concatenate(documents), lengths)
+        numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+        splits[name] = Split(encode_all(model, query_head, documents), np.concatenate(documents), numbers)
     as_paper = Memory(jnp.asarray(paper.keys), paper.ids, paper.values, None)
 
     def right(memory: Memory) -> tuple[Float[np.ndarray, " queries"], str]:
@@ -156,7 +156,7 @@ def run(workdir: Path) -> None:
     cells = [(f"as the paper's, {emb}", f"{4 * emb + 8 * ENTRIES:,}", "", chosen, f"{100 * expected.mean():.2f}", "", "")]
     for dimensions in DIMENSIONS:
         found, chosen = right(as_configured(dimensions))
-        low, high = bootstrap_interval(found - expected, splits["test"].lengths)
+        low, high = bootstrap_interval(found - expected, splits["test"].documents)
         own = datastore.bytes / datastore.rows - (binding.key_dimensions or emb) + dimensions
         whole = own + index_bytes(datastore.rows, dimensions) / datastore.rows
         difference = f"{100 * (found - expected).mean():+.2f}", f"[{100 * low:+.2f}, {100 * high:+.2f}]"

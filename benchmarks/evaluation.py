@@ -54,7 +54,9 @@ def run(workdir: Path) -> None:
         arrays = [ShardedArray([array]) for array in (rows, distances, tokens, *map(np.concatenate, described))]
         names = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
         lengths = np.array([len(document) for document in documents])
-        queries = Queries(tokens=targets, document_lengths=lengths, **dict(zip(names, arrays, strict=True)))
+        queries = Queries(
+            tokens=targets, document_lengths=lengths, document_groups=np.arange(len(lengths)), **dict(zip(names, arrays, strict=True))
+        )
         return SplitScorer("test", queries, index.datastore)
 
     def resmem() -> dict[Setting, tuple[np.ndarray, np.ndarray]]:

@@ -70,7 +70,9 @@ def made_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"]
         "log_partition": 10 * ones,
     }
     sharded = {name: ShardedArray([array]) for name, array in arrays.items()}
-    return Queries(tokens=np.zeros(len(rows), np.int32), document_lengths=np.array([len(rows)]), **sharded)
+    return Queries(
+        tokens=np.zeros(len(rows), np.int32), document_lengths=np.array([len(rows)]), document_groups=np.zeros(1, np.int64), **sharded
+    )
 
 
 def exponent(rows: list[int], seconds: list[float]) -> str:

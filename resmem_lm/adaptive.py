@@ -111,20 +111,20 @@ def _watched_loss(weights: dict[str, Any], gate: Gate, some: Known, places: Int[
     return _loss(weights, gate, _take(some, places))
 
 
-def fit(some: Known, documents: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
+def fit(some: Known, groups: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
     """Fits the network; it begins as DeepNet alone.
 
     Args:
         some: what is known of validation tokens, as NumPy arrays.
-        documents: the number of each token's document.
+        groups: a number for each token, equal where they are not independent.
         seed: of the first weights and of the batches.
     """
     x = np.asarray(some.features)[np.asarray(some.counted)]
     some = Known(*map(jnp.asarray, some))
     gate = Gate(_first_weights(x.shape[-1], seed), jnp.asarray(x.mean(axis=0)), jnp.asarray(x.std(axis=0) + 1e-3))
-    held_out = documents % HELD_OUT == HELD_OUT - 1
+    held_out = groups % HELD_OUT == HELD_OUT - 1
     if not held_out.any():
-        held_out = np.arange(len(documents)) % HELD_OUT == HELD_OUT - 1  # too few documents
+        held_out = np.arange(len(groups)) % HELD_OUT == HELD_OUT - 1  # too few groups
     fitted, watched = np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     def watch(weights: dict[str, Any]) -> float:
@@ -135,7 +135,7 @@ def fit(some: Known, documents: Int[np.ndarray, " queries"], seed: int = 0) -> G
     if len(watched) and len(fitted):
         losses |= {step: watch(weights) for step, weights in _steps(gate, some, fitted, STEPS, seed)}
     steps = min(losses, key=lambda step: losses[step])
-    again = [weights for _, weights in _steps(gate, some, np.arange(len(documents)), steps, seed)]
+    again = [weights for _, weights in _steps(gate, some, np.arange(len(groups)), steps, seed)]
     return gate._replace(weights=[gate.weights, *again][-1])
 
 

@@ -206,7 +206,8 @@ def read_shard(path: AnyPath) -> list[Document]:
 
 def shard_content(documents: Iterable[Document]) -> str:
     """The content of a shard."""
-    return "".join(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n" for document in documents)
+    parts = ({name: value for name, value in document._asdict().items() if value is not None} for document in documents)
+    return "".join(json.dumps(part, ensure_ascii=False) + "\n" for part in parts)
 
 
 def write_manifest(folder: AnyPath, changed: Iterable[str] | None = None) -> Record:

@@ -64,13 +64,16 @@ def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
     return adaptive.fit(*validation.known(sigma, FIT_TOKENS))
 
 
-def bootstrap_interval(values: Float[np.ndarray, " tokens"], document_lengths: Int[np.ndarray, " documents"]) -> tuple[float, float]:
-    """95% interval of the mean of `values` over tokens, documents drawn with replacement (tokens of one are not independent)."""
-    starts = np.concatenate([[0], np.cumsum(document_lengths)[:-1]])
-    sums = np.add.reduceat(values.astype(np.float64), starts)
-    documents = len(document_lengths)
-    draws = np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), size=BOOTSTRAP_SAMPLES)
-    means = (draws @ sums) / (draws @ document_lengths)
+def bootstrap_interval(values: Float[np.ndarray, " tokens"], groups: Int[np.ndarray, " tokens"]) -> tuple[float, float]:
+    """95% interval of the mean of `values` over tokens, groups drawn with replacement (tokens of one are not independent).
+
+    Args:
+        values: of each token.
+        groups: the number of its document, or of the work that has several (`Queries.groups`): 0, 1, ...
+    """
+    sums, tokens = np.bincount(groups, weights=values), np.bincount(groups)
+    draws = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=BOOTSTRAP_SAMPLES)
+    means = (draws @ sums) / (draws @ tokens)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -79,7 +82,7 @@ def describe(
     found: tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]],
     deepnet: Int[np.ndarray, " tokens"],
     targets: Int[np.ndarray, " tokens"],
-    document_lengths: Int[np.ndarray, " documents"],
+    groups: Int[np.ndarray, " tokens"],
 ) -> Record:
     """Accuracy, TPR (DeepNet wrong, this right), FPR (the reverse) and gain = TPR - FPR, as shares of all tokens (paper, Table 2)."""
     predictions, sure = found
@@ -87,11 +90,11 @@ def describe(
     tpr, fpr = float(np.mean(right & ~deepnet_right)), float(np.mean(~right & deepnet_right))
     return {
         "accuracy": float(np.mean(right)),
-        "accuracy_ci95": bootstrap_interval(right.astype(np.float64), document_lengths),
+        "accuracy_ci95": bootstrap_interval(right.astype(np.float64), groups),
         "tpr": tpr,
         "fpr": fpr,
         "gain": tpr - fpr,
-        "gain_ci95": bootstrap_interval(right.astype(np.float64) - deepnet_right, document_lengths),
+        "gain_ci95": bootstrap_interval(right.astype(np.float64) - deepnet_right, groups),
         "certified": float(np.mean(sure)),
     }
 
@@ -218,25 +221,25 @@ def _describe_split(
     told: dict[Setting, Told],
     adapted: Told,
 ) -> Record:
-    lengths, targets = np.asarray(scorer.queries.document_lengths), np.asarray(scorer.queries.tokens)
+    groups, targets = scorer.queries.groups, np.asarray(scorer.queries.tokens)
     deepnet = found[methods["deepnet"]][0]
     described: Record = {}
     right: dict[str, Bool[np.ndarray, " tokens"]] = {}
     for name, setting in methods.items():
         predictions = found[setting] if setting in found else told[setting][:2]
         right[name] = predictions[0] == targets
-        described[name] = describe(predictions, deepnet, targets, lengths) | {"hyperparameters": setting.hyperparameters()}
+        described[name] = describe(predictions, deepnet, targets, groups) | {"hyperparameters": setting.hyperparameters()}
         # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0.
         described[name] |= describe_distribution(told[setting], targets) if setting in told else {}
     described["deepnet"]["hyperparameters"] = {}
     described["resmem_calibrated"]["form"] = methods["resmem_calibrated"].formula
-    described["resmem_adaptive"] = describe(adapted[:2], deepnet, targets, lengths) | describe_distribution(adapted, targets)
+    described["resmem_adaptive"] = describe(adapted[:2], deepnet, targets, groups) | describe_distribution(adapted, targets)
     described["resmem_adaptive"]["hyperparameters"] = {"k": scorer.queries.rows.shape[1], "sigma": methods["resmem"].sigma}
     right["resmem_adaptive"] = adapted.predictions == targets
     differences = []
     for one, other in DIFFERENCES:
         difference = right[one].astype(np.float64) - right[other]
-        interval = bootstrap_interval(difference, lengths)
+        interval = bootstrap_interval(difference, groups)
         differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
     facts = read_json(workdir / "neighbors" / "neighbors.json")[split]
     shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")}

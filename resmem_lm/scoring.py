@@ -313,13 +313,13 @@ class SplitScorer:
         return {setting: _joined(told) for setting, told in parts.items()}
 
     def known(self, sigma: float, most: int) -> tuple[Known, Int[np.ndarray, " some"]]:
-        """What the adaptive gate sees of at most about `most` tokens, in blocks evenly spaced, and the numbers of their documents."""
+        """What the adaptive gate sees of at most about `most` tokens, in blocks evenly spaced, and their `groups`."""
         every = -(-len(self.queries.tokens) // most)
-        documents = np.repeat(np.arange(len(self.queries.document_lengths)), self.queries.document_lengths)
+        groups = self.queries.groups
         parts, numbers = [], []
         for some, candidates, neighbors in self.blocks("adapt", every=every):
             parts.append(_trimmed(_known(candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some))
-            numbers.append(documents[some])
+            numbers.append(groups[some])
         return _joined(parts), np.concatenate(numbers)
 
     def adaptive(self, gate: Gate, sigma: float) -> Told:

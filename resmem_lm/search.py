@@ -26,7 +26,7 @@ BASE_CANDIDATES = 32
 
 
 class Queries(NamedTuple):
-    """A split's cached arrays; row i is the i-th token of the split's documents in order. `document_lengths` and `tokens` are in memory."""
+    """A split's cached arrays; row i is the i-th token of the split's documents in order. Arrays of NumPy are in memory."""
 
     rows: ShardedArray  # Int[queries k]
     distances: ShardedArray  # Float[queries k]
@@ -38,6 +38,13 @@ class Queries(NamedTuple):
     bound: ShardedArray  # Float[queries]
     log_partition: ShardedArray  # Float[queries temperatures]
     document_lengths: Int[np.ndarray, " documents"]
+    document_groups: Int[np.ndarray, " documents"]  # equal where `prepare_documents.group` is
+
+    @property
+    def groups(self) -> Int[np.ndarray, " queries"]:
+        """Numbers from 0 in the order of appearance, equal for tokens of one group of documents, which are not independent."""
+        _, first, numbers = np.unique(self.document_groups, return_index=True, return_inverse=True)
+        return np.repeat(np.argsort(np.argsort(first))[numbers], self.document_lengths)
 
 
 def open_queries(workdir: AnyPath, split: str) -> Queries:
@@ -50,12 +57,14 @@ def open_queries(workdir: AnyPath, split: str) -> Queries:
     for shard in facts[split]["shards"]:
         for problem in damaged_files(folder, shard, checksums=True):
             raise UserError(f"{problem}: {mend}")
+        if missing := [name for name in Queries._fields if f"{name}.npy" not in shard["files"]]:
+            raise UserError(f"{folder} was made by another version, without {', '.join(missing)}: {mend}")
 
     def array(name: str) -> ShardedArray:
         return ShardedArray([load_array(folder_of(folder, shard) / f"{name}.npy") for shard in facts[split]["shards"]])
 
     arrays: dict[str, Any] = {name: array(name) for name in Queries._fields}
-    return Queries(**arrays | {name: np.asarray(arrays[name]) for name in ("tokens", "document_lengths")})
+    return Queries(**arrays | {name: np.asarray(arrays[name]) for name in ("tokens", "document_lengths", "document_groups")})
 
 
 def nearest(queries: Queries, k: int) -> Queries:

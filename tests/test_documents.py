@@ -308,6 +308,7 @@ def test_a_field_of_json_lines_groups_them(tmp_path):
     book = {line["text"]: line["book"] for line in lines}
     books = [{book[document.text] for path in shard_paths(tmp_path / "run", split) for document in read_shard(path)} for split in SPLITS]
     assert all(books)
+    assert all(d.group == book[d.text] for split in SPLITS for path in shard_paths(tmp_path / "run", split) for d in read_shard(path))
     assert sum(len(some) for some in books) == len(set.union(*books))
     said = message(prepare_documents, tmp_path / "other", text=str(tmp_path / "in.jsonl"), group="author")
     assert said == f'{tmp_path / "in.jsonl"}#1 has no field "author" with a string: prepare_documents.group names a field of every line'

@@ -1,5 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
@@ -28,6 +32,27 @@ def test_the_nearest_of_a_search_are_a_search_for_fewer(tiny_run):
     for k in (0, 13):
         with pytest.raises(UserError, match=f"the {k} nearest are not known: 12 neighbours"):
             nearest(queries, k)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=12))
+def test_tokens_of_a_group_have_one_number_and_numbers_are_in_order_of_appearance(documents):
+    drawn = np.random.default_rng(0).permutation(5) * 10**17
+    groups, lengths = (np.array(part) for part in zip(*documents, strict=True))
+    found = Queries.groups.fget(SimpleNamespace(document_groups=drawn[groups], document_lengths=lengths))
+    expected = {group: number for number, group in enumerate(dict.fromkeys(groups.tolist()))}
+    assert found.tolist() == [
+        expected[group] for group, length in zip(groups.tolist(), lengths.tolist(), strict=True) for _ in range(length)
+    ]
+
+
+def test_neighbours_of_another_version_are_told_with_the_mend(tiny_copy):
+    facts = read_json(tiny_copy / "neighbors/neighbors.json")
+    for split in ("validation", "test"):
+        (shard,) = facts[split]["shards"]
+        del shard["files"]["document_groups.npy"]
+    write_json(tiny_copy / "neighbors/neighbors.json", facts)
+    with pytest.raises(UserError, match="made by another version, without document_groups: delete"):
+        open_queries(tiny_copy, "test")
 
 
 def test_damaged_neighbours_are_named_with_the_mend(tiny_copy):

@@ -41,7 +41,7 @@ def study_baselines(
     datastore = open_datastore(workdir / "datastore")
     scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
-    targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
+    targets, groups = np.asarray(test.queries.tokens), test.queries.groups
     right, sigma = _predicted(workdir, test)
     adapted = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)
     right[METHODS["resmem_adaptive"]] = adapted.predictions == targets
@@ -58,7 +58,7 @@ def study_baselines(
 
     def told(method: str) -> str:
         gain = right[method].astype(np.float64) - right[METHODS["deepnet"]]
-        return f"{method} {percent(float(gain.mean()))} {interval(list(bootstrap_interval(gain, lengths)))}"
+        return f"{method} {percent(float(gain.mean()))} {interval(list(bootstrap_interval(gain, groups)))}"
 
     def draw(figure: Figure) -> None:
         groups = ("frequency", "distance", "confidence")

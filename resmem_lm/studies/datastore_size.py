@@ -163,14 +163,14 @@ def study_datastore_size(
         found = {method: predicted[setting] for method, setting in methods.items()}
         found["Calibrated ResMem"] = test.distributions([calibrated])[calibrated][:2]
         found["Adaptive ResMem"] = test.adaptive(fit_gate(validation, tuned["resmem"].sigma), tuned["resmem"].sigma)[:2]
-        targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
+        targets, groups = np.asarray(test.queries.tokens), test.queries.groups
         row: Record = {
             "fraction": fraction,
             "rows": part.remembered_rows,
             "recall@k": _recall(part, queries["test"]["keys"], test.queries.rows, recall_queries),
         }
         for method in METHODS:
-            told = describe(found[method], predicted[DEEPNET][0], targets, lengths)
+            told = describe(found[method], predicted[DEEPNET][0], targets, groups)
             row[f"{method}, gain, %"] = 100 * told["gain"]
             row[f"{method}, 95%"] = interval(told["gain_ci95"])
         chosen = {"ResMem": tuned["resmem"], "kNN-LM": tuned["knnlm"], "Calibrated ResMem": calibrated}

@@ -76,7 +76,7 @@ def study_decomposition(
         ).items()
     }
     found = test.predict(sorted({DEEPNET, *(setting for setting in chosen.values() if setting)}))
-    targets, lengths = np.asarray(test.queries.tokens), np.asarray(test.queries.document_lengths)
+    targets, groups = np.asarray(test.queries.tokens), test.queries.groups
 
     def row(method: str, rule: str, told: Record, chosen: Record) -> Record:
         return {
@@ -91,7 +91,7 @@ def study_decomposition(
         }
 
     rows = [
-        row(TITLES[formula], rule, describe(found[setting], found[DEEPNET][0], targets, lengths), setting.hyperparameters())
+        row(TITLES[formula], rule, describe(found[setting], found[DEEPNET][0], targets, groups), setting.hyperparameters())
         for (formula, rule), setting in chosen.items()
         if setting
     ]

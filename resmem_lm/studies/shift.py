@@ -41,21 +41,21 @@ METHODS = {
 TIMED_STEPS = 20
 TRAINED_ELSEWHERE = {"batch_size": 16, "sequence_length": 128, "seed": 0}  # for fine-tuning a model of which no more is known
 
-Right = tuple[Bool[np.ndarray, " tokens"], Int[np.ndarray, " documents"]]
+Right = tuple[Bool[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]
 
 
 def right_predictions(model: Model, workdir: AnyPath, split: str, window: WindowSpec) -> Right:
-    """Which tokens of a split DeepNet predicts, each once, in windows as the memory's; and the lengths of the documents."""
+    """Which tokens of a split DeepNet predicts, each once, in windows as the memory's; and the numbers of their documents."""
 
     def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> Bool[Array, " tokens"]:
         return jnp.argmax(model.logits(parameters, hidden), axis=-1) == targets
 
     documents = list(split_tokens(workdir, split, load_vocabulary(workdir)))
-    lengths = np.array([len(document) for document in documents])
-    right = np.zeros(lengths.sum(), bool)
+    numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    right = np.zeros(len(numbers), bool)
     for positions, found in Encoder(model, window, head)(documents):
         right[positions] = found
-    return right, lengths
+    return right, numbers
 
 
 def seconds_a_step(model: ModelConfig, workdir: AnyPath, batch_size: int, sequence_length: int) -> float:
@@ -139,7 +139,7 @@ def study_shift(
     tuned, rate = _fine_tuned(base, memory, TRAINED_ELSEWHERE | settings_of(workdir, "train"), memory_seconds, steps, learning_rates)
     window = open_datastore(memory / "datastore").binding.window
     fine_tuned = load_model(tuned / "checkpoints")
-    before, lengths = right_predictions(base, memory, "test", window)
+    before, numbers = right_predictions(base, memory, "test", window)
     after, _ = right_predictions(fine_tuned, memory, "test", window)
     after_on_first, _ = right_predictions(fine_tuned, workdir, "test", window)
     base_on_first = read_json(workdir / "results.json")["splits"]["test"]["methods"]["deepnet"]["accuracy"]
@@ -162,9 +162,9 @@ def study_shift(
         {
             "method": f"DeepNet, fine-tuned on the second text ({trained['settings']['steps']} steps at {rate:g})",
             "second text, %": 100 * after.mean(),
-            "95%": interval(list(bootstrap_interval(after.astype(np.float64), lengths))),
+            "95%": interval(list(bootstrap_interval(after.astype(np.float64), numbers))),
             "gain, %": 100 * (after.mean() - before.mean()),
-            "gain, 95%": interval(list(bootstrap_interval(after.astype(np.float64) - before, lengths))),
+            "gain, 95%": interval(list(bootstrap_interval(after.astype(np.float64) - before, numbers))),
             "first text, %": 100 * after_on_first.mean(),
             "seconds": trained["seconds"],
         }

@@ -7,8 +7,9 @@ from beam_pipelines.append import append
 from beam_pipelines.datastore import build_datastore
 from beam_pipelines.index import build_index
 from beam_pipelines.runner import LOCAL_RUNNER
-from beam_pipelines.search import search
+from beam_pipelines.search import group_numbers, search
 from resmem_lm.datastore import open_datastore
+from resmem_lm.documents import Document
 from resmem_lm.errors import UserError
 from resmem_lm.search import QUERY_SPLITS, open_queries
 from resmem_lm.storage import read_json
@@ -92,6 +93,13 @@ def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimen
     build_datastore(tiny_copy, window_length=32, window_context=8, entries=16, temperatures=(1.0, 1.4), key_dimensions=8)
     build_index(tiny_copy)
     assert search(tiny_copy, neighbors=12)["test"]["recall_at_k"] == 1
+
+
+def test_documents_of_a_group_have_one_number_and_others_their_own():
+    documents = [Document("a", "one", "work"), Document("b", "two"), Document("work", "three"), Document("d", "four", "work")]
+    numbers = group_numbers(documents)
+    assert numbers[0] == numbers[3]
+    assert len(set(numbers.tolist())) == 3
 
 
 def test_no_query_to_compare_is_refused(unsearched):
