@@ -69,6 +69,7 @@ def text_of(workdir):
 
 def write_some(workdir, examples):
     write_json(workdir / "studies/examples/results.json", {"title": "Examples", "text": "Some.", "rows": [], "examples": examples})
+    write_json(workdir / "stages/study-examples.json", {"finished": True, "inputs": {}, "result": {}})
 
 
 def test_only_the_page_s_own_script_may_run_and_text_stays_text(tmp_path):
