@@ -92,7 +92,8 @@ def run(workdir: Path) -> None:
             start = perf_counter()
             facts = build(datastore, Path(name), {"training_rows": 100_000})
             times["build"].append(perf_counter() - start)
-            index = ApproximateIndex(datastore, Searcher(datastore, Path(name), facts), CANDIDATES)
+            searcher = Searcher(datastore, Path(name), facts)
+            index, lists = ApproximateIndex(datastore, searcher, CANDIDATES), searcher.lists(searcher.rotation.apply(keys))[2]
             found = index.search(keys[:RECALL_QUERIES], K)[0]
             reached = recall(found, ExactIndex(datastore).search(keys[:RECALL_QUERIES], K)[0])
             times["search"].append(least(lambda index=index: index.search(keys, K)))
@@ -100,9 +101,11 @@ def run(workdir: Path) -> None:
             with contextlib.redirect_stderr(io.StringIO()):
                 times["evaluation"].append(least(lambda scorer=scorer: scorer.predict([SETTING])))
             each = [f"{1e6 * times[part][-1] / QUERIES:,.0f}" for part in ("search", "evaluation")]
-            cells.append((f"{count:,}", f"{reached:.3f}", f"{times['build'][-1]:.1f}", *each))
+            told = f"{lists.mean():.1f} of {facts['leaves']:,} (centres to {facts['farther']} of the nearest)"
+            cells.append((f"{count:,}", f"{reached:.3f}", f"{times['build'][-1]:.1f}", told, *each))
+    build_time, *others = (exponent(list(ROWS), seconds) for seconds in times.values())
     table(
         f"Growth ({keys.shape[1]} dimensions, {QUERIES:,} queries, the least of three times)",
-        ("rows", "recall@50", "index build, s", "search, us a query", "scores, us a query"),
-        [*cells, ("exponent", "", *(exponent(list(ROWS), times[part]) for part in times))],
+        ("rows", "recall@50", "index build, s", "lists of a query", "search, us a query", "scores, us a query"),
+        [*cells, ("exponent", "", build_time, "", *others)],
     )

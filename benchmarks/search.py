@@ -34,6 +34,8 @@ LINKS, EFFORT = 16, 100  # of the graphs: neighbours of a node (M), candidates w
 
 TUNED_FARTHER, TUNED_CANDIDATES = (1.1, 1.15, 1.2, 1.225, 1.25, 1.275, 1.3, 1.35), 200
 
+FAST, BUILD_ROUNDS = "faiss IVF-PQ with refine", 3  # of the peers' builds, the one that takes seconds
+
 Search = Callable[[Float[np.ndarray, "queries emb"]], Int[np.ndarray, "queries k"]]
 
 
@@ -155,7 +157,7 @@ def scann_tree(keys: Float[np.ndarray, "rows emb"]) -> Peer:
 
 
 PEERS = {
-    "faiss IVF-PQ with refine": ivf_pq_refine,
+    FAST: ivf_pq_refine,
     "faiss HNSW": faiss_hnsw,
     "hnswlib": hnswlib_graph,
     "usearch": usearch_graph,
@@ -182,17 +184,19 @@ def run(workdir: Path) -> None:
             ways["ours, tuned likewise"] = lambda some, tuned=tuned: tuned.search(some, K)[0]
             reached["ours, tuned likewise"] = f"{found:.3f} (centres to {farther} of the nearest, {TUNED_CANDIDATES} candidates)"
             break
-    builds = {"ours": _our_build(workdir)}
-    keys = all_keys(workdir)
+    keys, builds = all_keys(workdir), {"ours": [_our_build(workdir)]}
     for name, build in PEERS.items():
         peer = build(keys)
-        builds[name] = (peer.seconds, peer.size)
+        builds[name] = [(peer.seconds, peer.size)]
         for effort in peer.efforts:
             found = recall(peer.search(effort)(queries), truth)
             if found >= RECALL or effort == peer.efforts[-1]:
                 ways[name], reached[name] = peer.search(effort), f"{found:.3f} (effort {effort})"
                 break
-    del keys
+    for _ in range(BUILD_ROUNDS - 1):
+        builds["ours"].append(_our_build(workdir))
+        builds[FAST].append(PEERS[FAST](keys)[:2])
+    del keys, peer
     times = interleaved({name: lambda way=way: way(queries) for name, way in ways.items()}, rounds=5)
     alone = interleaved({"exact": lambda: exact.search(queries[:EXACT_QUERIES], K), "ours": lambda: ours.search(queries, K)}, rounds=3)
     exact_times = {"exact": [seconds * QUERIES / EXACT_QUERIES for seconds in alone["exact"]], "ours": alone["ours"]}
@@ -205,10 +209,19 @@ def run(workdir: Path) -> None:
             ("exact, in JAX", "1", ratio(exact_times, "exact", "ours"), f"{1e6 * median(exact_times, 'exact') / QUERIES:,.0f}"),
         ],
     )
+    seconds = {name: sorted(s for s, _ in runs) for name, runs in builds.items()}
     table(
-        "Build of the index (one run each; ours as a stage, with its reading of the datastore)",
+        f"Build of the index (ours and {FAST} {BUILD_ROUNDS} times in turns, others once; ours as a stage, which reads the datastore)",
         ("index", "seconds", "time over ours", "bytes a row"),
-        ((name, f"{s:.1f}", f"{s / builds['ours'][0]:.2f}", f"{size / rows:.0f}") for name, (s, size) in builds.items()),
+        (
+            (
+                name,
+                f"{median(seconds, name):.1f} ({some[0]:.1f} to {some[-1]:.1f})",
+                f"{median(seconds, name) / median(seconds, 'ours'):.2f}",
+                f"{builds[name][0][1] / rows:.0f}",
+            )
+            for name, some in seconds.items()
+        ),
     )
 
 

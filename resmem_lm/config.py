@@ -104,6 +104,8 @@ def is_set(setting: str) -> bool:
 def _bindings(name: str) -> dict[str, Any]:
     try:
         bindings: dict[str, Any] = gin.get_bindings(name)
+    except UserError as error:  # of ModelConfig; gin adds a line of its own
+        raise UserError(str(error).splitlines()[0]) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: {_unresolved(error)}") from None
     return bindings

@@ -4,6 +4,11 @@ import dataclasses
 
 import gin
 
+from resmem_lm.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("linear", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "selu", "softplus")  # "linear", and some of Flax's
+
 
 @gin.register(module="resmem_lm.model")  # the name that gin files for T5X give it
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +17,9 @@ class ModelConfig:
 
     `mlp_activations` is ("relu",) for T5 1.0 and ("gelu", "linear") for T5 1.1; `logits_via_embedding` ties the
     output to the embedding (T5 1.0). `dtype` is that of the activations; parameters are float32.
+
+    Raises:
+        UserError: a number out of its range, or an unknown activation or dtype.
     """
 
     vocab_size: int
@@ -24,3 +32,13 @@ class ModelConfig:
     dropout_rate: float = 0.1
     logits_via_embedding: bool = True
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "emb_dim", "num_heads", "num_layers", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ModelConfig.{name} = {getattr(self, name)}: take 1 or more")
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"ModelConfig.dropout_rate = {self.dropout_rate}: take 0 or more and less than 1")
+        for name, given, known in (("mlp_activations", self.mlp_activations, ACTIVATIONS), ("dtype", (self.dtype,), DTYPES)):
+            if not given or not set(given) <= set(known):
+                raise UserError(f"ModelConfig.{name} = {getattr(self, name)!r}: known are {', '.join(known)}")

@@ -9,7 +9,7 @@ from typing import Any
 from resmem_lm.plots import INK, INKS, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
-from resmem_lm.workdir import Record, is_current, stage
+from resmem_lm.workdir import Record, current, stage
 
 # Shows the examples of a study that have every word of what is typed. The page's policy lets no other script run than this one.
 FILTER = """
@@ -46,10 +46,11 @@ def write_report(workdir: AnyPath) -> Record:
         UserError: results.json is missing or damaged.
     """
     results = read_json(workdir / "results.json")
+    stages = current(workdir)
     studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
     sections = []
     for folder in studies:
-        if is_current(workdir, f"study-{folder.name}"):
+        if f"study-{folder.name}" in stages:
             sections.append(_study(folder))
         else:
             print(f"report: without the study {folder.name}, which is of other results: `resmem study {folder.name}`", file=sys.stderr)

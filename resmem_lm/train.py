@@ -73,11 +73,16 @@ def train(
 
     vocabulary = load_vocabulary(workdir)
     check_vocabulary(vocabulary, model)
-    least = {"steps": 1, "batch_size": 1, "sequence_length": 1, "constant_steps": 1, "cooldown_steps": 0, "checkpoint_steps": 1}
-    given = locals()
-    for name, smallest in least.items():
-        if given[name] < smallest:
-            raise UserError(f"train.{name} = {given[name]}: take {smallest} or more")
+    for name, given, least in (
+        ("steps", steps, 1),
+        ("batch_size", batch_size, 1),
+        ("sequence_length", sequence_length, 1),
+        ("constant_steps", constant_steps, 1),
+        ("cooldown_steps", cooldown_steps, 0),
+        ("checkpoint_steps", checkpoint_steps, 1),
+    ):
+        if given < least:
+            raise UserError(f"train.{name} = {given}: take {least} or more")
     devices = len(jax.local_devices())
     if batch_size % devices:
         raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")

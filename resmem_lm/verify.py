@@ -32,7 +32,7 @@ OUTPUTS = {
     "evaluate": {"results.json"},
     "report": {"report.html"},
 }
-PARTLY_WRITTEN = re.compile(r"\.tmp$|^\.lock$")
+PARTLY_WRITTEN = re.compile(r"\.tmp(/|$)|(^|/)\.lock$")  # in a path within the work directory
 
 
 def verify(workdir: AnyPath) -> list[str]:
@@ -76,7 +76,7 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
         place = inside(file, workdir)
         if place.startswith("derived/"):  # work directories of their own, which studies made
             continue
-        if place not in known and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(file.name):
+        if place not in known and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(place):
             yield f"{file} is known to no record: it may be left from a run that was killed; delete it if it is not yours"
 
 

@@ -173,13 +173,15 @@ def finished(workdir: AnyPath, name: str) -> Record:
     return record
 
 
-def is_current(workdir: AnyPath, stage: str) -> bool:
-    """Whether a stage has finished, and what it was made from is still what the work directory has."""
+def current(workdir: AnyPath) -> set[str]:
+    """The stages that have finished, and whose inputs are still what the work directory has."""
     records = {path.stem: read_json(path) for path in children(workdir / "stages", "*.json")}
-    record = records.get(stage, {})
-    return bool(record.get("finished")) and all(
-        name in records and _digest(records[name].get("result", {})) == digest for name, digest in record["inputs"].items()
-    )
+    digests = {name: _digest(record.get("result", {})) for name, record in records.items()}
+    return {
+        name
+        for name, record in records.items()
+        if record.get("finished") and all(digests.get(of) == digest for of, digest in record.get("inputs", {}).items())
+    }
 
 
 def _digest(result: Record) -> str:

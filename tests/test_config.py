@@ -17,7 +17,7 @@ from resmem_lm.documents import prepare_documents
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import evaluate
 from resmem_lm.main import import_stages
-from resmem_lm.model_config import ModelConfig
+from resmem_lm.model_config import ACTIVATIONS, DTYPES, ModelConfig
 from resmem_lm.train import train
 from resmem_lm.vocabulary import make_vocabulary
 
@@ -164,7 +164,13 @@ SETTINGS = st.fixed_dictionaries(
                 "steps": st.integers(),
                 "batch_size": st.integers(),
                 "sequence_length": st.integers(),
-                "model": st.tuples(*[st.integers()] * 6, TEXTS, FLOATS, st.booleans(), st.text()),
+                "model": st.tuples(
+                    *[st.integers(1)] * 6,
+                    st.lists(st.sampled_from(ACTIVATIONS), min_size=1).map(tuple),
+                    st.floats(0, 1, exclude_max=True),
+                    st.booleans(),
+                    st.sampled_from(DTYPES),
+                ),
             }
         ),
     }
@@ -277,6 +283,22 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
 )
 def test_a_value_of_the_wrong_kind_is_told_with_the_right_one(binding, named, wanted):
     assert said_of(binding) == f"{named} is of the wrong kind: it must be {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("num_heads=0", "num_heads = 0: take 1 or more"),
+        ("dropout_rate=1.0", "dropout_rate = 1.0: take 0 or more and less than 1"),
+        ("dtype='float8'", "dtype = 'float8': known are float32, bfloat16, float16"),
+        ("mlp_activations=('relu', 'gelux')", "mlp_activations = ('relu', 'gelux'): known are linear, relu, gelu"),
+        ("mlp_activations=()", "mlp_activations = (): known are linear, relu, gelu"),
+    ],
+)
+def test_a_shape_that_no_model_has_is_told_in_one_line(binding, said):
+    told = said_of(f"ModelConfig.{binding}")
+    assert told.startswith(f"ModelConfig.{said}")
+    assert "\n" not in told
 
 
 @pytest.mark.parametrize(

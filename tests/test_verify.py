@@ -111,6 +111,13 @@ def test_a_missing_file_and_one_that_nobody_knows_are_told(tiny_copy):
     assert any("stray.npy is known to no record" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("name", [".documents.tmp/00000.jsonl", "datastore/.rows.npy.1a2b3c4d.tmp"])
+def test_what_a_killed_run_left_half_written_is_no_problem(tiny_copy, name):
+    (tiny_copy / name).parent.mkdir(exist_ok=True)
+    (tiny_copy / name).write_bytes(b"half")
+    assert verify(tiny_copy) == []
+
+
 def test_a_manifest_that_names_a_place_outside_is_refused(tiny_copy, capsys):
     manifest = read_json(tiny_copy / "datastore/manifest.json")
     outside = tiny_copy.parent / "outside"
