@@ -10,7 +10,7 @@ FROM python:3.11-slim
 ARG JAX=jax[cuda13]
 COPY requirements/core.txt /tmp/core.txt
 RUN pip install --no-cache-dir -r /tmp/core.txt \
-    && pip install --no-cache-dir "${JAX}==$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' /tmp/core.txt)" "apache-beam[gcp]" gcsfs s3fs -c /tmp/core.txt
+    && pip install --no-cache-dir "${JAX}==$(sed -n 's/^jax==\([0-9.]*\).*/\1/p' /tmp/core.txt | head -n 1)" "apache-beam[gcp]" gcsfs s3fs -c /tmp/core.txt
 COPY . /src
 RUN pip install --no-cache-dir --no-deps /src
 # A process each for build, index and search: the memory is not JAX's alone.

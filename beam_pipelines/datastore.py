@@ -198,7 +198,7 @@ def build_datastore(
         window_length: tokens the model sees at once (paper: 256).
         window_context: tokens at the head of a window that are context only (paper: 64).
         entries: residual components kept of each row (paper: 128).
-        temperatures: for which log-partition values are kept, so that T can be chosen later; 1.0 must be among them, and none below 0.2.
+        temperatures: for which the powers' sums are kept, so that T can be chosen later; 1.0 must be among them, and none below 0.2.
         key_dimensions: of a key, the principal components of a sample; None keeps all that the model has (as the paper).
         shards: the first so many shards of the train split; None takes all. (The paper's datastore is 1% of C4.)
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.

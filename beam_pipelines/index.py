@@ -83,7 +83,7 @@ def build_index(
     Args:
         kind: "faiss"; "scann", the paper's (pip install 'resmem_lm[scann]'); or "exact" where every comparison is wanted.
         candidates: neighbours that each shard of the index proposes for a query; the nearest by true distance are kept.
-        training_rows: rows from which leaves and codes are learned, at most; faiss takes no more than help it.
+        training_rows: rows from which lists (ScaNN's leaves) and codes are learned, at most; faiss takes no more than help it.
         threads: that ScaNN builds with; 0 is all cores. With 1, two of its builds are equal; with more, a row that is equally near to two
             leaves is in either, and one query in some 60,000 finds other neighbours. faiss takes all cores and builds the same each time.
         memory_gib: of one worker process, which says how many rows a shard of the index has; a finished index stays as it is.

@@ -126,7 +126,7 @@ def evaluate(
         lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them.
 
     Raises:
-        UserError: a temperature that the datastore has no log-partition values for, or no usable k.
+        UserError: a temperature that the datastore has no powers' sums for, or no usable k.
     """
     datastore = open_datastore(workdir / "datastore")
     datastore.check_files(*(f"{name}.npy" for name in ("residual_ids", "residual_codes", "target_log_probability", "log_power_sums")))

@@ -281,7 +281,10 @@ def use_huge_pages() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 2 after one line about what the user can mend."""
+    """Runs a command; returns its exit code.
+
+    0; 1 where `verify` found something; 2 after one line about what the user can mend; 130 after Ctrl-C.
+    """
     arguments, rest = _parser().parse_known_args(argv)
     try:
         takes_settings = arguments.command not in KEEPING
