@@ -56,6 +56,8 @@ def mended_tokens(
 ) -> list[Record]:
     """Test tokens that DeepNet gets wrong and ResMem right, with the neighbours that add most to the right one.
 
+    There may be none: what the residuals take from DeepNet's own prediction can be enough.
+
     Args:
         workdir: of the run.
         q: the test split's queries.
@@ -79,7 +81,7 @@ def mended_tokens(
         rows, distances, neighbor_tokens = (array[query[None]][0] for array in (q.rows, q.distances, q.neighbor_tokens))
         weights = np.asarray(neighbor_weights(jnp.asarray(distances[None, : setting.k]), setting.sigma))[0]
         order = np.argsort(-weights * (neighbor_tokens[: setting.k] == target), kind="stable")[:3]
-        order = order[rows[order] >= 0]
+        order = order[(rows[order] >= 0) & (neighbor_tokens[order] == target)]
         neighbors = [
             {
                 **texts.neighbor(datastore, int(rows[i])),

@@ -26,10 +26,14 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     ResMem has the hyperparameters that `evaluate` chose, over the whole vocabulary.
 
     Raises:
-        UserError: an empty text, or a stage that has not finished.
+        UserError: an empty text, one that is not UTF-8, or a stage that has not finished.
     """
     if not text.strip():
         raise UserError('resmem inspect: give a text, such as "The quick brown fox"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a shell's bytes that are not UTF-8 come as surrogates
+        raise UserError("resmem inspect: the text is not UTF-8: convert it, such as with iconv") from None
     for stage in ("index", "evaluate"):
         finished(workdir, stage)
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)

@@ -64,7 +64,7 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
             except UserError as error:
                 yield str(error)
             except (KeyError, TypeError, ValueError, OSError) as error:
-                yield f"{workdir}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {RUN.get(name, name)}` again"
+                yield f"{workdir}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {_command(name)}` again"
         bar.update(len(stages))
     unfinished: set[str] = set()  # folders of stages that go on when they are run again
     for name, outputs in OUTPUTS.items():
@@ -80,8 +80,13 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
             yield f"{file} is known to no record: it may be left from a run that was killed; delete it if it is not yours"
 
 
+def _command(stage: str) -> str:
+    """What runs a stage."""
+    return RUN.get(stage, stage.replace("study-", "study "))
+
+
 def _stage_files(workdir: AnyPath, name: str, record: Record) -> Iterator[str]:
-    command = RUN.get(name, name)
+    command = _command(name)
     for place, expected in record.get("files", {}).items():
         path = workdir / place
         what = (

@@ -200,8 +200,8 @@ def stage(
 ) -> Callable[[Callable[P, Record]], Stage[P]]:
     """Makes a function the stage `name`, which needs the stages `after`, writes WORKDIR/`output` and is known to gin.
 
-    `beside` is another folder that it writes. Settings named in `free` do not change the output (how often to save, where to run) and
-    may differ between runs.
+    `beside` is another folder that it writes, or the one in which the output lies. Settings named in `free` do not change the output (how
+    often to save, where to run) and may differ between runs.
     """
 
     def wrap(function: Callable[P, Record]) -> Stage[P]:

@@ -47,5 +47,7 @@ def test_the_command_prints_a_line_for_each_token(tiny_run, capsys):
 def test_an_empty_text_and_an_unfinished_run_are_told(tiny_run, tmp_path):
     with pytest.raises(UserError, match="give a text"):
         inspect(tiny_run, " ")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        inspect(tiny_run, "caf\udce9")
     with pytest.raises(UserError, match="the stage index has not finished"):
         inspect(tmp_path, "text")

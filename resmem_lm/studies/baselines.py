@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from resmem_lm import infinigram
 from resmem_lm.candidates import DEEPNET, Formula, Setting
 from resmem_lm.datastore import Datastore, open_datastore
+from resmem_lm.errors import UserError
 from resmem_lm.evaluate import bootstrap_interval, fit_gate
 from resmem_lm.infinigram import Continuations, Mixture
 from resmem_lm.plots import INK, Figure, line
@@ -37,7 +38,12 @@ def study_baselines(
 
     Args:
         lambdas: weights of the infinity-gram model to try, each where one and where several continuations were seen.
+
+    Raises:
+        UserError: no such weight, or one that is no share.
     """
+    if not lambdas or not all(0 <= lambda_ <= 1 for lambda_ in lambdas):
+        raise UserError(f"study_baselines.lambdas = {lambdas}: take one or more numbers, from 0 to 1")
     datastore = open_datastore(workdir / "datastore")
     scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
@@ -46,7 +52,9 @@ def study_baselines(
     adapted = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)
     right[METHODS["resmem_adaptive"]] = adapted.predictions == targets
     notes = "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its rows are left out."
-    if infinigram.installed() and is_local(workdir):
+    if not is_local(workdir):
+        notes = "infini-gram reads local files only, and the work directory lies in object storage: its rows are left out."
+    elif infinigram.installed():
         alone, mixed, chosen = _infinigram(workdir, datastore, scorers, sorted(lambdas))
         right |= {"infini-gram": alone, "infini-gram with DeepNet": mixed}
         notes = f"infini-gram with DeepNet: lambda {chosen[0]:g}, and {chosen[1]:g} where one continuation only was seen (validation)."
@@ -105,10 +113,10 @@ def _ranges(values: Float[np.ndarray, " tokens"], edges: list[float]) -> Iterato
 def _groups(test: SplitScorer, datastore: Datastore) -> Iterator[tuple[str, str, Bool[np.ndarray, " tokens"]]]:
     """(by what, range, which tokens)."""
     q, unit = test.queries, test.unit_number
-    remembered = list(datastore.shard_arrays("tokens"))
-    counts = np.zeros(1 + max(int(tokens.max(initial=0)) for tokens in (*remembered, q.tokens)), np.int64)
-    for tokens in remembered:
-        counts += np.bincount(tokens, minlength=len(counts))
+    counts = np.zeros(1 + max(int(tokens.max(initial=0)) for tokens in (*datastore.shard_arrays("tokens"), q.tokens)), np.int64)
+    for first, tokens in zip(datastore.offsets, datastore.shard_arrays("tokens"), strict=False):
+        remembered = ~datastore.is_forgotten(first + np.arange(len(tokens)))
+        counts += np.bincount(tokens[remembered], minlength=len(counts))
     nearest = np.asarray(q.distances)[:, 0]
     nearest = np.where(np.isfinite(nearest), nearest, np.inf)
     confidence = np.exp(np.asarray(q.candidate_logits).max(axis=1) - np.asarray(q.log_partition)[:, unit])

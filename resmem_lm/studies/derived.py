@@ -29,7 +29,10 @@ def derive(workdir: AnyPath, name: str, stages: tuple[str, ...]) -> AnyPath:
     target = workdir / "derived" / name
     records = {stage: finished(workdir, stage) for stage in stages}
     places = {stage: target / "stages" / f"{stage}.json" for stage in stages}
-    if any(place.exists() and read_json(place) != records[stage] for stage, place in places.items()):
+    changed = any(place.exists() and read_json(place) != records[stage] for stage, place in places.items())
+    # `build --append` adds documents, of which their stage's record does not tell.
+    ours, copied = (folder / "documents" / "manifest.json" for folder in (workdir, target))
+    if changed or ("documents" in stages and copied.exists() and read_json(copied) != read_json(ours)):
         remove(target)
     for stage, place in places.items():
         if place.exists():

@@ -56,11 +56,12 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
             "token": example["target"],
             "DeepNet": example["deepnet"],
             "rank of the token for DeepNet": example["rank"],
-            "neighbour's document": example["neighbors"][0]["document"],
-            "neighbour's context": example["neighbors"][0]["context"],
-            "distance": example["neighbors"][0]["distance"],
+            "neighbour's document": nearest.get("document"),
+            "neighbour's context": nearest.get("context"),
+            "distance": nearest.get("distance"),
         }
         for example in shown
+        for nearest in [*example["neighbors"], {}][:1]
     ]
     share = f"{len(pool) / len(all_mended):.0%}" if len(all_mended) else "none"
     text = (

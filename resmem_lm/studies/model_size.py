@@ -16,7 +16,7 @@ from resmem_lm.storage import AnyPath, read_json
 from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.train import train
-from resmem_lm.workdir import Record
+from resmem_lm.workdir import Record, current
 
 LINES = {"deepnet": "DeepNet", "resmem_paper": "ResMem (paper)", "resmem": "ResMem", "resmem_adaptive": "Adaptive ResMem"}
 
@@ -61,7 +61,7 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
         widths: `emb_dim` of the other models; heads and MLP follow.
 
     Raises:
-        UserError: a width below 1, or a run whose checkpoint was trained elsewhere.
+        UserError: a width below 1, a run whose checkpoint was trained elsewhere, or whose datastore has changed since its evaluation.
     """
     if not widths or min(widths) < 1:
         raise UserError(f"study_model_size.widths = {widths}: take one or more widths, of 1 or more")
@@ -71,6 +71,8 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
             f"{workdir} took its checkpoint from elsewhere, and the study model-size trains other models as that one was: "
             "take the --workdir of a run that trained its own, without CHECKPOINT"
         )
+    if "evaluate" not in current(workdir):
+        raise UserError(f"{workdir}: the evaluation is of another datastore than it has now: run `resmem index` and `resmem evaluate` first")
     own = ModelConfig(**settings["model"])
     found = [(own, read_json(workdir / "results.json"))]
     others = sorted(set(widths) - {own.emb_dim})

@@ -23,7 +23,7 @@ from resmem_lm.workdir import Record
 
 
 class Kept(NamedTuple):
-    """Predictions with some entries of each residual, and which of them are proved to be those of the full residual."""
+    """Predictions with some entries of each residual, and which of them are proved to be those of all entries, in the datastore's codes."""
 
     predictions: Int[Array, " queries"]
     certified: Bool[Array, " queries"]
@@ -71,7 +71,7 @@ def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datast
             remove(place)
     build_datastore(derived, **settings | {"entries": entries})
     made = open_datastore(derived / "datastore")
-    # Neighbours are cached by row: documents that were added since, or lie in another order, would put other tokens there.
+    # Neighbours are cached by row: rows in another order would put other tokens there.
     if not np.array_equal(np.asarray(made.array("tokens")), np.asarray(datastore.array("tokens"))):
         raise UserError(f"{made.folder} has other rows than {datastore.folder}: delete {derived} and run the study again, or {mend}")
     return made
@@ -87,7 +87,7 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
         sizes: numbers of entries; those above the vocabulary's size are passed over.
 
     Raises:
-        UserError: no usable size, or rows that can no more be made again because documents were forgotten or added.
+        UserError: no usable size, or rows that can no more be made again because documents were forgotten.
     """
     datastore = open_datastore(workdir / "datastore")
     vocabulary = read_json(workdir / "checkpoints" / "model.json")["config"]["vocab_size"]
@@ -142,6 +142,6 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
 
     text = (
         "ResMem with the paper's hyperparameters, its rows cut to their largest entries. Certified: the share of tokens whose prediction "
-        "is proved to be that of the full residual, because the winner leads by more than what was dropped can change."
+        "is proved to be that of all entries, in the datastore's codes, because the winner leads by more than what was dropped can change."
     )
     return write_study(workdir, "residual-size", title="Size of the residual (appendix C)", text=text, rows=rows, draw=draw)

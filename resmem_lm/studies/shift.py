@@ -1,5 +1,7 @@
 """A model trained on one text with a memory of another (the paper's section 6), beside fine-tuning on that for as long."""
 
+import hashlib
+import json
 import sys
 import time
 from typing import Any
@@ -21,7 +23,7 @@ from resmem_lm.model import init_parameters
 from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, pack, split_tokens
 from resmem_lm.results import interval
-from resmem_lm.storage import AnyPath, new_directory, read_json, remove, write_json
+from resmem_lm.storage import AnyPath, new_directory, read_json, write_json
 from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.train import train
@@ -102,7 +104,7 @@ def study_shift(
     Fine-tuning gets as many steps as fit into the seconds that the memory took to build and index; they are counted once and written
     down, so that a study that is resumed uses them again. Time to compile is the memory's but not the fine-tuning's, and neither is
     charged for choosing on validation (hyperparameters, learning rate). Of a build that was interrupted only the seconds of its last run
-    are known: then give `steps`, or delete WORKDIR/derived/shift first.
+    are known: then give `steps`, or delete WORKDIR/derived/shift first. Another text has a memory of its own there.
 
     Args:
         text: the second text, as prepare_documents.text. It should be another than the run's, of which the model knows much already;
@@ -124,12 +126,8 @@ def study_shift(
         raise UserError(f"study_shift.learning_rates = {learning_rates}: take one or more, above 0")
 
     documents: Record = {"text": text, "shards": shards, "validation_fraction": validation_fraction, "test_fraction": test_fraction}
-    memory = workdir / "derived" / "shift" / "memory"
-    try:
-        prepare_documents.check(memory, **documents)
-    except UserError:
-        remove(memory)  # it was made of another text
-    derive(workdir, "shift/memory", ("vocabulary", "train"))
+    of_text = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:8]
+    memory = derive(workdir, f"shift/memory-{of_text}", ("vocabulary", "train"))
     print("shift: a memory of the second text", file=sys.stderr, flush=True)
     prepare_documents(memory, **documents)
     methods = remember(workdir, memory, shards=None)["splits"]["test"]["methods"]

@@ -15,7 +15,7 @@ NEEDS = ("search", "build", "train", "evaluate")
 
 def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[P, Record]], Stage[P]]:
     """Makes a function the study `name`: a stage that writes WORKDIR/studies/NAME and is done again when its settings or inputs change."""
-    return stage(name=f"study-{name}", output=f"studies/{name}", after=after, redo=True)
+    return stage(name=f"study-{name}", output=f"studies/{name}/results.json", beside=f"studies/{name}", after=after, redo=True)
 
 
 def write_study(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from resmem_lm.errors import UserError
 from resmem_lm.plots import INK, Figure, line
 from resmem_lm.progress import progress
 from resmem_lm.storage import AnyPath
@@ -116,7 +117,21 @@ def study_theory(
         repetitions: of each, with another truth and other points.
         queries: test points of each repetition.
         seed: of everything.
+
+    Raises:
+        UserError: a number out of its range, or too few sizes for a slope.
     """
+    for name, given, least in (
+        ("sizes", sizes, 1),
+        ("dimensions", dimensions, 1),
+        ("bounds", bounds, 1e-6),
+        ("repetitions", [repetitions], 1),
+        ("queries", [queries], 1),
+    ):
+        if not given or min(given) < least:
+            raise UserError(f"study_theory.{name} = {given}: take {least:g} or more")
+    if len(set(sizes)) < 2 or len(set(sizes)) * repetitions < 3:
+        raise UserError(f"study_theory.sizes = {sizes}: take two or more, and more than two points with repetitions, for a slope")
     rng = np.random.default_rng(seed)
     pairs = list(itertools.product(dimensions, bounds))
     rows: list[Record] = []

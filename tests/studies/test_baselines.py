@@ -4,9 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmem_lm import infinigram
+from resmem_lm.datastore import open_datastore
+from resmem_lm.errors import UserError
+from resmem_lm.forget import forget
 from resmem_lm.results import METHODS
+from resmem_lm.scoring import SplitScorer
+from resmem_lm.search import open_queries
 from resmem_lm.storage import read_json
-from resmem_lm.studies.baselines import _ranges, study_baselines
+from resmem_lm.studies.baselines import _groups, _ranges, study_baselines
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=50), st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(sorted))
@@ -29,3 +34,24 @@ def test_the_accuracies_are_those_of_the_results_and_add_up(tiny_copy):
             assert sum(row["tokens"] * row[column] for row in some) / whole["tokens"] == pytest.approx(whole[column])
     if infinigram.installed():  # a weight of 0 is DeepNet, so the best of all is at least as good on validation
         assert whole["infini-gram with DeepNet, %"] > whole["DeepNet, %"] - 2
+
+
+def test_frequencies_are_of_the_rows_that_are_remembered(tiny_copy):
+    datastore = open_datastore(tiny_copy / "datastore")
+    scorer = SplitScorer("test", open_queries(tiny_copy, "test"), datastore)
+    for shard in range(len(datastore.shards)):
+        for document in datastore.documents(shard)[:-1]:
+            forget(tiny_copy, document=document["id"])
+    few = open_datastore(tiny_copy / "datastore")
+    counts = np.zeros(256, int)
+    for first, tokens in zip(few.offsets, few.shard_arrays("tokens"), strict=False):
+        np.add.at(counts, tokens[~few.is_forgotten(first + np.arange(len(tokens)))], 1)
+    assert counts.sum() == few.remembered_rows < few.rows
+    found = {shown: some for by, shown, some in _groups(scorer, few) if by == "frequency"}
+    np.testing.assert_array_equal(found["below 10"], counts[scorer.queries.tokens] < 10)
+
+
+@pytest.mark.parametrize("lambdas", [(), (0.5, 1.5), (-0.1,)])
+def test_weights_that_are_no_shares_are_told(tiny_copy, lambdas):
+    with pytest.raises(UserError, match="take one or more numbers, from 0 to 1"):
+        study_baselines(tiny_copy, lambdas=lambdas)

@@ -1,5 +1,6 @@
 import pytest
 
+from beam_pipelines.append import append
 from beam_pipelines.datastore import build_datastore
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import open_datastore
@@ -28,6 +29,19 @@ def test_one_of_other_results_is_made_anew(tiny_copy):
     record = read_json(tiny_copy / "stages/train.json")
     write_json(tiny_copy / "stages/train.json", record | {"result": {"fingerprint": "another"}})
     assert not (derive(tiny_copy, "some", COMMON) / "old").exists()
+
+
+def test_one_of_fewer_documents_is_made_anew(tiny_copy):
+    derived = derive(tiny_copy, "some", COMMON)
+    (derived / "old").write_text("old")
+    (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
+    append(tiny_copy, [str(tiny_copy / "more.txt")])
+    assert derive(tiny_copy, "some", COMMON) == derived
+    assert not (derived / "old").exists()
+    assert read_json(derived / "documents/manifest.json") == read_json(tiny_copy / "documents/manifest.json")
+    (derived / "old").write_text("old")
+    derive(tiny_copy, "some", COMMON)
+    assert (derived / "old").exists()
 
 
 def test_a_stage_that_has_not_finished_is_told(tmp_path):

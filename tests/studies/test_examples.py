@@ -9,8 +9,9 @@ import pytest
 from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
+from resmem_lm.examples import mended_tokens
 from resmem_lm.main import main
-from resmem_lm.report import FILTER
+from resmem_lm.report import FILTER, write_report
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 from resmem_lm.storage import read_json, remove, write_json
@@ -37,8 +38,9 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
         assert example["target"] == example["resmem"] != example["deepnet"]
         assert 2 <= example["rank"] <= 3
         assert 0 < example["probability"] < 0.5
-        assert example["target"] in {neighbor["token"] for neighbor in example["neighbors"]}
+        assert {neighbor["token"] for neighbor in example["neighbors"]} <= {example["target"]}
         assert sum(neighbor["weight"] for neighbor in example["neighbors"]) <= 1 + 1e-6
+    assert any(example["neighbors"] for example in shown)
     with (tiny_copy / "studies/examples/table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["document"], row["context"], row["token"]) for row in rows] == [(e["document"], e["context"], e["target"]) for e in shown]
@@ -91,6 +93,20 @@ def test_a_page_without_examples_to_search_has_no_script(tmp_path):
     page = page_of(tmp_path, some_results())
     assert "<script" not in page
     assert not re.search(r'class="filtered"', page)
+
+
+def test_a_token_that_is_mended_without_a_neighbour_that_has_it_says_so(tiny_copy):
+    datastore, queries = open_datastore(tiny_copy / "datastore"), open_queries(tiny_copy, "test")
+    chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
+    without = np.flatnonzero((np.asarray(queries.neighbor_tokens) != np.asarray(queries.tokens)[:, None]).all(axis=1))[:1]
+    targets = np.asarray(queries.tokens)
+    shown = mended_tokens(tiny_copy, queries, datastore, Setting.of("resmem", chosen), targets, targets, without)
+    assert [example["neighbors"] for example in shown] == [[]]
+    results = read_json(tiny_copy / "results.json")
+    write_json(tiny_copy / "results.json", results | {"examples": shown})
+    remove(tiny_copy / "stages/report.json")
+    write_report(tiny_copy)
+    assert "no neighbour has the target" in (tiny_copy / "report.html").read_text()
 
 
 def test_none_at_all_is_an_empty_list(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beam_pipelines.append import append
 from resmem_lm.checkpoint import load_config, load_model
 from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
@@ -93,6 +94,13 @@ def test_a_model_that_was_trained_elsewhere_is_told(tiny_copy):
     elsewhere = {"model": record["settings"]["model"], "checkpoint": "elsewhere"}
     write_json(tiny_copy / "stages/train.json", record | {"settings": elsewhere})
     with pytest.raises(UserError, match="took its checkpoint from elsewhere"):
+        study_model_size(tiny_copy)
+
+
+def test_an_evaluation_of_another_datastore_is_told(tiny_copy):
+    (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
+    append(tiny_copy, [str(tiny_copy / "more.txt")])
+    with pytest.raises(UserError, match="the evaluation is of another datastore"):
         study_model_size(tiny_copy)
 
 

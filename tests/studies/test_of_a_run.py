@@ -124,6 +124,20 @@ def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is
     assert verify(tiny_copy) == []
 
 
+def test_a_damaged_study_is_made_again_as_it_is_said(tiny_copy, capsys):
+    assert main(["study", "decomposition", f"--workdir={tiny_copy}"]) == 0
+    path = tiny_copy / "studies/decomposition/results.json"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:100] + b"?" + sound[101:])
+    assert any("resmem study decomposition" in problem for problem in verify(tiny_copy))
+    assert main(["study", "decomposition", f"--workdir={tiny_copy}"]) == 2
+    assert f"{path}" in capsys.readouterr().err
+    path.unlink()
+    assert main(["study", "decomposition", f"--workdir={tiny_copy}"]) == 0
+    assert path.read_bytes() == sound
+    assert verify(tiny_copy) == []
+
+
 def test_without_a_run_it_is_told_which_stage_is_needed(tmp_path, capsys):
     assert main(["study", "decomposition", f"--workdir={tmp_path}"]) == 2
     assert "needs the stage search, which has not finished" in capsys.readouterr().err

@@ -29,8 +29,12 @@ def rows_of(workdir):
     return read_json(workdir / "studies/shift/results.json")["rows"]
 
 
+def memory_of(workdir):
+    return max((workdir / "derived/shift").glob("memory-*"), key=lambda path: path.stat().st_ctime_ns)
+
+
 def tuned_of(workdir):
-    return sorted((workdir / "derived/shift/memory/derived/fine-tuned").glob("*-steps-at-*"))
+    return sorted((memory_of(workdir) / "derived/fine-tuned").glob("*-steps-at-*"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def copy(studied, tmp_path):
 
 
 def test_the_model_is_the_runs_own_and_the_memory_is_of_the_other_text(studied):
-    memory = studied / "derived/shift/memory"
+    memory = memory_of(studied)
     assert load_model(memory / "checkpoints").fingerprint == load_model(studied / "checkpoints").fingerprint
     documents = [d["id"] for shard in range(2) for d in open_datastore(memory / "datastore").documents(shard)]
     assert len(documents) == read_json(memory / "stages/documents.json")["result"]["documents"]["train"]
@@ -58,7 +62,7 @@ def test_the_model_is_the_runs_own_and_the_memory_is_of_the_other_text(studied):
 
 def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(studied):
     *rows, fine_tuned = rows_of(studied)
-    memory = studied / "derived/shift/memory"
+    memory = memory_of(studied)
     methods = read_json(memory / "results.json")["splits"]["test"]["methods"]
     for row, name in zip(rows, METHODS, strict=True):
         assert row["second text, %"] == pytest.approx(100 * methods[name]["accuracy"])
@@ -97,21 +101,30 @@ def test_fine_tuning_begins_from_the_run_and_changes_it(studied, tmp_path):
 def test_it_goes_on_with_what_is_there_and_another_text_is_another_memory(copy):
     text = read_json(copy / "stages/study-shift.json")["settings"]["text"]
     before = rows_of(copy)
-    memory, tuned = copy / "derived/shift/memory", tuned_of(copy)
+    memory, tuned = memory_of(copy), tuned_of(copy)
     stamps = [(path / "stages/train.json").stat().st_mtime_ns for path in tuned]
     remove(copy / "stages/study-shift.json")
     study_shift(copy, text=text, **SETTINGS)
     assert rows_of(copy) == before
     assert [(path / "stages/train.json").stat().st_mtime_ns for path in tuned] == stamps
     study_shift(copy, text=[write_other(copy.parent / "third.jsonl", "Any")], **SETTINGS | {"learning_rates": [0.01]})
+    assert memory_of(copy) != memory
     assert len(tuned_of(copy)) == 1
-    assert any("third.jsonl" in document["id"] for document in open_datastore(memory / "datastore").documents(0))
+    assert any("third.jsonl" in document["id"] for document in open_datastore(memory_of(copy) / "datastore").documents(0))
+    assert [(path / "stages/train.json").stat().st_mtime_ns for path in tuned] == stamps
+
+
+def test_a_text_that_is_not_there_takes_nothing_away(copy):
+    before = [(path, path.read_bytes()) for path in files_below(memory_of(copy))]
+    with pytest.raises(UserError, match="no text found"):
+        study_shift(copy, text="nowhere/*.tx", **SETTINGS)
+    assert [(path, path.read_bytes()) for path, _ in before] == before
 
 
 def test_the_steps_of_the_same_time_are_counted_once(copy):
     text = read_json(copy / "stages/study-shift.json")["settings"]["text"]
     settings = SETTINGS | {"text": text, "steps": None, "learning_rates": (0.05,)}
-    memory = copy / "derived/shift/memory"
+    memory = memory_of(copy)
     before = tuned_of(copy)
     for seconds in (0.1, 5.0):
         for stage in ("build", "index"):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resmem_lm.errors import UserError
 from resmem_lm.main import main
 from resmem_lm.storage import read_json
 from resmem_lm.studies.theory import METHODS, bounded_least_squares, in_unit_ball, nearest, predicted, risks, slope, study_theory
@@ -98,6 +99,26 @@ def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, cap
     assert "Linear regression (section 5)" in page
     assert page.count("<svg") == 2
     assert verify(tiny_copy) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bounds": (0.0,)},
+        {"bounds": ()},
+        {"dimensions": (0,)},
+        {"dimensions": ()},
+        {"sizes": ()},
+        {"sizes": (0, 10)},
+        {"sizes": (10, 10)},
+        {"sizes": (10, 20), "repetitions": 1},
+        {"repetitions": 0},
+        {"queries": 0},
+    ],
+)
+def test_settings_that_cannot_be_are_told(tmp_path, settings):
+    with pytest.raises(UserError, match=f"study_theory.{next(iter(settings))} = "):
+        study_theory(tmp_path, **settings)
 
 
 def test_a_study_needs_no_run_and_an_unknown_setting_is_told(tmp_path, capsys):
