@@ -62,9 +62,10 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
             # Shards as large as those of the train split.
             shards = max(1, round(len(fresh) * len(shard_paths(workdir, "train")) / documents["result"]["documents"]["train"]))
             names = [shard_name(f"added-{number:04d}", shard, shards) for shard in range(shards)]
-            for shard, name in enumerate(names):
-                write_bytes(folder / name, shard_content(fresh[shard::shards]).encode())
-            write_manifest(folder, names)
+            contents = {name: shard_content(fresh[shard::shards]).encode() for shard, name in enumerate(names)}
+            for name, content in contents.items():
+                write_bytes(folder / name, content)
+            write_manifest(folder, contents)
         datastore = open_datastore(workdir / "datastore")
         encode_units(workdir, datastore.binding, units_of(workdir, record["settings"]["shards"]), pipeline_options)
         described = describe(workdir)

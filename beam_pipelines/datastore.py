@@ -207,13 +207,15 @@ def build_datastore(
         The manifest's checksum, the number of rows, the bytes on disk, and what was counted on the way.
 
     Raises:
-        UserError: no space left, a checkpoint of another vocabulary, or what a worker reported.
+        UserError: no space left, a number out of its range, a checkpoint of another vocabulary, or what a worker reported.
     """
     if 1.0 not in temperatures or min(temperatures) < LEAST_TEMPERATURE:
         raise UserError(
             f"build_datastore.temperatures = {temperatures} must have 1.0 among them, at which residuals are kept, and none below "
             f"{LEAST_TEMPERATURE}"
         )
+    if entries < 1:
+        raise UserError(f"build_datastore.entries = {entries}: take 1 or more")
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     binding = Binding(
         model=model.fingerprint,

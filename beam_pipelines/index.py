@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -95,6 +96,8 @@ def build_index(
     Raises:
         UserError: ScaNN cannot be imported, the datastore is damaged, or the memory does not hold one of its shards.
     """
+    if not 0 < memory_gib < math.inf:
+        raise UserError(f"build_index.memory_gib = {memory_gib}: take a number above 0")
     datastore = open_datastore(workdir / "datastore")
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
     emb = datastore.array("key_codes").shape[1]

@@ -1,6 +1,7 @@
 """Beam's runner: what `--pipeline_options` says, or Beam's in-process one; and the chain in which it runs work on every unit."""
 
 import argparse
+import builtins
 import contextlib
 import importlib
 import re
@@ -13,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.utils.shared import Shared
 
 from beam_pipelines.work import Work
-from resmem_lm.errors import UserError
+from resmem_lm.errors import STORAGE_CLIENTS, UserError
 
 JOB_SERVERS = ("portable", "flink", "spark", "prism")
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -27,11 +28,22 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
         with beam.Pipeline(options=PipelineOptions(arguments)) as pipeline:
             yield pipeline
     except Exception as error:
-        # Beam wraps a worker's exception in its own, with the traceback as text.
-        reported = re.search(r"UserError: (.*?)(?: \[while running.*)?$", str(error), re.MULTILINE)
-        if reported:
-            raise UserError(reported[1]) from error
+        if reported := _reported(str(error)):
+            raise UserError(reported) from error
         raise
+
+
+def _reported(wrapped: str) -> str | None:
+    """What a worker said that the user can mend. Beam wraps a worker's exception in its own, with the traceback as text."""
+    told = re.findall(r"^(?:RuntimeError: )?([\w.]+): (.*?)(?: \[while running.*)?$", wrapped, re.MULTILINE)
+    for name, message in told:
+        if name.rpartition(".")[2] in ("UserError", "DamagedError"):
+            return message
+    for name, message in told[-1:]:
+        kind = getattr(builtins, name, None)
+        if name.partition(".")[0] in STORAGE_CLIENTS or (isinstance(kind, type) and issubclass(kind, OSError)):
+            return f"{message}: mend it and run the same command again"
+    return None
 
 
 def arguments_of(options: str) -> list[str]:

@@ -6,6 +6,7 @@ holds one shard of the index at a time.
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,7 +64,8 @@ class Settings:
     workdir: str
     datastore: Record  # its manifest
     checksum: str  # of that
-    index: Record  # likewise
+    documents: str  # of the queries' documents
+    index: Record  # as the datastore's
     neighbors: int
     recall_queries: int
 
@@ -86,7 +88,8 @@ class Settings:
 
     def encoded_from(self) -> Record:
         """What a shard's encoded queries are made from."""
-        return {name: self.datastore[name] for name in ("model", "vocabulary", "window", "key_dimensions", "projection")}
+        described = {name: self.datastore[name] for name in ("model", "vocabulary", "window", "key_dimensions", "projection")}
+        return {"documents": self.documents, **described}
 
     def found_from(self, query: QueryShard, index_shards: tuple[int, ...]) -> Record:
         """What a shard's neighbours in some shards of the index are made from."""
@@ -324,6 +327,7 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
         str(workdir.absolute()),
         datastore.manifest,
         sha256(workdir / "datastore" / "manifest.json"),
+        _checksum_of_queries(workdir),
         index_manifest(workdir, datastore),
         neighbors,
         recall_queries,
@@ -371,6 +375,13 @@ def _together(queries: list[QueryShard]) -> Iterator[tuple[QueryShard, ...]]:
         some.append(query)
     if some:
         yield tuple(some)
+
+
+def _checksum_of_queries(workdir: AnyPath) -> str:
+    """Of the documents of validation and test, which stay when others are added or forgotten."""
+    files = read_json(workdir / "documents" / "manifest.json")["files"]
+    checksums = [files[path.name]["sha256"] for split in QUERY_SPLITS for path in shard_paths(workdir, split)]
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def _query_shards(encoded: AnyPath, names: list[str]) -> list[QueryShard]:

@@ -85,8 +85,10 @@ def _matches(pattern: str) -> list[AnyPath]:
 def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
     """The documents of one file, empty ones included. Raises UserError naming the file and the line that is wrong."""
     for place, record in read_records(path):
-        if group and _kind(path) == "lines" and not isinstance(record.get(group), str):
-            raise UserError(f'{place} has no field "{group}" with a string: prepare_documents.group names a field of every line')
+        if group and _kind(path) == "lines":
+            if not isinstance(record.get(group), str):
+                raise UserError(f'{place} has no field "{group}" with a string: prepare_documents.group names a field of every line')
+            _check_unicode(record[group], group, place)
         yield Document(place, record["text"], record.get(group) if group else None)
 
 
@@ -125,11 +127,15 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{place} has no field "text" with a string: every line must be {{"text": "..."}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f'{place} has a "text" that is not Unicode ({error.reason}): mend or remove the line') from None
+    _check_unicode(text, "text", place)
     return dict(record)
+
+
+def _check_unicode(value: str, field: str, place: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f'{place} has a "{field}" that is not Unicode ({error.reason}): mend or remove the line') from None
 
 
 def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float, group: str | None = None) -> Iterator[Document]:
@@ -210,14 +216,17 @@ def shard_content(documents: Iterable[Document]) -> str:
     return "".join(json.dumps(part, ensure_ascii=False) + "\n" for part in parts)
 
 
-def write_manifest(folder: AnyPath, changed: Iterable[str] | None = None) -> Record:
+def write_manifest(folder: AnyPath, changed: dict[str, bytes] | None = None) -> Record:
     """Writes manifest.json: size and checksum of every shard in `folder`, by name; returns the checksums.
 
-    With `changed`, those shards only are looked at, and what the manifest says of the others stays.
+    With `changed`, contents by name, what the manifest says of other shards stays.
     """
-    names = [path.name for path in children(folder, "*-*-of-*.jsonl")] if changed is None else changed
-    files = {} if changed is None else read_json(folder / "manifest.json")["files"]
-    files |= {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    if changed is None:
+        paths = children(folder, "*-*-of-*.jsonl")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    else:
+        files = read_json(folder / "manifest.json")["files"]
+        files |= {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in changed.items()}
     write_json(folder / "manifest.json", {"files": dict(sorted(files.items()))})
     return {name: facts["sha256"] for name, facts in sorted(files.items())}
 

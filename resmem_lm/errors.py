@@ -1,5 +1,7 @@
 """The one exception that a command shows to its user as a single line."""
 
+STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # whose errors, like the system's, name what is to be mended
+
 
 class UserError(Exception):
     """Something the user can mend: the message names the culprit and the mend, on one line.

@@ -5,6 +5,7 @@ at random first, which spreads what they have over all dimensions and changes no
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import faiss
@@ -68,6 +69,13 @@ def _whole(dimensions: int) -> int:
     return dimensions + -dimensions % CODE_DIMENSIONS
 
 
+def add(index: faiss.IndexPreTransform, blocks: Iterable[Float[np.ndarray, "rows emb"]]) -> None:
+    """Adds keys, some BLOCK at a time."""
+    parts(index)[1].pq.sync_transposed_centroids()  # with which codes of three dimensions are found in three fifths of the time
+    for keys in blocks:
+        index.add(keys)
+
+
 def write(index: faiss.IndexPreTransform, folder: Path) -> None:
     """Writes index.faiss; OSError where the disk is full, which faiss's own writer tells otherwise."""
     with (folder / FILE).open("wb") as file:
@@ -83,10 +91,8 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     sample = datastore.keys(np.arange(found.sample) * rows // found.sample)
     index = learn(sample, found.leaves)
     farther = reach(index, sample, max(1, round(NEIGHBORS * found.sample / rows)))
-    parts(index)[1].pq.sync_transposed_centroids()  # with which codes of three dimensions are found in three fifths of the time
-    for shard, record in enumerate(datastore.shards):
-        for start in range(0, record["rows"], BLOCK):
-            index.add(datastore.shard_keys(shard, slice(start, start + BLOCK)))
+    starts = ((shard, start) for shard, record in enumerate(datastore.shards) for start in range(0, record["rows"], BLOCK))
+    add(index, (datastore.shard_keys(shard, slice(start, start + BLOCK)) for shard, start in starts))
     write(index, folder)
     return {"leaves": found.leaves, "leaves_to_search": found.searched, "farther": farther}
 
@@ -184,6 +190,9 @@ def index_bytes(rows: int, dimensions: int) -> int:
 
 
 def index_memory(rows: int, dimensions: int, training_rows: int) -> int:
-    """That the build takes: the sample and what k-means makes of it, a block of keys with their codes, and lists that grow by half."""
-    sample = tree(rows, dimensions, training_rows).sample
-    return 2 * rows * (8 + _code_bytes(dimensions)) + 8 * (sample + min(rows, BLOCK)) * dimensions
+    """That the build takes: the sample and what k-means makes of it, lists that grow by half, and the larger of a block of keys, turned and
+    as differences, and of the sample's neighbours that `reach` compares, which are most for the fewest rows.
+    """
+    sample, whole = tree(rows, dimensions, training_rows).sample, _whole(dimensions)
+    compared = REACH_ROWS * NEIGHBORS * tree(SMALL, dimensions, training_rows).sample // SMALL
+    return 2 * rows * (8 + _code_bytes(dimensions)) + 8 * sample * whole + 12 * max(BLOCK, compared) * whole

@@ -59,7 +59,6 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
                 f"{workdir / 'datastore'} has no {what}: its documents.jsonl files have the ids; validation and test are not in it"
             )
         _remove_what_shows_rows(workdir)  # first, so that a kill at any moment leaves nothing that returns them
-        remove_orphans(workdir / "datastore", datastore.shards)  # an append that is run again would take them
         found = {"documents": 0, "rows": 0}
         for record, documents in zip(datastore.shards, meant, strict=True):
             before = [tuple(some) for some in record.get("forgotten", [])]
@@ -67,7 +66,8 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
             found = {"documents": found["documents"] + len(new), "rows": found["rows"] + sum(rows for _, rows in new)}
             if new:
                 record["forgotten"] = sorted([*map(list, before), *map(list, new)])
-                write_json(record_path(workdir / "datastore", record), record)
+            write_json(record_path(workdir / "datastore", record), record)  # of all: a killed compact may have left another
+        remove_orphans(workdir / "datastore", datastore.shards)  # an append that is run again would take what it had published
         assert_held(workdir)
         write_json(workdir / "datastore" / "manifest.json", datastore.manifest)
         named = {r["made_from"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}
@@ -87,9 +87,11 @@ def _remove_text(workdir: AnyPath, names: set[str], is_meant: Any) -> None:
     for path in (path for split in ("train", "added") for path in shard_paths(workdir, split) if path.name in names):
         documents = read_shard(path)
         kept = [document for document in documents if not is_meant(document.id)]
+        content = shard_content(kept).encode()
+        # The manifest first: where a kill comes between, the text is still there, and is found and removed by the next run.
         if len(kept) < len(documents):
-            write_bytes(path, shard_content(kept).encode())
-    write_manifest(workdir / "documents", names)
+            write_manifest(workdir / "documents", {path.name: content})
+            write_bytes(path, content)
 
 
 def renew_build(workdir: AnyPath) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from resmem_lm.errors import UserError
+from resmem_lm.errors import STORAGE_CLIENTS, UserError
 
 STAGES = {
     "train": "text, vocabulary and pretraining, up to checkpoints",
@@ -39,7 +39,6 @@ KEEPING = {
     "compact": "take the rows of forgotten documents out of the files",
     "inspect": "what DeepNet and ResMem predict for each token of a text, and the neighbours that changed it",
 }
-STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")
 PLAN_NUMBERS = {
     "rows": "tokens in the datastore; else those of WORKDIR's text are counted",
     "queries": "tokens of validation and test; likewise",
@@ -293,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"unknown argument {unknown[0]}: settings are given as --gin.NAME=VALUE (see resmem {arguments.command} --help)"
             )
+        if arguments.workdir == "":  # of a shell's variable that is not set
+            raise UserError("--workdir is empty: name a directory")
         if arguments.command in KEEPING:
             return _keep(arguments)
         bindings = [argument.removeprefix("--gin.") for argument in rest]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gin
 
 from beam_pipelines.index import PROCESS_BYTES
-from beam_pipelines.search import GROUPS
+from beam_pipelines.search import GROUPS, LOOKUP_TOKENS
 from resmem_lm import docstrings
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.errors import UserError
@@ -118,27 +118,26 @@ def plan(
     }
     numbers = {"rows": rows, "queries": queries, "documents": documents, "bytes_per_token": bytes_per_token, "workers": workers}
     for name, value in (numbers | {"memory_gib": memory_gib} | given).items():
-        if value is not None and not value > 0:
-            raise UserError(f"plan.{name} = {value:g}: take a number above 0")
+        least = 1 if name in ("rows", "queries", "documents", "workers") else 0
+        if value is not None and not (0 < value < math.inf and value >= least):
+            raise UserError(f"plan.{name} = {value:g}: take a number {'of 1 or more' if least else 'above 0'}")
     shards = settings["build_datastore"]["shards"]
     if shards is not None and shards < 1:
         raise UserError(f"build_datastore.shards = {shards}: take 1 or more, or None for all")
     counts, counted = _counts(workdir, settings, text_stages, rows, queries, documents, bytes_per_token)
 
     memory = int((settings["build_index"]["memory_gib"] if memory_gib is None else memory_gib) * 2**30)
-    index_rows = [counts.rows]
     kind = settings["build_index"]["kind"]
-    if kind != "exact":
-        emb, training_rows = key_dimensions(settings), settings["build_index"]["training_rows"]
-        most, largest = largest_index(kind, memory - PROCESS_BYTES, emb, training_rows), max(shard.tokens for shard in counts.shards)
-        if most < largest:
-            needed = (index_memory(kind, largest, emb, training_rows) + PROCESS_BYTES) / 2**30
-            raise UserError(
-                f"plan.memory_gib = {memory / 2**30:g} holds an index of {most} rows, the largest shard of the datastore has {largest}: "
-                f"take {needed + 0.05:.1f}, or more shards of documents"
-            )
-        rows_of = [shard.tokens for shard in counts.shards]
-        index_rows = [sum(rows_of[first : first + shards]) for first, shards in group_shards(rows_of, most)]
+    emb, training_rows = key_dimensions(settings), settings["build_index"]["training_rows"]
+    most, largest = largest_index(kind, memory - PROCESS_BYTES, emb, training_rows), max(shard.tokens for shard in counts.shards)
+    if most < largest:
+        needed = (index_memory(kind, largest, emb, training_rows) + PROCESS_BYTES) / 2**30
+        raise UserError(
+            f"plan.memory_gib = {memory / 2**30:g} holds an index of {most} rows, the largest shard of the datastore has {largest}: "
+            f"take {needed + 0.05:.1f}, or more shards of documents"
+        )
+    rows_of = [shard.tokens for shard in counts.shards]
+    index_rows = [sum(rows_of[first : first + shards]) for first, shards in group_shards(rows_of, most)]
 
     wanted = {name for name, rate in given.items() if rate is None and (name != "train_tokens_per_second" or "train" in settings)}
     costs = Costs()
@@ -270,12 +269,13 @@ def _memory(settings: Settings, counts: Counts, index_rows: list[int], costs: Co
     documents = max(split.documents for split in counts.queries.values())
     each = sum(query_bytes(model, k, len(settings["build_datastore"]["temperatures"])).values())
     kind, emb = settings["build_index"]["kind"], key_dimensions(settings)
+    looked_up = min(counts.all_queries, max(query_shard, LOOKUP_TOKENS))
     grows = {
         "train": 24 * counts.train_tokens,  # lists of tokens, then rows of tokens and of segments
-        "build": 2 * 16 * max(shard.tokens for shard in counts.shards),  # two shards at a time, text and tokens
+        "build": 2 * 48 * max(shard.tokens for shard in counts.shards),  # two shards at a time, text, tokens and Python's numbers of them
         "index": 0 if kind == "exact" else index_memory(kind, most, emb, settings["build_index"]["training_rows"]),
-        # What is written, in parts and then together; and the index.
-        "search": 2 * query_shard * each + index_bytes(kind, most, emb),
+        # What is merged, in parts and then together, of two shards; or what is found for many of them, and the index.
+        "search": max(4 * query_shard * each, 24 * k * looked_up + index_bytes(kind, most, emb)),
         "evaluate": largest * 5 * METHODS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
     if "train" not in settings:

@@ -41,7 +41,7 @@ Query = Callable[[np.ndarray, int], Any]  # with so many leaves searched
 def _faiss(keys: np.ndarray, sample: int, leaves: int, candidates: int, threads: int, folder: Path) -> Query:
     faiss = library("faiss")
     index = faiss.learn(keys[:sample], leaves)
-    index.add(keys)
+    faiss.add(index, (keys[start : start + faiss.BLOCK] for start in range(0, len(keys), faiss.BLOCK)))
     faiss.write(index, folder)
 
     def query(queries: np.ndarray, searched: int) -> np.ndarray:

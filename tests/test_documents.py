@@ -310,6 +310,9 @@ def test_a_field_of_json_lines_groups_them(tmp_path):
     assert all(books)
     assert all(d.group == book[d.text] for split in SPLITS for path in shard_paths(tmp_path / "run", split) for d in read_shard(path))
     assert sum(len(some) for some in books) == len(set.union(*books))
+    half = write(tmp_path / "half.jsonl", b'{"text": "a", "book": "\\ud83d"}\n')
+    said = message(prepare_documents, tmp_path / "other", text=str(half), group="book")
+    assert said == f'{half}#1 has a "book" that is not Unicode (surrogates not allowed): mend or remove the line'
     said = message(prepare_documents, tmp_path / "other", text=str(tmp_path / "in.jsonl"), group="author")
     assert said == f'{tmp_path / "in.jsonl"}#1 has no field "author" with a string: prepare_documents.group names a field of every line'
 

@@ -13,7 +13,7 @@ from resmem_lm.forget import compact, forget
 from resmem_lm.index import ExactIndex, index_manifest, open_index
 from resmem_lm.main import main
 from resmem_lm.search import open_queries
-from resmem_lm.storage import read_json
+from resmem_lm.storage import read_json, sha256, write_json
 from resmem_lm.verify import verify
 
 
@@ -187,6 +187,36 @@ def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
     assert open_datastore(tiny_copy / "datastore", checksums=True).rows == remembered
     evaluate_again(tiny_copy)
     assert verify(tiny_copy) == []
+
+
+def test_a_compact_that_was_killed_before_another_document_is_forgotten_goes_on(tiny_copy, monkeypatch):
+    first, second = ids_of(tiny_copy, 0)[0], ids_of(tiny_copy, 1)[0]
+    forget(tiny_copy, document=first)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove_what_shows_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compact(tiny_copy)
+    forget(tiny_copy, document=second)
+    remembered = open_datastore(tiny_copy / "datastore").remembered_rows
+    assert compact(tiny_copy)["shards"] == 2
+    assert open_datastore(tiny_copy / "datastore", checksums=True).rows == remembered
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, monkeypatch):
+    path = shard_paths(tiny_copy, "train")[2]
+    document = read_shard(path)[0].id
+    datastore = open_datastore(tiny_copy / "datastore")
+    few = {"shards": datastore.shards[:1], "rows": datastore.shards[0]["rows"]}
+    write_json(tiny_copy / "datastore/manifest.json", datastore.manifest | few)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_bytes", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            forget(tiny_copy, document=document)
+    assert forget(tiny_copy, document=document) == {"documents": 0, "rows": 0}
+    assert document not in [d.id for d in read_shard(path)]
+    assert read_json(tiny_copy / "documents/manifest.json")["files"][path.name]["sha256"] == sha256(path)
 
 
 @pytest.mark.parametrize(

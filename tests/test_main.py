@@ -155,6 +155,12 @@ def test_the_installed_command_says_one_line_and_nothing_of_the_libraries_it_loa
     assert ended.returncode == 2
 
 
+@pytest.mark.parametrize("command", [["run", DEMO], ["study", "theory"], ["compact"], ["plan", DEMO]])
+def test_a_work_directory_without_a_name_is_told(command, capsys):
+    assert main([*command, "--workdir="]) == 2
+    assert capsys.readouterr().err == "resmem: --workdir is empty: name a directory\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 @pytest.mark.parametrize(("own", "started_again"), [({}, True), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, False)])
 def test_the_installed_command_starts_again_with_huge_pages_unless_the_user_has_set_glibc(own, started_again):

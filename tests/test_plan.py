@@ -116,10 +116,12 @@ def test_flags_beat_the_gin_file(tmp_path, unmeasured, capsys):
     [
         ([], "plan.rows is not set: give --rows=..., or --workdir=... whose text is counted"),
         (["--rows=1e6"], "plan.queries is not set: give --queries=..., or --workdir=... whose text is counted"),
-        (["--rows=0"], "plan.rows = 0: take a number above 0"),
+        (["--rows=0"], "plan.rows = 0: take a number of 1 or more"),
+        (["--rows=inf"], "plan.rows = inf: take a number of 1 or more"),
+        (["--rows=1e6", "--queries=1e5", "--documents=0.5"], "plan.documents = 0.5: take a number of 1 or more"),
         (["--gin.build_datastore.shards=0"], "build_datastore.shards = 0: take 1 or more, or None for all"),
         (["--rows=1e6", "--queries=1e5", "--tokens_per_second=0"], "plan.tokens_per_second = 0: take a number above 0"),
-        (["--rows=1e6", "--queries=1e5", "--workers=-1"], "plan.workers = -1: take a number above 0"),
+        (["--rows=1e6", "--queries=1e5", "--workers=-1"], "plan.workers = -1: take a number of 1 or more"),
         (["--rows=1e6", "--queries=1e5", "--memory_gib=0.5"], "plan.memory_gib = 0.5 holds an index of 0 rows"),
         (["--gin.plan.rows='many'"], "plan.rows = 'many' is of the wrong kind"),
         (["--gin.plan.row=3"], "--gin.plan.row=3: in plan, row is unknown: did you mean rows?"),
@@ -133,12 +135,14 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, capsys, wrong, said):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", ["faiss", "exact"])
 @pytest.mark.parametrize("memory_gib", [1.01, 1.02, 1.1, 2, 64])
-def test_shards_of_the_index_are_whole_shards_of_the_datastore_and_fit_the_memory(settings, unmeasured, memory_gib):
+def test_shards_of_the_index_are_whole_shards_of_the_datastore_and_fit_the_memory(settings, unmeasured, memory_gib, kind):
     settings["build_datastore"]["shards"] = 20
+    settings["build_index"]["kind"] = kind
     made = planned(settings, rows=200_010, memory_gib=memory_gib)
     shards = [shard.tokens for shard in made.counts.shards]
-    most = largest_index("faiss", int(memory_gib * 2**30) - PROCESS_BYTES, 32, settings["build_index"]["training_rows"])
+    most = largest_index(kind, int(memory_gib * 2**30) - PROCESS_BYTES, 32, settings["build_index"]["training_rows"])
     assert made.index_rows == [sum(shards[first : first + number]) for first, number in group_shards(shards, most)]
     assert sum(made.index_rows) == 200_010
     assert max(made.index_rows) <= most

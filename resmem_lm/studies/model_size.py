@@ -72,7 +72,7 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
             "take the --workdir of a run that trained its own, without CHECKPOINT"
         )
     if "evaluate" not in current(workdir):
-        raise UserError(f"{workdir}: the evaluation is of another datastore than it has now: run `resmem index` and `resmem evaluate` first")
+        raise UserError(f"{workdir}: the evaluation is of another datastore than this one: run `resmem index` and `resmem evaluate` first")
     own = ModelConfig(**settings["model"])
     found = [(own, read_json(workdir / "results.json"))]
     others = sorted(set(widths) - {own.emb_dim})

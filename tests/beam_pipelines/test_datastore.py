@@ -139,6 +139,7 @@ def test_more_shards_than_documents_leave_some_without_rows(tmp_path):
     [
         ({"shards": 4}, "take 1 to 3"),
         ({"temperatures": (0.5, 2.0)}, "1.0 among them"),
+        ({"entries": 0}, "entries = 0: take 1 or more"),
         ({"temperatures": (0.1, 1.0)}, "none below 0.2"),
         ({"window_context": 32}, "context"),
     ],

@@ -93,3 +93,9 @@ def test_keys_that_were_altered_are_refused(unindexed):
     with pytest.raises(UserError, match=r"key_codes.npy was altered: .* run `resmem build` again"):
         build_index(unindexed)
     assert folders(unindexed) == []
+
+
+@pytest.mark.parametrize("memory_gib", [0.0, -1.0, float("nan"), float("inf")])
+def test_memory_that_no_worker_has_is_told(unindexed, memory_gib):
+    with pytest.raises(UserError, match=r"memory_gib = .*: take a number above 0"):
+        build_index(unindexed, memory_gib=memory_gib)

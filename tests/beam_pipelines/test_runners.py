@@ -1,20 +1,23 @@
 """The same rows and neighbours whatever runs the pipelines, and in however many shards."""
 
+import errno
 import shutil
 
 import numpy as np
 import pytest
 from apache_beam.metrics import MetricsFilter
+from botocore.exceptions import ClientError
 
 from beam_pipelines import runner
 from beam_pipelines.datastore import COUNTERS, build_datastore
 from beam_pipelines.index import build_index
 from beam_pipelines.runner import LOCAL_RUNNER, arguments_of
 from beam_pipelines.search import search
+from beam_pipelines.work import run_units
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import ARRAYS, open_datastore
 from resmem_lm.encode import Encoder, query_head
-from resmem_lm.errors import UserError
+from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.index import ExactIndex
 from resmem_lm.main import main
 from resmem_lm.search import open_queries, query_documents, recall
@@ -75,6 +78,39 @@ def test_every_runner_makes_the_same_rows_and_neighbours(tiny_run, prepared, nam
     assert sorted(path.name.partition(".")[0] for path in (prepared / "datastore").iterdir() if path.is_dir()) == [
         f"shard-0000{shard}-of-00003" for shard in range(3)
     ]
+
+
+class Failing:
+    """Work that always meets the same error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def setup(self):
+        return None
+
+    def process(self, unit, kept):
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "datastore/shard"), "Permission denied: 'datastore/shard': mend it and run"),
+        (ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "GetObject"), "ExpiredToken.*: mend it and run"),
+        (DamagedError("index.json was altered"), "^index.json was altered$"),
+    ],
+)
+def test_what_a_worker_meets_that_the_user_can_mend_is_told_in_one_line(tmp_path, error, told):
+    with pytest.raises(UserError, match=told) as caught:
+        run_units("Fail", [1], Failing(error), "", published=tmp_path, names=["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_of_ours_is_not_told_as_the_users(tmp_path):
+    with pytest.raises(RuntimeError, match="ours"):
+        run_units("Fail", [1], Failing(ValueError("ours")), "", published=tmp_path, names=["a"])
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from beam_pipelines.index import build_index
 from beam_pipelines.runner import LOCAL_RUNNER
 from beam_pipelines.search import group_numbers, search
 from resmem_lm.datastore import open_datastore
-from resmem_lm.documents import Document
+from resmem_lm.documents import Document, read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.errors import UserError
 from resmem_lm.search import QUERY_SPLITS, open_queries
 from resmem_lm.storage import read_json
+from resmem_lm.vocabulary import load_vocabulary
 from tests.tiny import index_memory_gib, write_corpus
 
 
@@ -93,6 +94,22 @@ def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimen
     build_datastore(tiny_copy, window_length=32, window_context=8, entries=16, temperatures=(1.0, 1.4), key_dimensions=8)
     build_index(tiny_copy)
     assert search(tiny_copy, neighbors=12)["test"]["recall_at_k"] == 1
+
+
+def test_queries_that_a_killed_search_left_are_not_taken_for_those_of_other_documents(tiny_copy, monkeypatch):
+    shutil.rmtree(tiny_copy / "neighbors")
+    (tiny_copy / "stages/search.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("beam_pipelines.search._query_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            search(tiny_copy, neighbors=12)
+    (path,) = shard_paths(tiny_copy, "test")
+    content = shard_content(read_shard(path)[1:]).encode()
+    path.write_bytes(content)
+    write_manifest(tiny_copy / "documents", {path.name: content})
+    search(tiny_copy, neighbors=12)
+    lengths = open_queries(tiny_copy, "test").document_lengths
+    assert lengths.tolist() == [len(tokens) for tokens in load_vocabulary(tiny_copy).encode_documents(read_shard(path))]
 
 
 def test_documents_of_a_group_have_one_number_and_others_their_own():
