@@ -34,6 +34,13 @@ def unsearched(tiny_copy):
     return tiny_copy
 
 
+def kill_when_queries_are_encoded(workdir, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("beam_pipelines.search._query_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            search(workdir, neighbors=12)
+
+
 def reindex(workdir, **settings):
     (workdir / "stages/index.json").unlink()
     return build_index(workdir, **settings)
@@ -80,36 +87,26 @@ def test_an_index_that_was_made_anew_is_searched(tiny_copy):
     assert all(after[split]["shards"][0]["folder"] != before[split]["shards"][0]["folder"] for split in QUERY_SPLITS)
 
 
-def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimensions(tiny_copy, monkeypatch):
-    shutil.rmtree(tiny_copy / "neighbors")
-    (tiny_copy / "stages/search.json").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("beam_pipelines.search._query_shards", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            search(tiny_copy, neighbors=12)
+def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimensions(unsearched, monkeypatch):
+    kill_when_queries_are_encoded(unsearched, monkeypatch)
     for place in ("datastore", "index"):
-        shutil.rmtree(tiny_copy / place)
+        shutil.rmtree(unsearched / place)
     for stage in ("build", "index"):
-        (tiny_copy / f"stages/{stage}.json").unlink()
-    build_datastore(tiny_copy, window_length=32, window_context=8, entries=16, temperatures=(1.0, 1.4), key_dimensions=8)
-    build_index(tiny_copy)
-    assert search(tiny_copy, neighbors=12)["test"]["recall_at_k"] == 1
+        (unsearched / f"stages/{stage}.json").unlink()
+    build_datastore(unsearched, window_length=32, window_context=8, entries=16, temperatures=(1.0, 1.4), key_dimensions=8)
+    build_index(unsearched)
+    assert search(unsearched, neighbors=12)["test"]["recall_at_k"] == 1
 
 
-def test_queries_that_a_killed_search_left_are_not_taken_for_those_of_other_documents(tiny_copy, monkeypatch):
-    shutil.rmtree(tiny_copy / "neighbors")
-    (tiny_copy / "stages/search.json").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("beam_pipelines.search._query_shards", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            search(tiny_copy, neighbors=12)
-    (path,) = shard_paths(tiny_copy, "test")
+def test_queries_that_a_killed_search_left_are_not_taken_for_those_of_other_documents(unsearched, monkeypatch):
+    kill_when_queries_are_encoded(unsearched, monkeypatch)
+    (path,) = shard_paths(unsearched, "test")
     content = shard_content(read_shard(path)[1:]).encode()
     path.write_bytes(content)
-    write_manifest(tiny_copy / "documents", {path.name: content})
-    search(tiny_copy, neighbors=12)
-    lengths = open_queries(tiny_copy, "test").document_lengths
-    assert lengths.tolist() == [len(tokens) for tokens in load_vocabulary(tiny_copy).encode_documents(read_shard(path))]
+    write_manifest(unsearched / "documents", {path.name: content})
+    search(unsearched, neighbors=12)
+    lengths = open_queries(unsearched, "test").document_lengths
+    assert lengths.tolist() == [len(tokens) for tokens in load_vocabulary(unsearched).encode_documents(read_shard(path))]
 
 
 def test_documents_of_a_group_have_one_number_and_others_their_own():
