@@ -18,6 +18,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from resmem_lm.errors import UserError
+from resmem_lm.model_config import ModelConfig
 
 PACKAGE = Path(__file__).parent
 INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)
@@ -104,8 +105,6 @@ def is_set(setting: str) -> bool:
 def _bindings(name: str) -> dict[str, Any]:
     try:
         bindings: dict[str, Any] = gin.get_bindings(name)
-    except UserError as error:  # of ModelConfig; gin adds a line of its own
-        raise UserError(str(error).splitlines()[0]) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: {_unresolved(error)}") from None
     return bindings
@@ -115,7 +114,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The configured keyword arguments of a stage function, defaults included, each of the kind its annotation says.
 
     Raises:
-        UserError: a value that is missing, refers to an undefined name or is of the wrong kind.
+        UserError: a value that is missing, refers to an undefined name, is of the wrong kind or is none that a model can have.
     """
     function = getattr(function, "function", function)
     name = function.__name__
@@ -159,6 +158,8 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
             _check_kind(f"{type(value).__name__}.{field.name}", getattr(value, field.name), hints[field.name])
+    if isinstance(value, ModelConfig):
+        value.check()
 
 
 def operative(settings: dict[str, dict[str, Any]]) -> str:

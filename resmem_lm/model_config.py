@@ -17,9 +17,6 @@ class ModelConfig:
 
     `mlp_activations` is ("relu",) for T5 1.0 and ("gelu", "linear") for T5 1.1; `logits_via_embedding` ties the
     output to the embedding (T5 1.0). `dtype` is that of the activations; parameters are float32.
-
-    Raises:
-        UserError: a number out of its range, or an unknown activation or dtype.
     """
 
     vocab_size: int
@@ -33,7 +30,8 @@ class ModelConfig:
     logits_via_embedding: bool = True
     dtype: str = "float32"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises UserError for a number out of its range, or an unknown activation or dtype; all are of the right kind."""
         for name in ("vocab_size", "emb_dim", "num_heads", "num_layers", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"ModelConfig.{name} = {getattr(self, name)}: take 1 or more")
