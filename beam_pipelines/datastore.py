@@ -216,6 +216,7 @@ def build_datastore(
         )
     if entries < 1:
         raise UserError(f"build_datastore.entries = {entries}: take 1 or more")
+    units = units_of(workdir, shards)  # refused before anything is written
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     binding = Binding(
         model=model.fingerprint,
@@ -233,7 +234,7 @@ def build_datastore(
             with disk_errors(path.parent):
                 save_projection(path, principal_components(_sample_keys(workdir, model, vocabulary, binding.window), key_dimensions))
         binding = dataclasses.replace(binding, key_dimensions=key_dimensions, projection=sha256(path))
-    encode_units(workdir, binding, units_of(workdir, shards), pipeline_options)
+    encode_units(workdir, binding, units, pipeline_options)
     return describe(workdir)
 
 

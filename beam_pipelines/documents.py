@@ -173,7 +173,7 @@ def _check_not_empty(split: str, counts: Counter[str], text: str | list[str] | t
         raise UserError(f"{text!r} leaves no {split} documents{like}: change sample_documents.{share}")
 
 
-@stage(name="documents", output="documents", free=("pipeline_options", "tfds_data_dir"))
+@stage(name="documents", output="documents", free=("pipeline_options", "tfds_data_dir"), replaces="manifest.json")
 def sample_documents(
     workdir: AnyPath,
     *,
@@ -199,7 +199,7 @@ def sample_documents(
         fraction: share of the train documents. The first half of the shards of 1% is the sample of 0.5%.
         validation_fraction: share of the held-out documents on which hyperparameters are chosen; the others are the test.
         duplicate_threshold: Jaccard similarity of word 5-grams from which a train document repeats a held-out one.
-        shards: number of train shards, which is the number of datastore shards.
+        shards: number of train shards, of which `build_datastore.shards` says how many are remembered.
         query_shards: number of shards of validation and of test.
         tfds_data_dir: where TFDS keeps its datasets.
         pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.

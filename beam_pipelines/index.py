@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from beam_pipelines.work import count, run_units
+from resmem_lm.checkpoint import load_config
 from resmem_lm.datastore import KEY_FILES, Datastore, open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.index import group_shards, index_memory, largest_index, library
@@ -100,7 +101,7 @@ def build_index(
         raise UserError(f"build_index.memory_gib = {memory_gib}: take a number above 0")
     datastore = open_datastore(workdir / "datastore")
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
-    emb = datastore.array("key_codes").shape[1]
+    emb = datastore.binding.key_dimensions or load_config(workdir / "checkpoints").emb_dim
     most = largest_index(kind, int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:

@@ -30,7 +30,14 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
     except Exception as error:
         if reported := _reported(str(error)):
             raise UserError(reported) from error
+        if isinstance(error, NotImplementedError | ImportError) or "validations errors" in str(error) or _module(error) == "grpc":
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"--pipeline_options={options}: the runner says: {reason}: mend them, or see that its server runs") from error
         raise
+
+
+def _module(error: Exception) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 def _reported(wrapped: str) -> str | None:

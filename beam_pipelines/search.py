@@ -250,6 +250,7 @@ class MergeNeighbors:
 
     def setup(self) -> EncodingWorker:
         """Loads the model."""
+        self.settings.open()[1].check_files("tokens.npy")
         return self.settings.worker()
 
     def process(self, query: QueryShard, worker: EncodingWorker) -> Iterator[str]:

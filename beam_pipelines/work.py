@@ -58,9 +58,13 @@ def _shown(label: str, published: AnyPath, names: set[str]) -> Iterator[None]:
     over = threading.Event()
     with progress(label.lower(), total=len(names), done=count(), unit="shards") as bar:
 
+        def show() -> None:
+            with contextlib.suppress(Exception):  # an outage, in the words of any storage's package: the work is not hurt by it
+                bar.update(count())
+
         def watch() -> None:
             while not over.wait(1.0 if is_local(published) else 15.0):
-                bar.update(count())
+                show()
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -69,4 +73,4 @@ def _shown(label: str, published: AnyPath, names: set[str]) -> Iterator[None]:
         finally:
             over.set()
             thread.join()
-            bar.update(count())
+            show()

@@ -24,6 +24,7 @@ from resmem_lm.faiss_index import index_bytes
 from resmem_lm.packing import first_tokens
 from resmem_lm.projection import principal_components
 from resmem_lm.resmem import largest, merge_sparse, neighbor_weights, residual
+from resmem_lm.results import interval
 from resmem_lm.search import query_documents
 from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.windows import WindowSpec
@@ -156,10 +157,9 @@ def run(workdir: Path) -> None:
     cells = [(f"as the paper's, {emb}", f"{4 * emb + 8 * ENTRIES:,}", "", chosen, f"{100 * expected.mean():.2f}", "", "")]
     for dimensions in DIMENSIONS:
         found, chosen = right(as_configured(dimensions))
-        low, high = bootstrap_interval(found - expected, splits["test"].documents)
         own = datastore.bytes / datastore.rows - (binding.key_dimensions or emb) + dimensions
         whole = own + index_bytes(datastore.rows, dimensions) / datastore.rows
-        difference = f"{100 * (found - expected).mean():+.2f}", f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+        difference = f"{100 * (found - expected).mean():+.2f}", interval(bootstrap_interval(found - expected, splits["test"].documents))
         cells.append((str(dimensions), f"{own:.0f}", f"{whole:.0f}", chosen, f"{100 * found.mean():.2f}", *difference))
     table(
         f"Bytes a row (accuracy: {ROWS:,} rows, {len(expected):,} test tokens, exact search)",

@@ -7,12 +7,12 @@ from jaxtyping import Int
 
 from benchmarks.encode import fast_argmax
 from benchmarks.measure import interleaved, median, ratio, table
+from benchmarks.search import our_index
 from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.checkpoint import load_model
 from resmem_lm.datastore import open_datastore
 from resmem_lm.encode import Encoder, query_head
 from resmem_lm.evaluate import grid_of
-from resmem_lm.index import index_manifest, open_index
 from resmem_lm.packing import first_tokens
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import Queries, describe_queries, query_documents
@@ -27,7 +27,7 @@ def run(workdir: Path) -> None:
     """Prints the tables."""
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     datastore = open_datastore(workdir / "datastore")
-    index, _ = open_index(workdir, datastore, index_manifest(workdir, datastore), 0)
+    index, _ = our_index(workdir, datastore)
     documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, "test")), TOKENS)
     targets = np.concatenate(documents)
     setting = Setting("resmem", K, 1.0, 1.0, 1.0)

@@ -30,6 +30,7 @@ from resmem_lm.storage import files_below, read_json
 from resmem_lm.verify import verify
 from tests.tiny import arguments, write_corpus
 
+LATE = "after the end"
 DASK = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner --dask_npartitions=3"
 
 
@@ -132,7 +133,7 @@ def kills(experiment: Experiment, wanted: dict[str, str], moments: list[Kill], p
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        hit = running(workdir) if process.wait() == -signal.SIGKILL else "after the end"
+        hit = running(workdir) if process.wait() == -signal.SIGKILL else LATE
         where[f"{experiment.commands[number][0]}: {hit}"] += 1
         experiment.finish(workdir, number)
         wrong = differences(workdir, wanted)
@@ -140,7 +141,8 @@ def kills(experiment: Experiment, wanted: dict[str, str], moments: list[Kill], p
             bad.append(f"{hit} after {moment:.2f} s: {'; '.join(wrong)}")
         print(f"kill {trial + 1} of {len(moments)}, {hit}: {'; '.join(wrong) or 'same'}", file=sys.stderr, flush=True)
     commands = ", ".join(command[0] for command in experiment.commands)
-    print(f"{len(moments)} SIGKILLs in {commands}: {len(moments) - len(bad)} ended the same")
+    hits = sum(where.values()) - sum(n for name, n in where.items() if name.endswith(LATE))
+    print(f"{hits} SIGKILLs in {commands} and {len(moments) - hits} after their end: {len(moments) - len(bad)} ended the same")
     print("  where: " + ", ".join(f"{stage} {n}" for stage, n in sorted(where.items())), flush=True)
     for line in bad:
         print(f"  NOT the same: {line}")

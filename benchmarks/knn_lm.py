@@ -4,9 +4,11 @@ fairseq's kNN-LM (Khandelwal et al. 2020) looks 1,024 neighbours up in a faiss I
 distances that faiss tells, and sums the weights of those neighbours whose token is the true one. knn-transformers (Alon et al. 2022) does
 likewise and fills the whole vocabulary. What they read is done here as they do it: faiss, then NumPy or JAX over what it found. Theirs is
 also timed with 50 neighbours. Ours finds 50, ranks them by true distance and reads their residuals. The model is left out on all sides
-(`evaluation` has it), and so is our merge (`merge`).
+(`evaluation` has it), and so is our merge (`merge`). Bytes a row are those kept, and those that these ways read from: the others' keys serve
+to build their index only.
 """
 
+import functools
 from pathlib import Path
 
 import faiss
@@ -16,30 +18,28 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from benchmarks.measure import interleaved, median, ratio, table
-from benchmarks.search import all_keys, query_keys
+from benchmarks.search import all_keys, our_index, query_keys
 from resmem_lm.datastore import open_datastore
-from resmem_lm.index import ExactIndex, index_manifest, open_index
+from resmem_lm.index import ExactIndex
 from resmem_lm.resmem import knn_probabilities, neighbor_weights
 from resmem_lm.search import recall
+from resmem_lm.storage import read_json
 
 QUERIES, K, THEIR_K = 1024, 50, 1024
 LISTS, CODE_BYTES, PROBES = 4096, 64, 32
 SIGMA = 1.0
 
 
-VOCABULARY = 32_128
-
-
-@jax.jit
-def _all_tokens(distances: Float[Array, "queries k"], tokens: Int[Array, "queries k"]) -> Int[Array, " queries"]:
+@functools.partial(jax.jit, static_argnames="vocab")
+def _all_tokens(distances: Float[Array, "queries k"], tokens: Int[Array, "queries k"], vocab: int) -> Int[Array, " queries"]:
     """knn-transformers' kNN distribution over the vocabulary, and its largest."""
-    return jnp.argmax(knn_probabilities(neighbor_weights(distances, SIGMA), tokens, VOCABULARY), axis=-1)
+    return jnp.argmax(knn_probabilities(neighbor_weights(distances, SIGMA), tokens, vocab), axis=-1)
 
 
 def run(workdir: Path) -> None:
     """Prints the table."""
     datastore = open_datastore(workdir / "datastore")
-    ours, _ = open_index(workdir, datastore, index_manifest(workdir, datastore), 0)
+    ours, _ = our_index(workdir, datastore)
     queries, keys = query_keys(workdir, QUERIES), all_keys(workdir)
     tokens = np.concatenate(datastore.shard_arrays("tokens")).astype(np.int32)
     truth = ExactIndex(datastore).search(queries, K)[0]
@@ -51,7 +51,9 @@ def run(workdir: Path) -> None:
     theirs.train(keys[:: max(1, len(keys) // (40 * LISTS))])
     theirs.add(keys)
     theirs.nprobe = PROBES
-    their_bytes = 512 * 2 + 4 + CODE_BYTES + 8  # float16 key, token, code, id: as fairseq keeps them for a t5_small
+    model = read_json(workdir / "checkpoints" / "model.json")["config"]
+    read = 4 + CODE_BYTES + 8  # token, code, id
+    kept = 2 * model["emb_dim"] + read  # and the key in float16, as fairseq keeps it, whatever part of it is searched
     del keys
 
     def fairseq(k: int) -> Float[np.ndarray, " queries"]:
@@ -62,7 +64,7 @@ def run(workdir: Path) -> None:
 
     def transformers(k: int) -> Int[np.ndarray, " queries"]:
         distances, rows = theirs.search(queries, k)
-        return np.asarray(_all_tokens(distances, tokens[rows]))
+        return np.asarray(_all_tokens(distances, tokens[rows], model["vocab_size"]))
 
     def resmem() -> tuple[np.ndarray, ...]:
         rows, distances = ours.search(queries, K)
@@ -79,13 +81,20 @@ def run(workdir: Path) -> None:
     first = next(iter(ways))
     recalls = {name: recall(theirs.search(queries, K)[1], truth) for name in ways} | {first: recall(ours.search(queries, K)[0], truth)}
     index_bytes = sum(path.stat().st_size for path in (workdir / "index").rglob("*") if path.is_file())
-    sizes = {name: float(their_bytes) for name in ways} | {first: (datastore.bytes + index_bytes) / datastore.rows}
+    own = (datastore.bytes + index_bytes) / datastore.rows
+    sizes = dict.fromkeys(ways, (kept, read)) | {first: (own, own)}
     times = interleaved(ways, rounds=5)
     table(
         f"kNN-LM's read path ({datastore.rows:,} keys of {dimensions}, {QUERIES:,} test tokens)",
-        ("way", "recall@50", "time over ours", "tokens/s", "bytes a row"),
+        ("way", "recall@50", "time over ours", "tokens/s", "bytes a row", "read from"),
         (
-            (name, f"{recalls[name]:.3f}", ratio(times, name, first), f"{QUERIES / median(times, name):,.0f}", f"{sizes[name]:,.0f}")
+            (
+                name,
+                f"{recalls[name]:.3f}",
+                ratio(times, name, first),
+                f"{QUERIES / median(times, name):,.0f}",
+                *(f"{size:,.0f}" for size in sizes[name]),
+            )
             for name in ways
         ),
     )

@@ -45,9 +45,10 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     tokens, own = rows.tokens[picked].astype(np.int32), rows.target_log_probability[picked].astype(np.float32)
     candidate_ids, candidate_logits, bound = choose_candidates(logits, jnp.asarray(tokens), BASE_CANDIDATES)
     log_z = jax.nn.logsumexp(logits, axis=-1)[:, None]
-    parts = (*Candidates(candidate_ids, candidate_logits, bound, log_z), distances, tokens, own)
+    parts = (candidate_ids, candidate_logits, bound, log_z, distances, tokens, own)
     blocks = [tuple(map(jnp.asarray, some)) for some in zip(*map(_blocks, parts), strict=True)]
-    stored = list(map(_blocks, (np.asarray(candidate_ids), ids, codes)))
+    stored = list(map(_blocks, (ids, codes)))
+    known_ids = _blocks(np.asarray(candidate_ids))
 
     @jax.jit
     def merged(block: tuple[Array, ...], codes: Array) -> Array:
@@ -56,7 +57,19 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
         return best(_total(candidates, neighbors), candidates.ids)[0]
 
     def ours() -> Int[np.ndarray, " queries"]:
-        return np.concatenate([merged(block, codes) for block, codes in zip(blocks, threads.map(codes_at, *stored), strict=True)])
+        return np.concatenate(
+            [merged(block, codes) for block, codes in zip(blocks, threads.map(codes_at, known_ids, *stored), strict=True)]
+        )
+
+    choose = jax.jit(lambda logits, tokens: choose_candidates(logits, tokens, BASE_CANDIDATES))
+
+    def chosen(logits: Array, tokens: Array, ids: np.ndarray, codes: np.ndarray) -> tuple[tuple[Array, ...], np.ndarray]:
+        candidates = choose(logits, tokens)
+        return candidates, codes_at(np.asarray(candidates[0]), ids, codes)
+
+    def with_choice() -> Int[np.ndarray, " queries"]:
+        ahead = threads.map(chosen, _blocks(logits), [block[5] for block in blocks], *stored)
+        return np.concatenate([merged((*candidates, *block[3:]), codes) for block, (candidates, codes) in zip(blocks, ahead, strict=True)])
 
     base = np.asarray(jax.nn.softmax(logits))
     weights = np.asarray(neighbor_weights(jnp.asarray(distances), SIGMA))
@@ -81,7 +94,12 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
         return jax.lax.map(one, (base, weights, ids, values))
 
     arrays = [jnp.asarray(array) for array in (base, weights, all_ids, values)]
-    ways = {"ours": ours, "dense, NumPy": dense_numpy, "dense, JAX": lambda: np.asarray(dense_jax(*arrays))}
+    ways = {
+        "ours": ours,
+        "ours, and its candidates chosen among all logits": with_choice,
+        "dense, NumPy": dense_numpy,
+        "dense, JAX": lambda: np.asarray(dense_jax(*arrays)),
+    }
     expected = ours()
     for name, way in ways.items():
         assert (way() == expected).all(), f"{name} predicts something else"

@@ -1,4 +1,4 @@
-"""How much of the queries' text stands word for word in the memory's: runs of 13 words of each query document, sought in the train split.
+"""How much of the queries' text stands word for word in the train documents: runs of 13 words of each query document, sought there.
 
     python -m benchmarks.overlap WORKDIR
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.search import QUERY_SPLITS, query_documents
 
+MEMORY_SPLITS = "train", "added"
 WORDS = 13  # as Brown et al. 2020 (GPT-3), appendix C
 
 
@@ -28,13 +29,13 @@ def main() -> None:
     workdir = parser.parse_args().workdir
     queries = {split: [runs(document) for document in query_documents(workdir, split)] for split in QUERY_SPLITS}
     sought = {run for documents in queries.values() for some in documents for run in some}
-    memory = (document for shard in shard_paths(workdir, "train") for document in read_shard(shard))
+    memory = (document for split in MEMORY_SPLITS for shard in shard_paths(workdir, split) for document in read_shard(shard))
     found = {run for document in memory for run in runs(document) if run in sought}
     for split, documents in queries.items():
         shares = [sum(run in found for run in some) / len(some) for some in documents if some]
         total, there = sum(map(len, documents)), sum(run in found for some in documents for run in some)
         print(
-            f"{split}: {there / total:.1%} of {total:,} runs of {WORDS} words are in the train split; "
+            f"{split}: {there / max(1, total):.1%} of {total:,} runs of {WORDS} words are in the train documents; "
             f"{sum(share > 0.5 for share in shares)} of {len(documents)} documents have more than half of theirs there"
         )
 

@@ -20,10 +20,10 @@ from usearch.index import Index as UsearchIndex
 
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import open_datastore
+from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.encode import Encoder, query_head
 from resmem_lm.faiss_index import Searcher
-from resmem_lm.index import ApproximateIndex, ExactIndex, index_manifest, open_index
+from resmem_lm.index import ApproximateIndex, ExactIndex, Index, index_manifest, open_index
 from resmem_lm.published import folder_of
 from resmem_lm.search import query_documents, recall
 from resmem_lm.vocabulary import load_vocabulary
@@ -68,6 +68,13 @@ def all_keys(workdir: Path) -> Float[np.ndarray, "rows emb"]:
     """The datastore's."""
     datastore = open_datastore(workdir / "datastore")
     return np.concatenate([datastore.shard_keys(shard) for shard in range(len(datastore.shards))])
+
+
+def our_index(workdir: Path, datastore: Datastore) -> tuple[Index, dict[str, Any]]:
+    """The index as built, of the whole datastore, and its record."""
+    manifest = index_manifest(workdir, datastore)
+    assert len(manifest["shards"]) == 1, "an index of one shard is wanted: raise build_index.memory_gib"
+    return open_index(workdir, datastore, manifest, 0)[0], manifest["shards"][0]
 
 
 def ivf_pq_refine(keys: Float[np.ndarray, "rows emb"]) -> Peer:
@@ -169,14 +176,11 @@ PEERS = {
 def run(workdir: Path) -> None:
     """Prints the tables."""
     datastore = open_datastore(workdir / "datastore")
-    manifest = index_manifest(workdir, datastore)
-    assert len(manifest["shards"]) == 1, "an index of one shard is wanted: raise build_index.memory_gib"
-    ours, _ = open_index(workdir, datastore, manifest, 0)
+    ours, record = our_index(workdir, datastore)
     exact, queries = ExactIndex(datastore), query_keys(workdir, QUERIES)
     truth = exact.search(queries, K)[0]
     ways: dict[str, Search] = {"ours, as built": lambda some: ours.search(some, K)[0]}
     reached = {"ours, as built": f"{recall(ways['ours, as built'](queries), truth):.3f}"}
-    record = manifest["shards"][0]
     for farther in TUNED_FARTHER:
         searcher = Searcher(datastore, folder_of(workdir / "index", record), record | {"farther": farther})
         tuned = ApproximateIndex(datastore, searcher, TUNED_CANDIDATES)

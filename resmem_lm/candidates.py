@@ -2,7 +2,7 @@
 
 A neighbour's residual is positive at its own token only. So with lambda >= 0 a token that is neither DeepNet's among the
 largest logits nor a neighbour's token scores at most DeepNet's own probability of the next logit: where the best
-candidate reaches that bound, the prediction is certified to be that of the full formula.
+candidate reaches that bound, the prediction is certified to be that of the formula over the whole vocabulary, with the residuals as stored.
 """
 
 from typing import Any, Literal, NamedTuple

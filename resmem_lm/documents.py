@@ -24,7 +24,7 @@ from resmem_lm import descriptions, docstrings, storage
 from resmem_lm.duplicates import mark_duplicates
 from resmem_lm.errors import UserError
 from resmem_lm.progress import progress
-from resmem_lm.storage import AnyPath, children, files_below, new_directory, read_json, sha256, write_json
+from resmem_lm.storage import AnyPath, children, files_below, new_directory, read_json, sha256, with_home, write_json
 from resmem_lm.workdir import Record, stage
 
 SPLITS = ("train", "validation", "test")
@@ -78,6 +78,8 @@ def _matches(pattern: str) -> list[AnyPath]:
     if "://" in pattern:
         return storage.glob(pattern)
     # A name is taken as it is before it is taken as a glob: "notes[1].txt" may be a file.
+    if pattern.startswith("~/"):
+        pattern = os.fspath(with_home(pattern))
     names = [pattern] if pattern and Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     return [Path(name) for name in names]
 
@@ -231,7 +233,7 @@ def write_manifest(folder: AnyPath, changed: dict[str, bytes] | None = None) -> 
     return {name: facts["sha256"] for name, facts in sorted(files.items())}
 
 
-@stage(name="documents", output="documents")
+@stage(name="documents", output="documents", replaces="manifest.json")
 def prepare_documents(
     workdir: AnyPath,
     *,
@@ -251,7 +253,7 @@ def prepare_documents(
         validation_fraction: share of the documents on which hyperparameters are chosen.
         test_fraction: share of the documents on which results are told.
         duplicate_threshold: Jaccard similarity of word 5-grams from which the later of two documents is dropped.
-        shards: number of train shards, which is the number of datastore shards.
+        shards: number of train shards, of which `build_datastore.shards` says how many are remembered.
 
     Returns:
         Counts of documents per split, of dropped ones by reason, and the checksum of every shard.

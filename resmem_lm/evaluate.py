@@ -33,7 +33,7 @@ def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
 
     resmem, knnlm = ([s for s in counts if s.formula == formula] for formula in ("resmem", "knnlm"))
     return {
-        "knn": winner([s for s in knnlm if s.lambda_ == 1]),
+        "knn": winner([s for s in knnlm if s.lambda_ == 1])._replace(temperature=1.0),  # p_kNN has none
         "knnlm": winner([s for s in knnlm if s.lambda_ < 1]),
         "resmem_lambda1": winner([s for s in resmem if s.lambda_ == 1]),
         "resmem": winner(resmem),
@@ -64,14 +64,19 @@ def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
     return adaptive.fit(*validation.known(sigma, FIT_TOKENS))
 
 
-def bootstrap_interval(values: Float[np.ndarray, " tokens"], groups: Int[np.ndarray, " tokens"]) -> tuple[float, float]:
+def bootstrap_interval(values: Float[np.ndarray, " tokens"], groups: Int[np.ndarray, " tokens"]) -> tuple[float, float] | None:
     """95% interval of the mean of `values` over tokens, groups drawn with replacement (tokens of one are not independent).
 
     Args:
         values: of each token.
         groups: the number of its document, or of the work that has several (`Queries.groups`): 0, 1, ...
+
+    Returns:
+        Its ends; None for a single group, which says nothing of others.
     """
     sums, tokens = np.bincount(groups, weights=values), np.bincount(groups)
+    if len(sums) < 2:
+        return None
     draws = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=BOOTSTRAP_SAMPLES)
     means = (draws @ sums) / (draws @ tokens)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -242,5 +247,5 @@ def _describe_split(
         interval = bootstrap_interval(difference, groups)
         differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
     facts = read_json(workdir / "neighbors" / "neighbors.json")[split]
-    shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")}
+    shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")} | {"groups": int(groups.max()) + 1}
     return shown | {"methods": described, "differences": differences}

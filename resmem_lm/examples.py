@@ -16,7 +16,7 @@ from resmem_lm.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir import Record
 
 CONTEXT_TOKENS = 32
-EXAMPLES = 10
+EXAMPLES, SHOWN_NEIGHBORS = 10, 3
 
 
 class _Texts:
@@ -80,8 +80,10 @@ def mended_tokens(
         target = int(q.tokens[query])
         rows, distances, neighbor_tokens = (array[query[None]][0] for array in (q.rows, q.distances, q.neighbor_tokens))
         weights = np.asarray(neighbor_weights(jnp.asarray(distances[None, : setting.k]), setting.sigma))[0]
-        order = np.argsort(-weights * (neighbor_tokens[: setting.k] == target), kind="stable")[:3]
-        order = order[(rows[order] >= 0) & (neighbor_tokens[order] == target)]
+        # A neighbour adds its weight times its residual at its own token, the first of its entries.
+        added = weights * datastore.residuals(np.maximum(rows[: setting.k], 0), setting.temperature)[1][:, 0]
+        helps = (rows[: setting.k] >= 0) & (neighbor_tokens[: setting.k] == target)
+        order = np.argsort(np.where(helps, -added, np.inf), kind="stable")[: min(SHOWN_NEIGHBORS, int(helps.sum()))]
         neighbors = [
             {
                 **texts.neighbor(datastore, int(rows[i])),

@@ -25,8 +25,8 @@ STAGES_FROM_ROWS = ("search", "evaluate", "report", "study-*")
 def forget(workdir: AnyPath, *, document: str | None = None, source: str | None = None) -> Record:
     """Forgets documents: none of their rows is a neighbour any more, and their text is gone from WORKDIR/documents.
 
-    Cached neighbours, results, studies and the report are removed, because they may show the documents. Killed and run again, it ends the
-    same.
+    Cached neighbours, results, studies with what they derived, and the report are removed, because they may show the documents. Killed and
+    run again, it ends the same.
 
     Args:
         workdir: of a finished datastore.
@@ -77,10 +77,15 @@ def forget(workdir: AnyPath, *, document: str | None = None, source: str | None 
 
 
 def _remove_what_shows_rows(workdir: AnyPath) -> None:
-    for record in (path for name in STAGES_FROM_ROWS for path in children(workdir / "stages", f"{name}.json")):
-        remove(record)
-    for name in MADE_FROM_ROWS:
-        remove(workdir / name)
+    records = [path for name in STAGES_FROM_ROWS for path in children(workdir / "stages", f"{name}.json")]
+    for path in (*records, *(workdir / name for name in MADE_FROM_ROWS)):
+        remove(path)
+        _check_gone(path)
+
+
+def _check_gone(path: AnyPath) -> None:
+    if path.exists():
+        raise UserError(f"{path} cannot be removed: make it and its folder writable, and run the same command again")
 
 
 def _remove_text(workdir: AnyPath, names: set[str], is_meant: Any) -> None:
@@ -105,7 +110,7 @@ def compact(workdir: AnyPath) -> Record:
     """Writes every shard of the datastore that has forgotten rows anew without them. `resmem index` then makes what held them again.
 
     Returns:
-        Numbers of shards and rows, before and after.
+        Numbers of shards written, and of rows before and after.
 
     Raises:
         UserError: the datastore is not finished or damaged, or another command is writing into the work directory.
@@ -116,6 +121,7 @@ def compact(workdir: AnyPath) -> Record:
         datastore = open_datastore(folder)
         before, records, written = datastore.rows, [], 0
         for shard, record in enumerate(datastore.shards):
+            _finish_forgetting(workdir, datastore, shard)
             on_disk = read_json(record_path(folder, record))
             if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
                 record = on_disk  # a compact that was killed had written it
@@ -128,8 +134,19 @@ def compact(workdir: AnyPath) -> Record:
         assert_held(workdir)
         write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})
         remove_orphans(folder, records)
+        for old in {folder_of(folder, record) for record in datastore.shards} - {folder_of(folder, record) for record in records}:
+            _check_gone(old)
         renew_build(workdir)
     return {"shards": written, "rows_before": before, "rows": rows}
+
+
+def _finish_forgetting(workdir: AnyPath, datastore: Datastore, shard: int) -> None:
+    """Removes the text that a killed `forget` has left: without their rows the documents could not be found again."""
+    record = datastore.shards[shard]
+    forgotten = {first for first, rows in record.get("forgotten", []) if rows}
+    if forgotten:
+        ids = {document["id"] for document in datastore.documents(shard) if document["first_row"] in forgotten}
+        _remove_text(workdir, {record["made_from"]["documents"]}, ids.__contains__)
 
 
 def _without_forgotten(datastore: Datastore, shard: int) -> Record:

@@ -127,7 +127,7 @@ def stages_of(command: str) -> list[Any]:
     }
     if command == "run":
         return [stage for stages in by_command.values() for stage in stages]
-    # With a checkpoint from elsewhere nothing long lies before the build.
+    # With a checkpoint from elsewhere there is no training that one would want to see alone.
     return by_command["train"] * (command == "build" and trained_elsewhere) + by_command[command]
 
 
@@ -305,6 +305,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"resmem: {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # as XLA says it
+            reason = " ".join(str(error).split())[:200]
+            print(f"resmem: {reason}: give the device less, such as a smaller train.batch_size or sequence_length", file=sys.stderr)
+            return 2
         if not (isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORAGE_CLIENTS):
             raise
         # Permissions, networks, credentials: the message of the system or of the storage's package names the culprit.

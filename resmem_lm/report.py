@@ -2,10 +2,12 @@
 
 import base64
 import hashlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from resmem_lm.errors import UserError
 from resmem_lm.plots import INK, INKS, Figure, line, to_svg
 from resmem_lm.results import HEADER, METHODS, differences, percent, rows, study_rows
 from resmem_lm.storage import AnyPath, files_below, read_json, sha256, write_bytes
@@ -43,9 +45,11 @@ def write_report(workdir: AnyPath) -> Record:
         The checksum of the page.
 
     Raises:
-        UserError: results.json is missing or damaged.
+        UserError: results.json is missing, damaged or of another version.
     """
     results = read_json(workdir / "results.json")
+    if "groups" not in results["splits"]["test"]:
+        raise UserError(f"{workdir / 'results.json'} was made by another version: delete it and run `resmem evaluate`")
     stages = current(workdir)
     studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
     sections = []
@@ -66,6 +70,7 @@ def write_report(workdir: AnyPath) -> Record:
         studies=sections,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        certified=math.floor(1e4 * min(m["certified"] for m in results["splits"]["test"]["methods"].values())) / 1e4,  # "at least"
         config=config.read_text("utf-8") if config.exists() else "",
         inks=INKS,
     )

@@ -87,8 +87,8 @@ def at_temperature(
 
 
 def neighbor_weights(distances: Float[Array, "queries k"], sigma: float | Float[Array, ""]) -> Float[Array, "queries k"]:
-    """w_i = exp(-distance_i / sigma), normalised. Distances are L2 (not squared); an infinite one weighs nothing."""
-    return jax.nn.softmax(-distances / sigma, axis=-1)
+    """w_i = exp(-distance_i / sigma), normalised. Distances are L2 (not squared); an infinite one weighs nothing, even where all are."""
+    return jnp.where(jnp.isfinite(distances), jax.nn.softmax(-distances / sigma, axis=-1), 0)
 
 
 def merge_sparse(

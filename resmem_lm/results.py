@@ -21,9 +21,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def interval(values: Sequence[float]) -> str:
-    """[12.34, 13.45]."""
-    return f"[{percent(values[0])}, {percent(values[1])}]"
+def interval(values: Sequence[float] | None) -> str:
+    """[12.34, 13.45], or - where there is none."""
+    return f"[{percent(values[0])}, {percent(values[1])}]" if values else "-"
 
 
 def hyperparameters(values: dict[str, int | float]) -> str:

@@ -26,9 +26,13 @@ BLOCK = 256
 T = TypeVar("T", bound=Any)
 
 
-def directions(scores: Scores, is_resmem: Bool[Array, " weightings"]) -> Float[Array, "weightings queries candidates"]:
-    """Both formulas are lines in lambda, base + lambda * direction: r_kNN for ResMem, p_kNN - p for kNN-LM."""
-    return jnp.where(is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
+def totals(
+    scores: Scores, is_resmem: Bool[Array, " weightings"], lambdas: Float[Array, " weightings"]
+) -> Float[Array, "weightings queries candidates"]:
+    """Either formula's scores. With lambda = 1 kNN-LM's are p_kNN to the last bit: rounding is not to break its ties, which are many."""
+    lambda_ = lambdas[:, None, None]
+    resmem, knn_lm = scores.base + lambda_ * scores.residual, (1 - lambda_) * scores.base + lambda_ * scores.knn
+    return jnp.where(is_resmem[:, None, None], resmem, knn_lm)
 
 
 @jax.jit
@@ -43,17 +47,24 @@ def _correct_counts(
     temperature: Float[Array, ""],
     temperature_number: Int[Array, ""],
 ) -> Int[Array, "weightings lambdas"]:
-    """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval."""
+    """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval.
+
+    A target that ties is right, but for kNN alone, where ties are many and go to the lowest id as in `_predictions`.
+    """
     scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
-    slopes, is_target = directions(scores, is_resmem), candidates.ids == targets[:, None]
-    lead = _of_target(scores.base, is_target) - scores.base
-    slope = _of_target(slopes, is_target) - slopes
+    slopes = jnp.where(is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
+    is_target = candidates.ids == targets[:, None]
+    # A target that stands twice is not its own rival by rounding.
+    lead = jnp.where(is_target, 0, _of_target(scores.base, is_target) - scores.base)
+    slope = jnp.where(is_target, 0, _of_target(slopes, is_target) - slopes)
     crossing = -lead / jnp.where(slope == 0, 1.0, slope)
     low = jnp.max(jnp.where(slope > 0, crossing, -jnp.inf), axis=-1)
     high = jnp.min(jnp.where(slope < 0, crossing, jnp.inf), axis=-1)
     possible = jnp.any(is_target, axis=-1) & jnp.all((slope != 0) | (lead >= 0), axis=-1)
     within = (low[:, None] <= lambdas[:, None]) & (lambdas[:, None] <= high[:, None])
-    return jnp.sum(within & possible[:, None], axis=-1)
+    knn_alone = jnp.sum(best(scores.knn, candidates.ids)[0] == targets, axis=-1)
+    is_knn_alone = ~is_resmem[:, None] & (lambdas == 1)
+    return jnp.where(is_knn_alone, knn_alone[:, None], jnp.sum(within & possible[:, None], axis=-1))
 
 
 def _of_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
@@ -72,7 +83,7 @@ def _predictions(
     temperature_number: Int[Array, ""],
 ) -> tuple[Int[Array, "weightings queries"], Bool[Array, "weightings queries"]]:
     scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
-    winners, top = best(scores.base + lambdas[:, None, None] * directions(scores, is_resmem), candidates.ids)
+    winners, top = best(totals(scores, is_resmem, lambdas), candidates.ids)
     bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
     return winners, top >= bound  # certified: no token outside the candidates scores more
 

@@ -9,12 +9,14 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
 from resmem_lm.errors import DamagedError, UserError
@@ -27,15 +29,22 @@ def to_path(name: str | AnyPath) -> AnyPath:
     """The path that a user or a worker names; UserError if fsspec has no such storage or lacks a package for it."""
     if not isinstance(name, str):
         return name
+    if address := re.match(r"([a-z][a-z0-9]+):/(?!/)", name):
+        raise UserError(f"{name}: an address of {address[1]} has two slashes: {address[1]}://{name[address.end() :]}")
     if "://" not in name:
-        return Path(name)
+        return with_home(name)
     try:
         path = UPath(name, use_listings_cache=False)  # other processes write there too
         path = UPath(path.fs.unstrip_protocol(path.path), use_listings_cache=False)  # s3a:// is s3://, as listings say it
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {reason}: install the package of that storage (gcsfs for gs://, s3fs for s3://)") from None
-    return path
+    return Path(path.path) if isinstance(path.fs, LocalFileSystem) else path
+
+
+def with_home(name: str) -> Path:
+    """The path of this machine's, a leading ~ expanded: a shell leaves it in --workdir=~/run and in quotes."""
+    return Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
 
 
 def is_local(path: AnyPath) -> bool:
@@ -108,10 +117,16 @@ def remove(path: AnyPath) -> None:
 
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
-    """Every file in a folder and its folders, in order."""
+    """Every file in a folder and its folders, in order; PermissionError if one of these cannot be read."""
     if isinstance(folder, Path):
-        return sorted((path for path in folder.rglob("*") if path.is_file()), key=str)
+        found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=_refuse_unreadable) for name in names]
+        return sorted((path for path in found if path.is_file()), key=str)
     return [to_path(folder.fs.unstrip_protocol(name)) for name in sorted(folder.fs.find(folder.path))]
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        raise error
 
 
 def sizes(folder: AnyPath) -> dict[str, int]:

@@ -11,7 +11,7 @@ from resmem_lm.vocabulary import load_vocabulary
 from resmem_lm.workdir import Record, stage
 
 
-@stage(name="train", after=("documents", "vocabulary"), output="checkpoints")
+@stage(name="train", after=("documents", "vocabulary"), output="checkpoints", replaces="model.json")
 def take_checkpoint(workdir: AnyPath, *, model: ModelConfig, checkpoint: str | None = None) -> Record:
     """Writes WORKDIR/checkpoints from the parameters of another checkpoint; WORKDIR then needs it no more.
 

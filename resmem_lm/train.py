@@ -80,6 +80,8 @@ def train(
         ("constant_steps", constant_steps, 1),
         ("cooldown_steps", cooldown_steps, 0),
         ("checkpoint_steps", checkpoint_steps, 1),
+        ("validation_tokens", validation_tokens, 0),
+        ("seed", seed, 0),
     ):
         if given < least:
             raise UserError(f"train.{name} = {given}: take {least} or more")

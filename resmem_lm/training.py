@@ -189,6 +189,8 @@ def loop(
                 bar.update(finished, told + validation)
                 recent, start = [], time.monotonic()
             if checkpoint:
+                began = time.monotonic()
                 train_state = to_train_state(parameters, state, finished)
                 manager.save(finished, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(train_state)}))
                 saved()
+                start += time.monotonic() - began

@@ -32,6 +32,7 @@ OUTPUTS = {
     "evaluate": {"results.json"},
     "report": {"report.html"},
 }
+UNFINISHED_FORGET = "run the same `resmem forget` again, or `resmem compact`"
 PARTLY_WRITTEN = re.compile(r"\.tmp(/|$)|(^|/)\.lock$")  # in a path within the work directory
 
 
@@ -99,7 +100,9 @@ def _stage_files(workdir: AnyPath, name: str, record: Record) -> Iterator[str]:
             else ""
         )
         if what:
-            again = f"delete it and {workdir / 'stages' / (name + '.json')}, and run `resmem {command}` again"
+            checkpoint = re.match(r"checkpoints/checkpoint_\d+", place)  # of which Orbax reads all or nothing
+            gone = workdir / checkpoint[0] if checkpoint else "it"
+            again = f"delete {gone} and {workdir / 'stages' / (name + '.json')}, and run `resmem {command}` again"
             yield f"{path} {what}: {again if name != 'config' else 'any command writes it again'}"
 
 
@@ -158,6 +161,10 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     vocab_size = load_config(workdir / "checkpoints").vocab_size
     for shard, record in enumerate(datastore.shards):
         part = datastore.part(shard, 1)
+        if left := _text_of_forgotten(workdir, part):
+            text = workdir / "documents" / record["made_from"]["documents"]
+            yield f"{text} still has the text of {left}, which is forgotten: {UNFINISHED_FORGET}"
+            continue
         for problem in (*_rows(part, vocab_size), *_tokens(workdir, part, vocabulary)):
             yield f"{folder / record['folder']}: {problem}; {mend(folder, record)}"
         for name in ARRAYS:
@@ -189,6 +196,14 @@ def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
         if wrong.any():
             yield f"row {start + int(np.flatnonzero(wrong)[0])}: its residual is not that of its token"
             return
+
+
+def _text_of_forgotten(workdir: AnyPath, part: Datastore) -> str:
+    """The id of a document that was forgotten and whose text is there."""
+    forgotten = {first for first, rows in part.shards[0].get("forgotten", []) if rows}
+    ids = {entry["id"] for entry in part.documents(0) if entry["first_row"] in forgotten}
+    documents = read_shard(workdir / "documents" / part.shards[0]["made_from"]["documents"]) if ids else []
+    return next((repr(document.id) for document in documents if document.id in ids), "")
 
 
 def _tokens(workdir: AnyPath, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:

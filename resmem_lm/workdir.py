@@ -3,7 +3,7 @@
 `WORKDIR/stages/NAME.json` records a stage's settings, what it was made from and, once finished, its results. A
 stage whose record says finished is skipped; one whose settings or inputs have changed is refused, because its output
 cost hours. A stage with `extend` makes what is new where its inputs have changed, and keeps the rest; one with `redo` is made again
-whatever has changed, because it costs seconds.
+whatever has changed, because it costs less than what it is made from.
 """
 
 import contextlib
@@ -66,8 +66,10 @@ class Stage(Generic[P]):
         extend: bool = False,
         free: tuple[str, ...] = (),
         beside: str = "",
+        replaces: str = "",
     ) -> None:
         self.function, self.name, self.after, self.output, self.free, self.beside = function, name, after, output, free, beside
+        self.replaces = replaces
         self.redo, self.extend = redo, extend or redo
         self.__doc__, self.__name__, self.__module__ = function.__doc__, function.__name__, function.__module__
         self.signature = inspect.signature(function)
@@ -133,6 +135,10 @@ class Stage(Generic[P]):
                     return result
                 if not self.redo:
                     raise UserError(f"{workdir / self.output} is missing although {path} says it was made: delete {path} to make it again")
+        elif self.replaces and children(workdir / self.output) and not (workdir / self.output / self.replaces).exists():
+            raise UserError(
+                f"{workdir / self.output} is not of a run, and {self.name} would replace it: move it, or take another --workdir"
+            )
         record = {"settings": settings, "inputs": inputs, "finished": False}
         start = time.monotonic()
         with disk_errors(workdir):
@@ -197,15 +203,17 @@ def stage(
     extend: bool = False,
     free: tuple[str, ...] = (),
     beside: str = "",
+    replaces: str = "",
 ) -> Callable[[Callable[P, Record]], Stage[P]]:
     """Makes a function the stage `name`, which needs the stages `after`, writes WORKDIR/`output` and is known to gin.
 
     `beside` is another folder that it writes, or the one in which the output lies. Settings named in `free` do not change the output (how
-    often to save, where to run) and may differ between runs.
+    often to save, where to run) and may differ between runs. A stage that takes away what lies at its output names with `replaces` a file
+    by which it knows that as a run's.
     """
 
     def wrap(function: Callable[P, Record]) -> Stage[P]:
         gin.register(function.__name__, module="resmem_lm", denylist=["workdir"])(function)
-        return Stage(function, name=name, after=after, output=output, redo=redo, extend=extend, free=free, beside=beside)
+        return Stage(function, name=name, after=after, output=output, redo=redo, extend=extend, free=free, beside=beside, replaces=replaces)
 
     return wrap

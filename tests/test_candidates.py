@@ -8,7 +8,7 @@ from resmem_lm import candidates as c
 from resmem_lm import resmem
 from resmem_lm.candidates import Setting
 from resmem_lm.codes import decode_probabilities, encode_probabilities
-from resmem_lm.scoring import directions
+from resmem_lm.scoring import totals
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 SCORE = jax.jit(c.score)
@@ -72,7 +72,7 @@ def test_candidates_score_as_the_dense_formula_and_certified_predictions_are_its
     query_logits, ids, stored, logits, candidates, neighbors, setting = problem
     number = TEMPERATURES.index(setting.temperature)
     scores = SCORE(candidates, neighbors, jnp.array([setting.k]), jnp.array([setting.sigma]), setting.temperature, number)
-    found = np.asarray(scores.base + setting.lambda_ * directions(scores, jnp.array([setting.formula == "resmem"]))[0])
+    found = np.asarray(totals(scores, jnp.array([setting.formula == "resmem"]), jnp.array([setting.lambda_]))[0])
     bound = scores.bound * (1 - setting.lambda_ if setting.formula == "knnlm" else 1)
     dense = dense_scores(query_logits, ids, stored, logits, neighbors, setting)
     np.testing.assert_allclose(found, np.take_along_axis(dense, np.asarray(candidates.ids), axis=1), atol=3e-5)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from resmem_lm.candidates import Setting
 from resmem_lm.datastore import open_datastore
 from resmem_lm.evaluate import bootstrap_interval, calibrate, describe, tune
+from resmem_lm.results import interval
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import open_queries
 
@@ -36,6 +37,11 @@ def test_tokens_of_one_document_are_not_taken_for_independent():
     assert together[1] - together[0] > 5 * (apart[1] - apart[0])
 
 
+def test_one_document_has_no_interval():
+    assert bootstrap_interval(np.ones(100), np.zeros(100, int)) is None
+    assert interval(None) == "-"
+
+
 def test_shares_are_those_of_the_papers_table_2():
     targets, deepnet, predictions = (np.array(x) for x in ([1, 2, 3, 4, 5, 6], [1, 2, 0, 0, 0, 0], [1, 0, 3, 4, 0, 0]))
     found = describe((predictions, np.ones(6, bool)), deepnet, targets, np.array([0, 0, 1, 1, 1, 1]))
@@ -47,11 +53,12 @@ def test_tuning_takes_the_most_right_of_each_kind_and_the_first_of_equals():
         Setting("resmem", 1, 1.0, 1.0, 1.0): 5,
         Setting("resmem", 2, 1.0, 1.0, 1.0): 5,
         Setting("resmem", 2, 1.0, 1.0, 0.5): 9,
-        Setting("knnlm", 4, 1.0, 1.0, 1.0): 3,
+        Setting("knnlm", 4, 1.0, 0.7, 1.0): 3,
         Setting("knnlm", 8, 1.0, 1.0, 0.2): 7,
     }
     found = tune(counts)
-    assert (found["resmem_lambda1"].k, found["resmem"].lambda_, found["knn"].k, found["knnlm"].k) == (1, 0.5, 4, 8)
+    assert (found["resmem_lambda1"].k, found["resmem"].lambda_, found["knnlm"].k) == (1, 0.5, 8)
+    assert found["knn"] == Setting("knnlm", 4, 1.0, 1.0, 1.0)  # p_kNN has no temperature
 
 
 def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
@@ -61,8 +68,10 @@ def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
     assert len(counts) == 2 * 2 * 2 * 2 * 2
     found = scorer.predict(list(counts))
     for setting, (predictions, _) in found.items():
-        # Equal scores (kNN alone has them) may be counted right here and wrong there.
-        assert abs(counts[setting] - (predictions == scorer.queries.tokens).sum()) <= (3 if setting.formula == "knnlm" else 0)
+        assert counts[setting] == (predictions == scorer.queries.tokens).sum()
+    for setting in counts:
+        if setting.formula == "knnlm" and setting.lambda_ == 1:  # p_kNN has no temperature
+            assert counts[setting] == counts[setting._replace(temperature=1.0)]
 
 
 def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):

@@ -9,7 +9,7 @@ from resmem_lm import forget as module
 from resmem_lm.datastore import ARRAYS, open_datastore
 from resmem_lm.documents import read_shard, shard_paths
 from resmem_lm.errors import UserError
-from resmem_lm.forget import compact, forget
+from resmem_lm.forget import compact, forget, renew_build
 from resmem_lm.index import ExactIndex, index_manifest, open_index
 from resmem_lm.main import main
 from resmem_lm.search import open_queries
@@ -161,6 +161,21 @@ def test_killed_at_any_moment_and_run_again_it_is_forgotten(tiny_copy, monkeypat
     forget(tiny_copy, document=name)
     datastore = open_datastore(tiny_copy / "datastore")
     assert datastore.is_forgotten(np.array(rows_of(datastore, name))).all()
+    assert verify(tiny_copy) == []
+
+
+def test_text_that_a_killed_forget_has_left_is_told_and_goes_with_compact(tiny_copy, monkeypatch):
+    name = ids_of(tiny_copy)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove_text", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            forget(tiny_copy, document=name)
+    renew_build(tiny_copy)
+    (problem,) = verify(tiny_copy)
+    assert f"still has the text of {name!r}, which is forgotten: run the same `resmem forget` again, or `resmem compact`" in problem
+    compact(tiny_copy)
+    assert name not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+    evaluate_again(tiny_copy)
     assert verify(tiny_copy) == []
 
 

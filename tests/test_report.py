@@ -38,7 +38,7 @@ def some_results() -> dict[str, Any]:
     methods["resmem_calibrated"] |= {"form": "clipped"}
     methods["resmem_adaptive"] |= {"hyperparameters": {"k": 50, "sigma": 0.5}}
     differences = [{"method": "resmem_adaptive", "over": "resmem", "accuracy": 0.00345, "accuracy_ci95": [0.0011, 0.0059]}]
-    split = {"tokens": 12345, "documents": 17, "recall_at_k": 0.98765, "methods": methods, "differences": differences}
+    split = {"tokens": 12345, "documents": 17, "groups": 17, "recall_at_k": 0.98765, "methods": methods, "differences": differences}
     lines = ("knnlm", "resmem_lambda1", "resmem")
     neighbor = {"document": "python/ast.py", "context": "The name of", "token": " the", "distance": 0.61254, "weight": 0.21987}
     example = {
@@ -105,12 +105,22 @@ def test_tells_facts_configuration_versions_and_times(tmp_path: Path) -> None:
         "606.0 bytes",
         "faiss",
         "0.988",
-        "at least 99.88%",
+        "at least 99.87%",
         "2,100 documents",
         "103 duplicates",
     ]
     for fact in [*facts, "2 empty", "train.steps = 20", "0.10.2", "1,234.6", "0.613", "0.220", "␣the", "␣a"]:
         assert fact in text
+
+
+def test_tells_over_what_intervals_are_drawn(tmp_path: Path) -> None:
+    results = some_results()
+    assert "by bootstrap over the 17 documents;" in Elements(page_of(tmp_path, results)).text
+    results["splits"]["test"]["groups"] = 3
+    assert "by bootstrap over the 3 groups of documents;" in Elements(page_of(tmp_path, results)).text
+    del results["splits"]["test"]["groups"]
+    with pytest.raises(UserError, match=r"made by another version: delete it and run `resmem evaluate`"):
+        page_of(tmp_path, results)
 
 
 def test_plots_have_a_line_for_each_method_and_deepnet(tmp_path: Path) -> None:

@@ -131,6 +131,11 @@ def test_weights_sum_to_one_fall_with_distance_and_ignore_a_common_shift(p, sigm
     np.testing.assert_allclose(shifted, weights, atol=1e-4)
 
 
+def test_neighbours_that_were_not_found_weigh_nothing_even_where_none_was():
+    weights = resmem.neighbor_weights(jnp.array([[1.0, 1.0, jnp.inf], [jnp.inf] * 3]), 0.5)
+    np.testing.assert_allclose(weights, [[0.5, 0.5, 0], [0, 0, 0]])
+
+
 @given(problems(), st.floats(0, 1))
 def test_knn_lm_is_a_distribution(p, lambda_):
     weights = resmem.neighbor_weights(jnp.asarray(p["distances"]), 1.0)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmem_lm.errors import UserError
-from resmem_lm.storage import SEAL, new_directory, read_json, sealed, sha256, write_bytes, write_json
+from resmem_lm.storage import SEAL, is_local, new_directory, read_json, sealed, sha256, to_path, write_bytes, write_json
 
 
 def message(call, *args, **kwargs):
@@ -20,6 +20,17 @@ def message(call, *args, **kwargs):
 
 def names_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_names_are_paths_of_this_machine_or_addresses(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert to_path("~/runs/x") == tmp_path / "runs/x"
+    assert to_path("~") == tmp_path
+    assert to_path("runs/~x") == Path("runs/~x")
+    assert to_path(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert is_local(to_path(f"file://{tmp_path}/x"))
+    assert str(to_path("memory://bucket/x")) == "memory://bucket/x"
+    assert message(to_path, "gs:/bucket/x") == "gs:/bucket/x: an address of gs has two slashes: gs://bucket/x"
 
 
 def test_a_new_directory_takes_the_place_of_the_old(tmp_path):

@@ -158,6 +158,8 @@ def test_adafactor_is_scaled_by_the_parameter():
         ({"checkpoint_steps": 0}, "train.checkpoint_steps = 0: take 1 or more"),
         ({"constant_steps": 0}, "train.constant_steps = 0: take 1 or more"),
         ({"cooldown_steps": -1}, "train.cooldown_steps = -1: take 0 or more"),
+        ({"validation_tokens": -1}, "train.validation_tokens = -1: take 0 or more"),
+        ({"seed": -1}, "train.seed = -1: take 0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(workdir, change, says):

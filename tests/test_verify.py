@@ -38,6 +38,8 @@ def test_a_damaged_checkpoint_is_told_by_its_file_and_not_opened(tiny_copy):
     problems = verify(tiny_copy)
     assert len(problems) == len(files)
     assert all("was altered: its checksum is not that of its record" in problem for problem in problems)
+    (checkpoint,) = {file for file in (tiny_copy / "checkpoints").iterdir() if str(file) in problems[0]}
+    assert f"delete {checkpoint} and " in problems[0]  # Orbax reads all of it or nothing
 
 
 def change_rows(workdir, name, change):

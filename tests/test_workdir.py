@@ -18,7 +18,7 @@ class Shape:
 class Work:
     """A stage whose function counts its calls, writes its output and does what it is told to."""
 
-    def __init__(self, *, name="first", after=(), redo=False, extend=False, free=()):
+    def __init__(self, *, name="first", after=(), redo=False, extend=False, free=(), replaces=""):
         self.calls, self.result, self.before_output, self.after_output = 0, "same", None, None
 
         def make_things(workdir, *, size=1, names=("a", "b"), shape=None, where=None, runner=""):
@@ -30,7 +30,7 @@ class Work:
                 raise self.after_output
             return {"result": self.result}
 
-        self.stage = Stage(make_things, name=name, after=after, output=name, redo=redo, extend=extend, free=free)
+        self.stage = Stage(make_things, name=name, after=after, output=name, redo=redo, extend=extend, free=free, replaces=replaces)
 
 
 def message(call, *args, **kwargs):
@@ -57,6 +57,17 @@ def test_a_finished_stage_is_skipped_by_another_process_too(tmp_path):
     later = Work()
     assert later.stage(tmp_path, size=3) == {"result": "same"}
     assert later.calls == 0
+
+
+def test_what_lies_at_the_output_and_is_not_of_a_run_is_not_replaced(tmp_path):
+    work = Work(replaces="things.txt")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/mine.txt").write_text("mine")
+    told = message(work.stage, tmp_path)
+    assert told == f"{tmp_path / 'first'} is not of a run, and first would replace it: move it, or take another --workdir"
+    assert work.calls == 0
+    (tmp_path / "first/things.txt").write_text("of a run whose record was deleted")
+    assert work.stage(tmp_path) == {"result": "same"}
 
 
 @pytest.mark.parametrize("moment", ["before_output", "after_output"])

@@ -66,7 +66,7 @@ def study_baselines(
 
     def told(method: str) -> str:
         gain = right[method].astype(np.float64) - right[METHODS["deepnet"]]
-        return f"{method} {percent(float(gain.mean()))} {interval(list(bootstrap_interval(gain, groups)))}"
+        return f"{method} {percent(float(gain.mean()))} {interval(bootstrap_interval(gain, groups))}"
 
     def draw(figure: Figure) -> None:
         groups = ("frequency", "distance", "confidence")

@@ -11,6 +11,7 @@ from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.evaluate import fit_gate
 from resmem_lm.plots import INK, Figure, line
+from resmem_lm.results import hyperparameters
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import QUERY_SPLITS, nearest, open_queries
 from resmem_lm.storage import AnyPath, read_json
@@ -122,8 +123,9 @@ def study_sensitivity(
         handles, labels = figure.get_axes()[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
 
+    paper = hyperparameters(methods["resmem_paper"]["hyperparameters"])
     text = (
-        "One hyperparameter varies, the others stay as in the paper (k 50, sigma 1, T 1, lambda 1) or as chosen on validation. Adaptive "
+        f"One hyperparameter varies, the others stay as in the paper ({paper}) or as chosen on validation. Adaptive "
         "ResMem has neither T nor lambda; its gate is fitted anew on validation for each k (the nearest of the neighbours) and sigma."
     )
     text += " Calibrated ResMem's lambda is a factor in the logits, and not to be compared with the others'." if form == "boosted" else ""

@@ -79,7 +79,7 @@ def seconds_a_step(model: ModelConfig, workdir: AnyPath, batch_size: int, sequen
 
 def begin_from(base: Model, target: AnyPath) -> None:
     """Puts a model where `train` goes on from it as from its own step 0, with a fresh optimiser."""
-    if (target / "checkpoints").exists():
+    if (target / "checkpoints" / "model.json").exists():  # the last that is copied to object storage
         return
     state = optimizer(optax.constant_schedule(0.01)).init(base.parameters)
     with new_directory(target / "checkpoints") as directory:
@@ -160,9 +160,9 @@ def study_shift(
         {
             "method": f"DeepNet, fine-tuned on the second text ({trained['settings']['steps']} steps at {rate:g})",
             "second text, %": 100 * after.mean(),
-            "95%": interval(list(bootstrap_interval(after.astype(np.float64), numbers))),
+            "95%": interval(bootstrap_interval(after.astype(np.float64), numbers)),
             "gain, %": 100 * (after.mean() - before.mean()),
-            "gain, 95%": interval(list(bootstrap_interval(after.astype(np.float64) - before, numbers))),
+            "gain, 95%": interval(bootstrap_interval(after.astype(np.float64) - before, numbers)),
             "first text, %": 100 * after_on_first.mean(),
             "seconds": trained["seconds"],
         }

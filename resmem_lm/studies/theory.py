@@ -111,9 +111,9 @@ def study_theory(
     """Test risk against n of DeepNet, of the nearest neighbour alone and of ResMem, beside what can be derived (paper: section 5).
 
     Args:
-        sizes: numbers n of training points, ascending.
+        sizes: numbers n of training points.
         dimensions: numbers d of features.
-        bounds: norms L of the model; the truth has norm 1.
+        bounds: norms L of the model, below 1, which is that of the truth.
         repetitions: of each, with another truth and other points.
         queries: test points of each repetition.
         seed: of everything.
@@ -130,6 +130,9 @@ def study_theory(
     ):
         if not given or min(given) < least:
             raise UserError(f"study_theory.{name} = {given}: take {least:g} or more")
+    if max(bounds) >= 1:
+        raise UserError(f"study_theory.bounds = {bounds}: take numbers below 1, the norm of the truth, or the model has no risk left")
+    sizes = sorted(sizes)
     if len(set(sizes)) < 2 or len(set(sizes)) * repetitions < 3:
         raise UserError(f"study_theory.sizes = {sizes}: take two or more, and more than two points with repetitions, for a slope")
     rng = np.random.default_rng(seed)

@@ -150,6 +150,15 @@ def test_settings_that_cannot_work_are_refused(tiny_copy, change, says):
         build_datastore(tiny_copy, **(SETTINGS | change))
 
 
+def test_a_refused_number_of_shards_leaves_nothing_behind(tiny_copy):
+    (tiny_copy / "stages/build.json").unlink()
+    shutil.rmtree(tiny_copy / "datastore")
+    with pytest.raises(UserError, match="take 1 to 3"):
+        build_datastore(tiny_copy, **(SETTINGS | {"shards": 9, "key_dimensions": 8}))
+    assert not (tiny_copy / "datastore").exists()
+    build_datastore(tiny_copy, **(SETTINGS | {"key_dimensions": 8}))
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny_copy, monkeypatch):
     before = content(tiny_copy)
     shutil.rmtree(shard_folder(tiny_copy, 2))

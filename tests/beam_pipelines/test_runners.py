@@ -192,6 +192,13 @@ def test_what_beam_would_pass_over_is_refused(options, says):
         arguments_of(options)
 
 
+@pytest.mark.parametrize("options", ["--runner=PortableRunner", "--runner=DataflowRunner --region=r --temp_location=gs://bucket/t"])
+def test_what_a_runner_lacks_is_told_in_one_line(tmp_path, options):
+    with pytest.raises(UserError, match=f"^--pipeline_options={options}: the runner says: .*: mend them") as caught:
+        run_units("Fail", [1], Failing(ValueError("never begun")), options, published=tmp_path, names=["a"])
+    assert "\n" not in str(caught.value)
+
+
 def test_known_options_are_taken():
     assert arguments_of("--runner=DataflowRunner --project=p --region=r --temp_location=gs://b/t --max_num_workers=9")
     assert arguments_of("--runner=FlinkRunner --flink_master=host:8081 --parallelism=4")

@@ -121,6 +121,15 @@ def test_no_query_to_compare_is_refused(unsearched):
         search(unsearched, recall_queries=0)
 
 
+def test_altered_tokens_are_not_taken_for_those_of_the_neighbours(unsearched):
+    path = next((unsearched / "datastore").glob("shard-*/tokens.npy"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokens.npy was altered"):
+        search(unsearched, neighbors=12)
+
+
 def test_what_a_killed_search_had_published_is_kept(tiny_copy):
     before = arrays(tiny_copy)
     facts = read_json(tiny_copy / "neighbors/neighbors.json")

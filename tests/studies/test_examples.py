@@ -50,6 +50,23 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
     assert all(example in shown for example in few)
 
 
+def test_the_neighbours_shown_are_those_that_add_most(tiny_run):
+    queries, datastore = open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore")
+    setting = Setting("resmem", 12, 4.0, 1.0, 1.0)
+    chosen = np.arange(len(queries.tokens))[::9]
+    targets = np.asarray(queries.tokens)
+    reordered = 0
+    for query, example in zip(chosen, mended_tokens(tiny_run, queries, datastore, setting, targets, targets, chosen), strict=True):
+        helps = np.asarray(queries.neighbor_tokens)[query] == targets[query]
+        weights = np.exp(-np.asarray(queries.distances)[query] / setting.sigma)
+        weights = (weights / weights.sum())[helps]
+        p = np.exp(datastore.take("target_log_probability", np.asarray(queries.rows)[query][helps]).astype(np.float64))
+        most = np.argsort(-weights * (1 - p), kind="stable")[:3]
+        np.testing.assert_allclose([neighbor["weight"] for neighbor in example["neighbors"]], weights[most], rtol=1e-4)
+        reordered += (np.diff(most) < 0).any()
+    assert reordered > 0  # or this could not fail where the nearest are shown
+
+
 def test_the_report_has_them_to_be_searched_and_the_command_prints_how_many(tiny_copy, capsys):
     before = (tiny_copy / "report.html").read_text()
     assert "<script" not in before

@@ -106,6 +106,7 @@ def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, cap
     [
         {"bounds": (0.0,)},
         {"bounds": ()},
+        {"bounds": (0.5, 1.0)},
         {"dimensions": (0,)},
         {"dimensions": ()},
         {"sizes": ()},
