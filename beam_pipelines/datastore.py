@@ -21,7 +21,7 @@ from resmem_lm.checkpoint import Model, load_model
 from resmem_lm.datastore import FILES, Binding, document_line, open_datastore, projection_of, shard_name
 from resmem_lm.documents import Document, read_shard, shard_paths
 from resmem_lm.encode import Encoder, Head, query_head, residual_head
-from resmem_lm.errors import DamagedError, UserError
+from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.lock import assert_held
 from resmem_lm.projection import principal_components, projection_path, save_projection
 from resmem_lm.published import Record, damaged_files, expect, name_of, publish, record_of, record_path, remove_orphans
@@ -214,8 +214,7 @@ def build_datastore(
             f"build_datastore.temperatures = {temperatures} must have 1.0 among them, at which residuals are kept, and none below "
             f"{LEAST_TEMPERATURE}"
         )
-    if entries < 1:
-        raise UserError(f"build_datastore.entries = {entries}: take 1 or more")
+    check_least("build_datastore", 1, entries=entries)
     units = units_of(workdir, shards)  # refused before anything is written
     model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
     binding = Binding(

@@ -24,7 +24,7 @@ from resmem_lm.documents import (
     write_manifest,
 )
 from resmem_lm.duplicates import Signatures, minhash
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.progress import progress
 from resmem_lm.storage import AnyPath, read_json, remove, to_path, write_bytes, write_json
 from resmem_lm.workdir import Record, disk_errors, stage
@@ -219,8 +219,7 @@ def sample_documents(
     for name, value in (("fraction", fraction), ("validation_fraction", validation_fraction), ("duplicate_threshold", duplicate_threshold)):
         if not 0 < value <= 1:
             raise UserError(f"sample_documents.{name} = {value}: take a number above 0 and up to 1")
-    if min(shards, query_shards) < 1:
-        raise UserError(f"sample_documents.shards = {shards}, query_shards = {query_shards}: take 1 or more")
+    check_least("sample_documents", 1, shards=shards, query_shards=query_shards)
     shards_of = {"train": shards, "validation": query_shards, "test": query_shards}
     # Both, before either is read.
     read_held_out, read_train = source(held_out, tfds_data_dir), source(train, tfds_data_dir)

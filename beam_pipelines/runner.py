@@ -4,6 +4,7 @@ import argparse
 import builtins
 import contextlib
 import importlib
+import logging
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners.worker import sdk_worker
 from apache_beam.utils.shared import Shared
 
 from beam_pipelines.work import Work
@@ -25,7 +27,7 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
     """A pipeline that runs when the block ends; UserError for an option that Beam does not know and for what a worker reported as one."""
     arguments = arguments_of(options)
     try:
-        with beam.Pipeline(options=PipelineOptions(arguments)) as pipeline:
+        with _tracebacks_told_once(), beam.Pipeline(options=PipelineOptions(arguments)) as pipeline:
             yield pipeline
     except Exception as error:
         if reported := _reported(str(error)):
@@ -34,6 +36,21 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"--pipeline_options={options}: the runner says: {reason}: mend them, or see that its server runs") from error
         raise
+
+
+@contextlib.contextmanager
+def _tracebacks_told_once() -> Iterator[None]:
+    """Beam's worker in this process prints and logs the traceback of every exception, which the pipeline raises with it as its text."""
+    logger = logging.getLogger(sdk_worker.__name__)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    names = vars(sdk_worker)
+    names["print"] = lambda *_, **__: None  # found before the builtin
+    try:
+        yield
+    finally:
+        del names["print"]
+        logger.setLevel(before)
 
 
 def _module(error: Exception) -> str:

@@ -4,8 +4,8 @@ fairseq's kNN-LM (Khandelwal et al. 2020) looks 1,024 neighbours up in a faiss I
 distances that faiss tells, and sums the weights of those neighbours whose token is the true one. knn-transformers (Alon et al. 2022) does
 likewise and fills the whole vocabulary. What they read is done here as they do it: faiss, then NumPy or JAX over what it found. Theirs is
 also timed with 50 neighbours. Ours finds 50, ranks them by true distance and reads their residuals. The model is left out on all sides
-(`evaluation` has it), and so is our merge (`merge`). Bytes a row are those kept, and those that these ways read from: the others' keys serve
-to build their index only.
+(`evaluation` has it), and so is our merge (`merge`). Bytes a row are those kept, and those that these ways read from: the keys of the
+others serve to build their index only.
 """
 
 import functools

@@ -202,7 +202,7 @@ def run(workdir: Path) -> None:
         builds["ours"].append(_our_build(workdir))
         builds[FAST].append(PEERS[FAST](keys)[:2])
     del keys, peer
-    times = interleaved({name: lambda way=way: way(queries) for name, way in ways.items()}, rounds=5)
+    times = interleaved({name: lambda way=way: way(queries) for name, way in ways.items()}, rounds=15)
     alone = interleaved({"exact": lambda: exact.search(queries[:EXACT_QUERIES], K), "ours": lambda: ours.search(queries, K)}, rounds=3)
     exact_times = {"exact": [seconds * QUERIES / EXACT_QUERIES for seconds in alone["exact"]], "ours": alone["ours"]}
     rows, dimensions = datastore.rows, queries.shape[1]

@@ -22,7 +22,7 @@ from backports import zstd
 
 from resmem_lm import descriptions, docstrings, storage
 from resmem_lm.duplicates import mark_duplicates
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.progress import progress
 from resmem_lm.storage import AnyPath, children, files_below, new_directory, read_json, sha256, with_home, write_json
 from resmem_lm.workdir import Record, stage
@@ -261,8 +261,7 @@ def prepare_documents(
     Raises:
         UserError: no text, unreadable text, fewer than three documents, or a setting out of its range.
     """
-    if shards < 1:
-        raise UserError(f"prepare_documents.shards = {shards}: take 1 or more")
+    check_least("prepare_documents", 1, shards=shards)
     if not 0 < duplicate_threshold <= 1:
         raise UserError(f"prepare_documents.duplicate_threshold = {duplicate_threshold}: take a number above 0 and up to 1")
     if not (0 <= validation_fraction <= 1 and 0 <= test_fraction <= 1):

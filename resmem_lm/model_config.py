@@ -4,7 +4,7 @@ import dataclasses
 
 import gin
 
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("linear", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "selu", "softplus")  # "linear", and some of Flax's
@@ -32,9 +32,8 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises UserError for a number out of its range, or an unknown activation or dtype; all are of the right kind."""
-        for name in ("vocab_size", "emb_dim", "num_heads", "num_layers", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ModelConfig.{name} = {getattr(self, name)}: take 1 or more")
+        numbers = ("vocab_size", "emb_dim", "num_heads", "num_layers", "head_dim", "mlp_dim")
+        check_least("ModelConfig", 1, **{name: getattr(self, name) for name in numbers})
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate = {self.dropout_rate}: take 0 or more and less than 1")
         for name, given, known in (("mlp_activations", self.mlp_activations, ACTIVATIONS), ("dtype", (self.dtype,), DTYPES)):

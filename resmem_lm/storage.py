@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
 from resmem_lm.errors import DamagedError, UserError
@@ -39,7 +38,7 @@ def to_path(name: str | AnyPath) -> AnyPath:
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {reason}: install the package of that storage (gcsfs for gs://, s3fs for s3://)") from None
-    return Path(path.path) if isinstance(path.fs, LocalFileSystem) else path
+    return Path(path.path) if path.protocol in ("file", "local") else path
 
 
 def with_home(name: str) -> Path:

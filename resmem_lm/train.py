@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from resmem_lm.checkpoint import checkpoint_manager, load_model, save_config
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.model_config import ModelConfig
 from resmem_lm.packing import batches, first_tokens, one_pass, pack, split_tokens
 from resmem_lm.storage import AnyPath, download, remove, upload
@@ -73,18 +73,9 @@ def train(
 
     vocabulary = load_vocabulary(workdir)
     check_vocabulary(vocabulary, model)
-    for name, given, least in (
-        ("steps", steps, 1),
-        ("batch_size", batch_size, 1),
-        ("sequence_length", sequence_length, 1),
-        ("constant_steps", constant_steps, 1),
-        ("cooldown_steps", cooldown_steps, 0),
-        ("checkpoint_steps", checkpoint_steps, 1),
-        ("validation_tokens", validation_tokens, 0),
-        ("seed", seed, 0),
-    ):
-        if given < least:
-            raise UserError(f"train.{name} = {given}: take {least} or more")
+    check_least("train", 1, steps=steps, batch_size=batch_size, sequence_length=sequence_length)
+    check_least("train", 1, constant_steps=constant_steps, checkpoint_steps=checkpoint_steps)
+    check_least("train", 0, cooldown_steps=cooldown_steps, validation_tokens=validation_tokens, seed=seed)
     devices = len(jax.local_devices())
     if batch_size % devices:
         raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")

@@ -16,7 +16,7 @@ from resmem_lm.checkpoint import Model
 from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.documents import position, read_shard, shard_paths
 from resmem_lm.encode import query_head
-from resmem_lm.errors import DamagedError, UserError
+from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.evaluate import calibrate, describe, fit_gate, grid_of, simplex_grid, tune
 from resmem_lm.index import ExactIndex, search_shards
 from resmem_lm.plots import Figure, line
@@ -117,8 +117,7 @@ def study_datastore_size(
     name = "study_datastore_size"
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(f"{name}.fractions = {fractions}: take numbers above 0 and up to 1")
-    if recall_queries < 1:
-        raise UserError(f"{name}.recall_queries = {recall_queries}: take 1 or more")
+    check_least(name, 1, recall_queries=recall_queries)
     datastore = open_datastore(workdir / "datastore")
     cached = {split: open_queries(workdir, split) for split in QUERY_SPLITS}
     searched = cached["test"].rows.shape[1]

@@ -4,7 +4,7 @@ import numpy as np
 
 from resmem_lm.candidates import DEEPNET, Setting
 from resmem_lm.datastore import open_datastore
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.examples import draw_tokens, mended_tokens
 from resmem_lm.scoring import SplitScorer
 from resmem_lm.search import BASE_CANDIDATES, open_queries
@@ -26,8 +26,7 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
     Raises:
         UserError: no example asked for, or a rank that is not known of each token.
     """
-    if examples < 1:
-        raise UserError(f"study_examples.examples = {examples}: take 1 or more")
+    check_least("study_examples", 1, examples=examples)
     if not 2 <= near <= BASE_CANDIDATES:
         raise UserError(f"study_examples.near = {near}: take 2 to {BASE_CANDIDATES} (a token that DeepNet gets wrong is not its first)")
     datastore, queries = open_datastore(workdir / "datastore"), open_queries(workdir, "test")

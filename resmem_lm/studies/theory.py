@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.plots import INK, Figure, line
 from resmem_lm.progress import progress
 from resmem_lm.storage import AnyPath
@@ -121,15 +121,8 @@ def study_theory(
     Raises:
         UserError: a number out of its range, or too few sizes for a slope.
     """
-    for name, given, least in (
-        ("sizes", sizes, 1),
-        ("dimensions", dimensions, 1),
-        ("bounds", bounds, 1e-6),
-        ("repetitions", [repetitions], 1),
-        ("queries", [queries], 1),
-    ):
-        if not given or min(given) < least:
-            raise UserError(f"study_theory.{name} = {given}: take {least:g} or more")
+    check_least("study_theory", 1, sizes=sizes, dimensions=dimensions, repetitions=repetitions, queries=queries)
+    check_least("study_theory", 1e-6, bounds=bounds)
     if max(bounds) >= 1:
         raise UserError(f"study_theory.bounds = {bounds}: take numbers below 1, the norm of the truth, or the model has no risk left")
     sizes = sorted(sizes)
