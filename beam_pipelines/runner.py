@@ -12,6 +12,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners import common
 from apache_beam.runners.worker import sdk_worker
 from apache_beam.utils.shared import Shared
 
@@ -41,16 +42,18 @@ def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
 @contextlib.contextmanager
 def _tracebacks_told_once() -> Iterator[None]:
     """Beam's worker in this process prints and logs the traceback of every exception, which the pipeline raises with it as its text."""
-    logger = logging.getLogger(sdk_worker.__name__)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(module.__name__) for module in (common, sdk_worker)]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     names = vars(sdk_worker)
     names["print"] = lambda *_, **__: None  # found before the builtin
     try:
         yield
     finally:
         del names["print"]
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _module(error: Exception) -> str:

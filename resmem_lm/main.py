@@ -305,9 +305,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"resmem: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # as XLA says it
-            reason = " ".join(str(error).split())[:200]
-            print(f"resmem: {reason}: give the device less, such as a smaller train.batch_size or sequence_length", file=sys.stderr)
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):  # XLA's
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            print(f"resmem: {reason}: give the device less: a smaller train.batch_size, sequence_length or model", file=sys.stderr)
             return 2
         if not (isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORAGE_CLIENTS):
             raise

@@ -88,6 +88,14 @@ def test_every_setting_is_checked_before_the_first_stage_goes_on(tmp_path, capsy
     assert (workdir / "config.gin").read_bytes() == complete
 
 
+def test_a_device_without_enough_memory_is_told_in_one_line(tmp_path, capsys):
+    settings = [DEMO, f"--gin.TEXT='{small_text(tmp_path)}'", "--gin.make_vocabulary.size=8", f"--gin.ModelConfig.mlp_dim={10**13}"]
+    assert run("train", *settings, workdir=tmp_path / "run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "Out of memory" in error
+    assert error.endswith(": give the device less: a smaller train.batch_size, sequence_length or model")
+
+
 def test_the_written_configuration_is_taken_by_the_next_command(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run("train", DEMO, f"--gin.TEXT='{small_text(tmp_path)}'", workdir=workdir) == 2

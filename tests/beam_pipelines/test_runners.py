@@ -102,11 +102,12 @@ class Failing:
         (DamagedError("index.json was altered"), "^index.json was altered$"),
     ],
 )
-def test_what_a_worker_meets_that_the_user_can_mend_is_told_in_one_line(tmp_path, capfd, error, told):
+def test_what_a_worker_meets_that_the_user_can_mend_is_told_in_one_line(tmp_path, capfd, caplog, error, told):
     with pytest.raises(UserError, match=told) as caught:
         run_units("Fail", [1], Failing(error), "", published=tmp_path, names=["a"])
     assert "\n" not in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
 
 
 def test_a_fault_of_ours_is_not_told_as_the_users(tmp_path):
