@@ -14,7 +14,7 @@ from resmem_lm.machine import forget_peak_memory, peak_memory
 from resmem_lm.storage import remove
 from resmem_lm.vocabulary import load_vocabulary
 
-TOKENS = 60_000  # or a little more: whole documents; enough that a pipeline's start is a small part
+TOKENS = 120_000  # or a little more: whole documents; enough that a pipeline's start is a small part
 
 
 def run(workdir: Path) -> None:

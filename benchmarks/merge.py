@@ -48,7 +48,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     parts = (candidate_ids, candidate_logits, bound, log_z, distances, tokens, own)
     blocks = [tuple(map(jnp.asarray, some)) for some in zip(*map(_blocks, parts), strict=True)]
     stored = list(map(_blocks, (ids, codes)))
-    known_ids = _blocks(np.asarray(candidate_ids))
+    known_ids, some_logits = _blocks(np.asarray(candidate_ids)), _blocks(logits)
 
     @jax.jit
     def merged(block: tuple[Array, ...], codes: Array) -> Array:
@@ -68,7 +68,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
         return candidates, codes_at(np.asarray(candidates[0]), ids, codes)
 
     def with_choice() -> Int[np.ndarray, " queries"]:
-        ahead = threads.map(chosen, _blocks(logits), [block[5] for block in blocks], *stored)
+        ahead = threads.map(chosen, some_logits, [block[5] for block in blocks], *stored)
         return np.concatenate([merged((*candidates, *block[3:]), codes) for block, (candidates, codes) in zip(blocks, ahead, strict=True)])
 
     base = np.asarray(jax.nn.softmax(logits))

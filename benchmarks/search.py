@@ -221,7 +221,7 @@ def run(workdir: Path) -> None:
         (
             (
                 name,
-                f"{median(seconds, name):.1f} ({some[0]:.1f} to {some[-1]:.1f})",
+                f"{median(seconds, name):.1f}" + (f" ({some[0]:.1f} to {some[-1]:.1f})" if len(some) > 1 else ""),
                 f"{median(seconds, name) / median(seconds, 'ours'):.2f}",
                 f"{builds[name][0][1] / rows:.0f}",
             )
