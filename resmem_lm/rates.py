@@ -41,7 +41,7 @@ from resmem_lm.vocabulary import Vocabulary
 from resmem_lm.windows import WindowSpec, window_rows
 
 ENOUGH = 8.0  # seconds by which a longer run must outlast the shortest: compiling the same program varies by one or two
-FEW_QUERIES, MANY_QUERIES = 256, 16384
+FEW_QUERIES, MANY_QUERIES = 2048, 16384  # the fewer are more than a batch of the adaptive gate, whose fit takes the same from there on
 QUERY_RATES = ("query_tokens_per_second", "queries_per_second", "evaluated_queries_per_second")
 TRAIN_TOKENS = 2048  # in a step of the rehearsal: the batch of an accelerator would take a processor minutes
 
