@@ -269,7 +269,7 @@ def _keep(arguments: argparse.Namespace) -> int:
 
 
 def use_huge_pages() -> None:
-    """Starts this process again with 2 MiB pages for the heap, where glibc can: training is 1.1 times as fast on a CPU (docs/demo.md).
+    """Starts this process again with 2 MiB pages for the heap, where glibc can: training is 1.2 times as fast on a CPU (docs/demo.md).
 
     glibc reads the setting at its start only. One that the user has set stays.
     """
