@@ -249,7 +249,7 @@ class MergeNeighbors:
         self.settings = settings
 
     def setup(self) -> EncodingWorker:
-        """Loads the model."""
+        """Checks the tokens that are told of neighbours, and loads the model."""
         self.settings.open()[1].check_files("tokens.npy")
         return self.settings.worker()
 

@@ -141,8 +141,8 @@ def kills(experiment: Experiment, wanted: dict[str, str], moments: list[Kill], p
             bad.append(f"{hit} after {moment:.2f} s: {'; '.join(wrong)}")
         print(f"kill {trial + 1} of {len(moments)}, {hit}: {'; '.join(wrong) or 'same'}", file=sys.stderr, flush=True)
     commands = ", ".join(command[0] for command in experiment.commands)
-    hits = sum(where.values()) - sum(n for name, n in where.items() if name.endswith(LATE))
-    print(f"{hits} SIGKILLs in {commands} and {len(moments) - hits} after their end: {len(moments) - len(bad)} ended the same")
+    late = sum(n for name, n in where.items() if name.endswith(LATE))
+    print(f"{len(moments) - late} SIGKILLs in {commands} and {late} after their end: {len(moments) - len(bad)} ended the same")
     print("  where: " + ", ".join(f"{stage} {n}" for stage, n in sorted(where.items())), flush=True)
     for line in bad:
         print(f"  NOT the same: {line}")

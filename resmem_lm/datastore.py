@@ -219,6 +219,11 @@ class Datastore:
         except UserError as error:
             yield str(error)
 
+    def forgotten_documents(self, shard: int) -> set[str]:
+        """Ids of a shard's documents whose rows are forgotten and still in its arrays."""
+        first_rows = {first for first, rows in self.shards[shard].get("forgotten", []) if rows}
+        return {document["id"] for document in self.documents(shard) if document["first_row"] in first_rows} if first_rows else set()
+
     def check_files(self, *names: str) -> None:
         """Reads some files of every shard and compares their checksums; UserError if one was altered."""
         for shard in self.shards:

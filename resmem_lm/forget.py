@@ -142,11 +142,8 @@ def compact(workdir: AnyPath) -> Record:
 
 def _finish_forgetting(workdir: AnyPath, datastore: Datastore, shard: int) -> None:
     """Removes the text that a killed `forget` has left: without their rows the documents could not be found again."""
-    record = datastore.shards[shard]
-    forgotten = {first for first, rows in record.get("forgotten", []) if rows}
-    if forgotten:
-        ids = {document["id"] for document in datastore.documents(shard) if document["first_row"] in forgotten}
-        _remove_text(workdir, {record["made_from"]["documents"]}, ids.__contains__)
+    if ids := datastore.forgotten_documents(shard):
+        _remove_text(workdir, {datastore.shards[shard]["made_from"]["documents"]}, ids.__contains__)
 
 
 def _without_forgotten(datastore: Datastore, shard: int) -> Record:

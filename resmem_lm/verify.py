@@ -200,8 +200,7 @@ def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
 
 def _text_of_forgotten(workdir: AnyPath, part: Datastore) -> str:
     """The id of a document that was forgotten and whose text is there."""
-    forgotten = {first for first, rows in part.shards[0].get("forgotten", []) if rows}
-    ids = {entry["id"] for entry in part.documents(0) if entry["first_row"] in forgotten}
+    ids = part.forgotten_documents(0)
     documents = read_shard(workdir / "documents" / part.shards[0]["made_from"]["documents"]) if ids else []
     return next((repr(document.id) for document in documents if document.id in ids), "")
 
