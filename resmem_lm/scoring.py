@@ -47,10 +47,7 @@ def _correct_counts(
     temperature: Float[Array, ""],
     temperature_number: Int[Array, ""],
 ) -> Int[Array, "weightings lambdas"]:
-    """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval.
-
-    A target that ties is right, but for kNN alone, where ties are many and go to the lowest id as in `_predictions`.
-    """
+    """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval, its ends among it."""
     scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
     slopes = jnp.where(is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
     is_target = candidates.ids == targets[:, None]
@@ -62,9 +59,20 @@ def _correct_counts(
     high = jnp.min(jnp.where(slope < 0, crossing, jnp.inf), axis=-1)
     possible = jnp.any(is_target, axis=-1) & jnp.all((slope != 0) | (lead >= 0), axis=-1)
     within = (low[:, None] <= lambdas[:, None]) & (lambdas[:, None] <= high[:, None])
-    knn_alone = jnp.sum(best(scores.knn, candidates.ids)[0] == targets, axis=-1)
-    is_knn_alone = ~is_resmem[:, None] & (lambdas == 1)
-    return jnp.where(is_knn_alone, knn_alone[:, None], jnp.sum(within & possible[:, None], axis=-1))
+    return jnp.sum(within & possible[:, None], axis=-1)
+
+
+@jax.jit
+def _correct_of_knn_alone(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    targets: Int[Array, " queries"],
+    ks: Int[Array, " weightings"],
+    sigmas: Float[Array, " weightings"],
+) -> Int[Array, " weightings"]:
+    """Right predictions of p_kNN, which has many ties: they go to the lowest id as in `_predictions`. It has no temperature."""
+    knn = score(candidates, neighbors, ks, sigmas, 1.0, 0).knn
+    return jnp.sum(best(knn, candidates.ids)[0] == targets, axis=-1)
 
 
 def _of_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
@@ -237,6 +245,9 @@ class SplitScorer:
         weightings = _weightings(pairs)
         every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
         counts = np.zeros((len(temperatures), len(pairs), len(every_lambda)), np.int64)
+        alone = [number for number, pair in enumerate(pairs) if pair[0] == "knnlm" and 1 in lambdas["knnlm"]]
+        of_alone = [array[np.array(alone, int)] for array in weightings[:2]]
+        alone_counts = np.zeros(len(alone), np.int64)
         for some, candidates, neighbors in self.blocks("tune"):
             targets = np.full(BLOCK, -1, np.int32)
             targets[: some.stop - some.start] = np.where(True if among is None else among[some], self.queries.tokens[some], -1)
@@ -250,6 +261,10 @@ class SplitScorer:
                     np.float32(temperature),
                     np.int32(self.temperatures.index(temperature)),
                 )
+            if alone:
+                alone_counts += _correct_of_knn_alone(candidates, neighbors, targets, *of_alone)
+        if alone:
+            counts[:, alone, every_lambda.index(1)] = alone_counts
         return {
             Setting(formula, k, sigma, temperature, lambda_): int(counts[t, p, every_lambda.index(lambda_)])
             for t, temperature in enumerate(temperatures)
