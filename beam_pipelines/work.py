@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from resmem_lm.progress import progress
-from resmem_lm.storage import AnyPath, children, is_local
+from resmem_lm.workdir.progress import progress
+from resmem_lm.workdir.storage import AnyPath, children, is_local
 
 
 class Work(Protocol):

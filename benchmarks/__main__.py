@@ -9,7 +9,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-from resmem_lm.main import use_huge_pages
+from resmem_lm.cli import use_huge_pages
 
 PARTS = ("encode", "build", "search", "rows", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
 

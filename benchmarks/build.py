@@ -5,14 +5,15 @@ import io
 import tempfile
 from pathlib import Path
 
-from beam_pipelines.datastore import EncodingWorker, encode_units, units_of
+from beam_pipelines.build_datastore import encode_units, units_of
 from benchmarks.measure import interleaved, median, ratio, table
-from resmem_lm.datastore import open_datastore
-from resmem_lm.documents import read_shard, shard_content
-from resmem_lm.lock import locked
-from resmem_lm.machine import forget_peak_memory, peak_memory
-from resmem_lm.storage import remove
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.encode_documents import EncodingWorker
+from resmem_lm.planning.machine import peak_memory, reset_peak_memory
+from resmem_lm.text.shards import read_shard, shard_content
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.lock import locked
+from resmem_lm.workdir.storage import remove
 
 TOKENS = 120_000  # or a little more: whole documents; enough that a pipeline's start is a small part
 
@@ -49,7 +50,7 @@ def run(workdir: Path) -> None:
             with contextlib.redirect_stderr(io.StringIO()), locked(scratch):
                 encode_units(scratch, binding, [unit], "")
 
-        forget_peak_memory()
+        reset_peak_memory()
         times = interleaved({"plain loop": plain, "Beam": through_beam}, rounds=2)
         table(
             f"Build ({count:,} tokens; the peak of the process is {peak_memory() / 2**30:.2f} GiB)",

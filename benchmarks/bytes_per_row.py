@@ -15,19 +15,19 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.encode import fast_argmax, some_documents
 from benchmarks.measure import table
-from resmem_lm.checkpoint import Model, load_model
-from resmem_lm.codes import decode_keys, decode_probabilities
-from resmem_lm.datastore import open_datastore
-from resmem_lm.encode import Encoder, QueryRows, query_head, residual_head
-from resmem_lm.evaluate import bootstrap_interval
-from resmem_lm.faiss_index import index_bytes
-from resmem_lm.packing import first_tokens
-from resmem_lm.projection import principal_components
+from resmem_lm.evaluation.statistics import bootstrap_interval
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.encoder import Encoder, QueryRows, query_head, residual_head
+from resmem_lm.memory.faiss_index import index_bytes
+from resmem_lm.memory.projection import principal_components
+from resmem_lm.memory.quantization import dequantize_keys, dequantize_probabilities
+from resmem_lm.model.checkpoints import Model, load_model
+from resmem_lm.report.tables import interval
 from resmem_lm.resmem import largest, merge_sparse, neighbor_weights, residual
-from resmem_lm.results import interval
-from resmem_lm.search import query_documents
-from resmem_lm.vocabulary import load_vocabulary
-from resmem_lm.windows import WindowSpec
+from resmem_lm.text.packing import first_tokens
+from resmem_lm.text.shards import query_documents
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.text.windows import WindowSpec
 
 ROWS, QUERIES, K, ENTRIES = 60_000, {"validation": 15_000, "test": 90_000}, 50, 128
 DIMENSIONS = (512, 320, 256, 192)
@@ -133,9 +133,9 @@ def run(workdir: Path) -> None:
         rows = type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
         own = -np.expm1(rows.target_log_probability.astype(np.float32))[:, None]
         return Memory(
-            jnp.asarray(decode_keys(rows.key_codes, rows.key_scales)),
+            jnp.asarray(dequantize_keys(rows.quantized_keys, rows.key_scales)),
             np.concatenate([rows.tokens[:, None], rows.residual_ids], axis=1).astype(np.int32),
-            np.concatenate([own, -decode_probabilities(rows.residual_codes)], axis=1),
+            np.concatenate([own, -dequantize_probabilities(rows.quantized_residuals)], axis=1),
             projection,
         )
 

@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from benchmarks.measure import interleaved, median, ratio, table
-from resmem_lm.checkpoint import load_model
-from resmem_lm.documents import read_shard, shard_paths
-from resmem_lm.encode import Encoder, query_head, residual_head
-from resmem_lm.packing import first_tokens
-from resmem_lm.vocabulary import load_vocabulary
-from resmem_lm.windows import WindowSpec
+from resmem_lm.memory.encoder import Encoder, query_head, residual_head
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.text.packing import first_tokens
+from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.text.windows import WindowSpec
 
 TOKENS = 6000
 ENTRIES = (128, 16)

@@ -8,17 +8,18 @@ from jaxtyping import Int
 from benchmarks.encode import fast_argmax
 from benchmarks.measure import interleaved, median, ratio, table
 from benchmarks.search import our_index
-from resmem_lm.candidates import DEEPNET, Setting
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import open_datastore
-from resmem_lm.encode import Encoder, query_head
-from resmem_lm.evaluate import grid_of
-from resmem_lm.packing import first_tokens
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import Queries, describe_queries, query_documents
-from resmem_lm.sharded import ShardedArray
-from resmem_lm.storage import read_json
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.neighbors import Queries, deepnet_outputs
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.tuning import grid_of
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.encoder import Encoder, query_head
+from resmem_lm.memory.sharded import ShardedArray
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.text.packing import first_tokens
+from resmem_lm.text.shards import query_documents
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.storage import read_json
 
 TOKENS, K = 8000, 50
 
@@ -43,14 +44,14 @@ def run(workdir: Path) -> None:
 
     def scorer() -> SplitScorer:
         keys, hidden = (
-            np.empty((len(targets), index.datastore.array("key_codes").shape[1]), np.float32),
+            np.empty((len(targets), index.datastore.array("quantized_keys").shape[1]), np.float32),
             np.empty((len(targets), model.config.emb_dim), np.float32),
         )
         for positions, rows in encoder(documents):
             keys[positions], hidden[positions] = rows
         rows, distances = index.search(keys, K)
         tokens = index.datastore.take("tokens", np.maximum(rows, 0))
-        described = zip(*describe_queries(model, datastore, hidden, targets, tokens), strict=True)
+        described = zip(*deepnet_outputs(model, datastore, hidden, targets, tokens), strict=True)
         arrays = [ShardedArray([array]) for array in (rows, distances, tokens, *map(np.concatenate, described))]
         names = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
         lengths = np.array([len(document) for document in documents])
@@ -78,7 +79,7 @@ def run(workdir: Path) -> None:
     )
     names = {"one setting": "one setting", "grid": f"{len(counts):,} settings, of which the best is chosen"}
     table(
-        f"Scores of {len(targets):,} tokens whose neighbours are known",
+        f"Scores of {len(targets):,} tokens whose neighbors are known",
         ("what", "tokens/s", "times one setting"),
         ((name, f"{len(targets) / median(times, way):,.0f}", ratio(times, way, "one setting")) for way, name in names.items()),
     )

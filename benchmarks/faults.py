@@ -3,7 +3,7 @@
     python -m benchmarks.faults [--kills=30] [--bytes=100]
 
 A tiny experiment is run once undisturbed, then again and again with a fault and the same command after it. What it ends with must be
-the same: every row, every neighbour, every number of results.json, and no file that no record knows. Takes some 20 minutes on 2 cores.
+the same: every row, every neighbor, every number of results.json, and no file that no record knows. Takes some 20 minutes on 2 cores.
 The full disk needs root (a small tmpfs); Dask needs the extra `dask`. What cannot be tried here is said.
 """
 
@@ -24,10 +24,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from resmem_lm.machine import processor
-from resmem_lm.main import import_stages
-from resmem_lm.storage import files_below, read_json
-from resmem_lm.verify import verify
+from resmem_lm.cli import import_stages
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.planning.machine import processor
+from resmem_lm.workdir.storage import files_below, read_json
 from tests.tiny import arguments, write_corpus
 
 LATE = "after the end"
@@ -43,7 +43,7 @@ class Experiment:
     def start(self, number: int, workdir: Path, *extra: str) -> subprocess.Popen:
         """One of the commands, in a process group of its own."""
         command, *rest = self.commands[number]
-        settings = [a for a in arguments(self.folder, workdir) if command not in ("forget", "compact") or a.startswith("--workdir")]
+        settings = [a for a in arguments(self.folder, workdir) if command not in ("delete", "compact") or a.startswith("--workdir")]
         log = (self.folder / "log").open("ab")
         return subprocess.Popen(
             [sys.executable, "-m", "resmem_lm", command, *settings, *rest, *extra], stdout=log, stderr=log, start_new_session=True
@@ -57,7 +57,7 @@ class Experiment:
 
 
 def outcome(workdir: Path) -> dict[str, str]:
-    """Checksums of all rows and neighbours in order, and of the numbers of results.json."""
+    """Checksums of all rows and neighbors in order, and of the numbers of results.json."""
 
     def arrays(folder: str, manifest: str) -> str:
         digest = hashlib.sha256()
@@ -72,7 +72,7 @@ def outcome(workdir: Path) -> dict[str, str]:
     numbers = json.dumps({name: results[name] for name in ("splits", "curves", "examples", "datastore")})
     return {
         "rows": arrays("datastore", "manifest.json"),
-        "neighbours": arrays("neighbors", "neighbors.json"),
+        "neighbors": arrays("neighbors", "neighbors.json"),
         "results": hashlib.sha256(numbers.encode()).hexdigest(),
     }
 
@@ -239,9 +239,9 @@ def main() -> None:
         full_disk(experiment, wanted, [200, 400, 800, 1200, 1600])
 
         write_corpus(folder / "more.jsonl", 90)  # the first 60 are there already
-        forget = ["forget", f"--document={folder / 'corpus.jsonl'}#7"]
+        delete = ["delete", f"--document={folder / 'corpus.jsonl'}#7"]
         keeping = Experiment(
-            folder, [["build", f"--append={folder / 'more.jsonl'}"], forget, ["compact"], ["index"], ["evaluate"], ["report"]]
+            folder, [["build", f"--append={folder / 'more.jsonl'}"], delete, ["compact"], ["index"], ["evaluate"], ["report"]]
         )
         shutil.copytree(reference, folder / "kept")
         times = []

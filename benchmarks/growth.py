@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from resmem_lm.machine import processor
-from resmem_lm.storage import read_json
+from resmem_lm.planning.machine import processor
+from resmem_lm.workdir.storage import read_json
 from tests.tiny import CONFIG
 
 SETTINGS = """

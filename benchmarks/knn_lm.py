@@ -1,9 +1,9 @@
 """kNN-LM as others read their datastores, beside ours: the same keys, queries and machine.
 
-fairseq's kNN-LM (Khandelwal et al. 2020) looks 1,024 neighbours up in a faiss IVF-PQ of 64 bytes a key (32 lists of 4,096), takes the
-distances that faiss tells, and sums the weights of those neighbours whose token is the true one. knn-transformers (Alon et al. 2022) does
+fairseq's kNN-LM (Khandelwal et al. 2020) looks 1,024 neighbors up in a faiss IVF-PQ of 64 bytes a key (32 lists of 4,096), takes the
+distances that faiss tells, and sums the weights of those neighbors whose token is the true one. knn-transformers (Alon et al. 2022) does
 likewise and fills the whole vocabulary. What they read is done here as they do it: faiss, then NumPy or JAX over what it found. Theirs is
-also timed with 50 neighbours. Ours finds 50, ranks them by true distance and reads their residuals. The model is left out on all sides
+also timed with 50 neighbors. Ours finds 50, ranks them by true distance and reads their residuals. The model is left out on all sides
 (`evaluation` has it), and so is our merge (`merge`). Bytes a row are those kept, and those that these ways read from: the keys of the
 others serve to build their index only.
 """
@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.measure import interleaved, median, ratio, table
 from benchmarks.search import all_keys, our_index, query_keys
-from resmem_lm.datastore import open_datastore
-from resmem_lm.index import ExactIndex
+from resmem_lm.evaluation.neighbors import recall
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.resmem import knn_probabilities, neighbor_weights
-from resmem_lm.search import recall
-from resmem_lm.storage import read_json
+from resmem_lm.workdir.storage import read_json
 
 QUERIES, K, THEIR_K = 1024, 50, 1024
 LISTS, CODE_BYTES, PROBES = 4096, 64, 32
@@ -68,12 +68,12 @@ def run(workdir: Path) -> None:
 
     def resmem() -> tuple[np.ndarray, ...]:
         rows, distances = ours.search(queries, K)
-        names = ("tokens", "residual_ids", "residual_codes", "target_log_probability", "log_power_sums")
+        names = ("tokens", "residual_ids", "quantized_residuals", "target_log_probability", "log_power_sums")
         return rows, distances, *(datastore.take(name, rows) for name in names)
 
     ways = {
-        "ours (50 neighbours with their residuals)": resmem,
-        "fairseq's (1,024 neighbours)": lambda: fairseq(THEIR_K),
+        "ours (50 neighbors with their residuals)": resmem,
+        "fairseq's (1,024 neighbors)": lambda: fairseq(THEIR_K),
         "fairseq's (50)": lambda: fairseq(K),
         "knn-transformers' (1,024)": lambda: transformers(THEIR_K),
         "knn-transformers' (50)": lambda: transformers(K),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from resmem_lm.machine import processor
+from resmem_lm.planning.machine import processor
 
 Times = dict[str, list[float]]
 

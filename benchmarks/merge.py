@@ -1,4 +1,4 @@
-"""50 neighbours of 128 entries merged into DeepNet's probabilities, against the dense zero-filled sum."""
+"""50 neighbors of 128 entries merged into DeepNet's probabilities, against the dense zero-filled sum."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.encode import some_documents
 from benchmarks.measure import interleaved, median, ratio, table
-from resmem_lm.candidates import Candidates, Neighbors, best, choose_candidates, codes_at, score
-from resmem_lm.checkpoint import Model, load_model
-from resmem_lm.codes import decode_probabilities
-from resmem_lm.encode import Encoder, query_head, residual_head
+from resmem_lm.evaluation.candidates import Candidates, Neighbors, best, choose_candidates, quantized_at, score
+from resmem_lm.evaluation.neighbors import BASE_CANDIDATES
+from resmem_lm.evaluation.scorer import BLOCK
+from resmem_lm.memory.encoder import Encoder, query_head, residual_head
+from resmem_lm.memory.quantization import dequantize_probabilities
+from resmem_lm.model.checkpoints import Model, load_model
 from resmem_lm.resmem import neighbor_weights
-from resmem_lm.scoring import BLOCK
-from resmem_lm.search import BASE_CANDIDATES
-from resmem_lm.windows import WindowSpec
+from resmem_lm.text.windows import WindowSpec
 
 QUERIES, K = 2048, 50
 ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
@@ -41,7 +41,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     rng, threads = np.random.default_rng(0), ThreadPoolExecutor(THREADS)
     picked = rng.integers(0, len(rows.tokens), (QUERIES, K))
     distances = np.sort(rng.gamma(4.0, size=(QUERIES, K)), axis=1).astype(np.float32)
-    ids, codes = rows.residual_ids[picked], rows.residual_codes[picked]
+    ids, codes = rows.residual_ids[picked], rows.quantized_residuals[picked]
     tokens, own = rows.tokens[picked].astype(np.int32), rows.target_log_probability[picked].astype(np.float32)
     candidate_ids, candidate_logits, bound = choose_candidates(logits, jnp.asarray(tokens), BASE_CANDIDATES)
     log_z = jax.nn.logsumexp(logits, axis=-1)[:, None]
@@ -58,14 +58,14 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
 
     def ours() -> Int[np.ndarray, " queries"]:
         return np.concatenate(
-            [merged(block, codes) for block, codes in zip(blocks, threads.map(codes_at, known_ids, *stored), strict=True)]
+            [merged(block, codes) for block, codes in zip(blocks, threads.map(quantized_at, known_ids, *stored), strict=True)]
         )
 
     choose = jax.jit(lambda logits, tokens: choose_candidates(logits, tokens, BASE_CANDIDATES))
 
     def chosen(logits: Array, tokens: Array, ids: np.ndarray, codes: np.ndarray) -> tuple[tuple[Array, ...], np.ndarray]:
         candidates = choose(logits, tokens)
-        return candidates, codes_at(np.asarray(candidates[0]), ids, codes)
+        return candidates, quantized_at(np.asarray(candidates[0]), ids, codes)
 
     def with_choice() -> Int[np.ndarray, " queries"]:
         ahead = threads.map(chosen, some_logits, [block[5] for block in blocks], *stored)
@@ -74,7 +74,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     base = np.asarray(jax.nn.softmax(logits))
     weights = np.asarray(neighbor_weights(jnp.asarray(distances), SIGMA))
     all_ids = np.concatenate([tokens[..., None], ids.astype(np.int32)], axis=-1)
-    values = np.concatenate([-np.expm1(own)[..., None], -decode_probabilities(codes)], axis=-1)
+    values = np.concatenate([-np.expm1(own)[..., None], -dequantize_probabilities(codes)], axis=-1)
 
     def dense_numpy() -> Int[np.ndarray, " queries"]:
         found, filled = [], np.empty((K, base.shape[1]), np.float32)
@@ -105,7 +105,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
         assert (way() == expected).all(), f"{name} predicts something else"
     times = interleaved(ways, rounds=7)
     table(
-        f"Merge ({K} neighbours x {entries} entries into {base.shape[1]:,}; the same predictions)",
+        f"Merge ({K} neighbors x {entries} entries into {base.shape[1]:,}; the same predictions)",
         ("way", "times ours", "queries/s"),
         ((name, ratio(times, name, "ours"), f"{QUERIES / median(times, name):,.0f}") for name in ways),
     )

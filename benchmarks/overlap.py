@@ -9,8 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
-from resmem_lm.documents import Document, read_shard, shard_paths
-from resmem_lm.search import QUERY_SPLITS, query_documents
+from resmem_lm.text.shards import QUERY_SPLITS, query_documents, read_shard, shard_paths
+from resmem_lm.text.sources import Document
 
 MEMORY_SPLITS = "train", "added"
 WORDS = 13  # as Brown et al. 2020 (GPT-3), appendix C

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 from resmem_lm import config
-from resmem_lm.evaluate import evaluate
-from resmem_lm.main import import_stages, stages_of
-from resmem_lm.plan import plan
-from resmem_lm.sizes import file_bytes
-from resmem_lm.storage import read_json
+from resmem_lm.cli import import_stages, stages_of
+from resmem_lm.evaluation.evaluate import evaluate
+from resmem_lm.planning.plan import plan
+from resmem_lm.planning.sizes import file_bytes
+from resmem_lm.workdir.storage import read_json
 
 
 def main() -> None:

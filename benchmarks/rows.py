@@ -1,7 +1,7 @@
 """How the time of search and evaluation grows with the rows of the datastore, and the exponents fitted to it.
 
 The rows are WORKDIR's own as far as they go; beyond, they are repeated with noise of a tenth of a key's deviation. What is searched and
-scored are keys of test tokens, as `resmem evaluate` does it: neighbours, then their residuals, then predictions.
+scored are keys of test tokens, as `resmem evaluate` does it: neighbors, then their residuals, then predictions.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ from jaxtyping import Float
 
 from benchmarks.measure import table
 from benchmarks.search import query_keys
-from resmem_lm.candidates import Setting
-from resmem_lm.codes import encode_keys
-from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
-from resmem_lm.faiss_index import Searcher, build
-from resmem_lm.index import ApproximateIndex, ExactIndex
-from resmem_lm.machine import least
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import BASE_CANDIDATES, Queries, recall
-from resmem_lm.sharded import ShardedArray
+from resmem_lm.evaluation.candidates import Setting
+from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries, recall
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.exact_index import ExactIndex
+from resmem_lm.memory.faiss_index import Searcher, build
+from resmem_lm.memory.index import ApproximateIndex
+from resmem_lm.memory.quantization import quantize_keys
+from resmem_lm.memory.schema import ARRAYS
+from resmem_lm.memory.sharded import ShardedArray
+from resmem_lm.planning.machine import least
 
 ROWS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 QUERIES, K, RECALL_QUERIES, CANDIDATES = 2048, 50, 128, 300
@@ -45,14 +47,14 @@ def grown(source: Datastore, rows: int, folder: Path) -> Datastore:
         keys = source.keys(numbers % source.rows)
         again = numbers >= source.rows
         keys[again] += (0.1 * keys.std() * rng.normal(size=(int(again.sum()), keys.shape[1]))).astype(np.float32)
-        for array, value in zip(("key_codes", "key_scales"), encode_keys(jnp.asarray(keys)), strict=True):
+        for array, value in zip(("quantized_keys", "key_scales"), quantize_keys(jnp.asarray(keys)), strict=True):
             np.save(folder / name / f"{array}.npy", np.asarray(value))
         records.append({"folder": name, "rows": len(numbers), "files": {}})
     return Datastore(folder, source.manifest | {"shards": records})
 
 
 def made_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"], logits: Float[np.ndarray, "queries base"]) -> Queries:
-    """What `resmem evaluate` caches of the keys' neighbours, but for DeepNet's candidates, which are drawn: they cost the same."""
+    """What `resmem evaluate` caches of the keys' neighbors, but for DeepNet's candidates, which are drawn: they cost the same."""
     rows, distances = index.search(keys, K)
     neighbor_tokens = index.datastore.take("tokens", rows)
     base = np.random.default_rng(0).integers(0, 30_000, logits.shape).astype(np.int32)
@@ -101,7 +103,7 @@ def run(workdir: Path) -> None:
             with contextlib.redirect_stderr(io.StringIO()):
                 times["evaluation"].append(least(lambda scorer=scorer: scorer.predict([SETTING])))
             each = [f"{1e6 * times[part][-1] / QUERIES:,.0f}" for part in ("search", "evaluation")]
-            told = f"{lists.mean():.1f} of {facts['leaves']:,} (centres to {facts['farther']} of the nearest)"
+            told = f"{lists.mean():.1f} of {facts['leaves']:,} (centers to {facts['probe_radius']} of the nearest)"
             cells.append((f"{count:,}", f"{reached:.3f}", f"{times['build'][-1]:.1f}", told, *each))
     build_time, *others = (exponent(list(ROWS), seconds) for seconds in times.values())
     table(

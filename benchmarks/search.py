@@ -19,18 +19,21 @@ from jaxtyping import Float, Int
 from usearch.index import Index as UsearchIndex
 
 from benchmarks.measure import interleaved, median, ratio, table
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import Datastore, open_datastore
-from resmem_lm.encode import Encoder, query_head
-from resmem_lm.faiss_index import Searcher
-from resmem_lm.index import ApproximateIndex, ExactIndex, Index, index_manifest, open_index
-from resmem_lm.published import folder_of
-from resmem_lm.search import query_documents, recall
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.evaluation.neighbors import recall
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.encoder import Encoder, query_head
+from resmem_lm.memory.exact_index import ExactIndex
+from resmem_lm.memory.faiss_index import Searcher
+from resmem_lm.memory.index import ApproximateIndex, Index
+from resmem_lm.memory.open_index import index_manifest, open_index
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.text.shards import query_documents
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.artifacts import folder_of
 
 QUERIES, K, RECALL = 2048, 50, 0.95
 EXACT_QUERIES = 256  # exact search takes long; its time is of so many queries
-LINKS, EFFORT = 16, 100  # of the graphs: neighbours of a node (M), candidates when one is put in (ef_construction)
+LINKS, EFFORT = 16, 100  # of the graphs: neighbors of a node (M), candidates when one is put in (ef_construction)
 
 TUNED_FARTHER, TUNED_CANDIDATES = (1.1, 1.15, 1.2, 1.225, 1.25, 1.275, 1.3, 1.35), 200
 
@@ -78,7 +81,7 @@ def our_index(workdir: Path, datastore: Datastore) -> tuple[Index, dict[str, Any
 
 
 def ivf_pq_refine(keys: Float[np.ndarray, "rows emb"]) -> Peer:
-    """faiss, 4-bit codes of 2 dimensions of keys turned at random, then float16 copies of the keys."""
+    """faiss, 4-bit codes of 2 dimensions of keys rotated at random, then float16 copies of the keys."""
     rows, dimensions = keys.shape
     index = faiss.index_factory(dimensions, f"RR{dimensions},IVF{int(np.sqrt(rows)) // 2},PQ{dimensions // 2}x4fsr,Refine(SQfp16)")
     start = perf_counter()
@@ -144,8 +147,8 @@ def usearch_graph(keys: Float[np.ndarray, "rows emb"]) -> Peer:
 def scann_tree(keys: Float[np.ndarray, "rows emb"]) -> Peer:
     """ScaNN as its documentation advises for so many keys: twice the root of the rows as leaves, 4-bit codes of 2 dimensions, reordered.
 
-    As with faiss, keys are turned at random: codes of principal components as such find a fifth of the neighbours. For distances ScaNN
-    has codes of the keys themselves and not of what they differ in from their leaf's centre, so many candidates are reordered.
+    As with faiss, keys are rotated at random: codes of principal components as such find a fifth of the neighbors. For distances ScaNN
+    has codes of the keys themselves and not of what they differ in from their leaf's center, so many candidates are reordered.
     """
     leaves, turn = 2 * int(np.sqrt(len(keys))), np.linalg.qr(np.random.default_rng(0).normal(size=2 * keys.shape[1:]))[0].astype(np.float32)
     start = perf_counter()
@@ -181,13 +184,13 @@ def run(workdir: Path) -> None:
     truth = exact.search(queries, K)[0]
     ways: dict[str, Search] = {"ours, as built": lambda some: ours.search(some, K)[0]}
     reached = {"ours, as built": f"{recall(ways['ours, as built'](queries), truth):.3f}"}
-    for farther in TUNED_FARTHER:
-        searcher = Searcher(datastore, folder_of(workdir / "index", record), record | {"farther": farther})
+    for probe_radius in TUNED_FARTHER:
+        searcher = Searcher(datastore, folder_of(workdir / "index", record), record | {"probe_radius": probe_radius})
         tuned = ApproximateIndex(datastore, searcher, TUNED_CANDIDATES)
         found = recall(tuned.search(queries, K)[0], truth)
         if found >= RECALL:
             ways["ours, tuned likewise"] = lambda some, tuned=tuned: tuned.search(some, K)[0]
-            reached["ours, tuned likewise"] = f"{found:.3f} (centres to {farther} of the nearest, {TUNED_CANDIDATES} candidates)"
+            reached["ours, tuned likewise"] = f"{found:.3f} (centers to {probe_radius} of the nearest, {TUNED_CANDIDATES} candidates)"
             break
     keys, builds = all_keys(workdir), {"ours": [_our_build(workdir)]}
     for name, build in PEERS.items():
@@ -232,8 +235,8 @@ def run(workdir: Path) -> None:
 
 def _our_build(workdir: Path) -> tuple[float, int]:
     """Seconds and bytes of the stage, done again beside the finished one."""
-    from beam_pipelines.index import build_index
-    from resmem_lm.storage import read_json
+    from beam_pipelines.build_index import build_index
+    from resmem_lm.workdir.storage import read_json
 
     settings = read_json(workdir / "stages" / "index.json")["settings"]
     with tempfile.TemporaryDirectory(prefix="resmem-bench-") as name:

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from resmem_lm import config, training
-from resmem_lm.machine import processor
-from resmem_lm.main import import_stages
-from resmem_lm.model import init_parameters
-from resmem_lm.packing import batches, one_pass, pack, split_tokens
-from resmem_lm.train import train
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm import config
+from resmem_lm.cli import import_stages
+from resmem_lm.model import train_loop as training
+from resmem_lm.model.decoder import init_parameters
+from resmem_lm.model.train import train
+from resmem_lm.planning.machine import processor
+from resmem_lm.text.packing import batches, one_pass, pack, split_tokens
+from resmem_lm.text.vocabulary import load_vocabulary
 
 
 def main() -> None:

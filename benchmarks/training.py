@@ -11,10 +11,10 @@ import numpy as np
 
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm import config
-from resmem_lm.model import init_parameters
-from resmem_lm.model_config import ModelConfig
-from resmem_lm.packing import shift_right
-from resmem_lm.training import compiled_update, learning_rate_schedule, optimizer
+from resmem_lm.model.config import ModelConfig
+from resmem_lm.model.decoder import init_parameters
+from resmem_lm.model.train_loop import compiled_update, learning_rate_schedule, optimizer
+from resmem_lm.text.packing import shift_right
 
 SHAPES = {"t5_small": (8, 128), "mini": (16, 128)}  # rows and tokens a row of a step, as in the configurations that train them
 PRODUCT = 3000  # rows and columns of the matrices multiplied: 54 GFLOP
@@ -23,7 +23,7 @@ PRODUCT = 3000  # rows and columns of the matrices multiplied: 54 GFLOP
 def operations_per_token(model: ModelConfig, length: int) -> int:
     """Multiplications and additions of forward and backward pass: what is multiplied by a matrix, 2 operations a weight, thrice.
 
-    Attention is counted as computed, over the whole length; norms, softmax and the optimiser are not counted, so the share is a lower one.
+    Attention is counted as computed, over the whole length; norms, softmax and the optimizer are not counted, so the share is a lower one.
     """
     joined = model.num_heads * model.head_dim
     attention = 4 * model.emb_dim * joined + 2 * length * joined

@@ -2,6 +2,6 @@
 
 import sys
 
-from resmem_lm.main import script
+from resmem_lm.cli import script
 
 sys.exit(script())

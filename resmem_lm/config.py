@@ -18,7 +18,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 from resmem_lm.errors import UserError
-from resmem_lm.model_config import ModelConfig
+from resmem_lm.model.config import ModelConfig
 
 PACKAGE = Path(__file__).parent
 INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)

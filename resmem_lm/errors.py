@@ -2,7 +2,7 @@
 
 from typing import Any
 
-STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # whose errors, like the system's, name what is to be mended
+STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # whose errors, like the system's, name what is to be corrected
 
 
 class UserError(Exception):

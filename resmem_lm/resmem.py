@@ -1,4 +1,4 @@
-"""The method of the paper in its own symbols: residuals, neighbour weights, sparse merge, prediction.
+"""The method of the paper in its own symbols: residuals, neighbor weights, sparse merge, prediction.
 
     r_i     = onehot(y_i) - softmax(f(x_i) / T)                 residual of training token i      (section 3.2, step 2)
     w_i(q)  = exp(-||z_q - z_i||_2 / sigma), sum to 1           over the k nearest keys z = phi(x)  (step 3)
@@ -87,7 +87,7 @@ def at_temperature(
 
 
 def neighbor_weights(distances: Float[Array, "queries k"], sigma: float | Float[Array, ""]) -> Float[Array, "queries k"]:
-    """w_i = exp(-distance_i / sigma), normalised. Distances are L2 (not squared); an infinite one weighs nothing, even where all are."""
+    """w_i = exp(-distance_i / sigma), normalized. Distances are L2 (not squared); an infinite one weighs nothing, even where all are."""
     return jnp.where(jnp.isfinite(distances), jax.nn.softmax(-distances / sigma, axis=-1), 0)
 
 
@@ -104,7 +104,7 @@ def merge_sparse(
 
 
 def knn_probabilities(weights: Float[Array, "queries k"], targets: Int[Array, "queries k"], vocab: int) -> Float[Array, "queries vocab"]:
-    """p_kNN(y) = the weight of the neighbours whose token is y (Khandelwal et al. 2020)."""
+    """p_kNN(y) = the weight of the neighbors whose token is y (Khandelwal et al. 2020)."""
     queries = jnp.arange(weights.shape[0])[:, None]
     return jnp.zeros((weights.shape[0], vocab), weights.dtype).at[queries, targets].add(weights)
 

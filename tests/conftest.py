@@ -29,7 +29,7 @@ def _no_settings_from_the_test_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a finished run. Tests that change it take `tiny_copy`."""
-    from resmem_lm.main import main
+    from resmem_lm.cli import main
 
     folder = tmp_path_factory.mktemp("tiny")
     assert main(["run", *arguments(folder, folder / "run")]) == 0

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from beam_pipelines.datastore import build_datastore
-from beam_pipelines.index import build_index
-from beam_pipelines.search import search
+from beam_pipelines.build_datastore import build_datastore
+from beam_pipelines.build_index import build_index
+from beam_pipelines.search_neighbors import search
 from resmem_lm import config
-from resmem_lm.documents import prepare_documents
+from resmem_lm.cli import import_stages
 from resmem_lm.errors import UserError
-from resmem_lm.evaluate import evaluate
-from resmem_lm.main import import_stages
-from resmem_lm.model_config import ACTIVATIONS, DTYPES, ModelConfig
-from resmem_lm.train import train
-from resmem_lm.vocabulary import make_vocabulary
+from resmem_lm.evaluation.evaluate import evaluate
+from resmem_lm.model.config import ACTIVATIONS, DTYPES, ModelConfig
+from resmem_lm.model.train import train
+from resmem_lm.text.documents import prepare_documents
+from resmem_lm.text.vocabulary import make_vocabulary
 
 REPOSITORY = Path(__file__).parent.parent
 DEMO = "configs/demo.gin"

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from resmem_lm import lock
+from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.lock import locked
-from resmem_lm.main import main
-from resmem_lm.storage import files_below, local_path, read_json, to_path, write_json
-from resmem_lm.verify import verify
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.workdir import lock
+from resmem_lm.workdir.lock import locked
+from resmem_lm.workdir.storage import files_below, local_path, read_json, to_path, write_json
 from tests.tiny import arguments
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'resmem_lm[s3]'")
@@ -57,7 +57,7 @@ def test_a_run_in_object_storage_is_that_on_a_disk(bucket, tiny_run):
     rows = read_json(workdir / "datastore/manifest.json")["rows"]
     assert main(["build", *command, f"--append={tiny_run.parent / 'more.jsonl'}"]) == 0
     assert read_json(workdir / "datastore/manifest.json")["rows"] > rows
-    assert main(["forget", f"--workdir={workdir}", f"--source={tiny_run.parent / 'more.jsonl'}"]) == 0
+    assert main(["delete", f"--workdir={workdir}", f"--source={tiny_run.parent / 'more.jsonl'}"]) == 0
     assert main(["compact", f"--workdir={workdir}"]) == 0
     assert read_json(workdir / "datastore/manifest.json")["rows"] == rows
     for stage in ("index", "evaluate", "report"):
@@ -129,7 +129,7 @@ def test_text_may_lie_there_too(bucket, tmp_path):
     folder = to_path(f"{bucket}/texts")
     for number in range(4):
         (folder / f"{number}.txt").write_bytes(f"Text number {number} of the bucket, which is like no other.".encode())
-    from resmem_lm.documents import read_documents
+    from resmem_lm.text.sources import read_documents
 
     found = list(read_documents(f"{bucket}/texts/*.txt", duplicate_threshold=0.7))
     assert [document.id for document in found] == [f"{bucket}/texts/{number}.txt" for number in range(4)]

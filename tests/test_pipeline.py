@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import open_datastore
-from resmem_lm.documents import read_shard, shard_paths
-from resmem_lm.encode import Encoder, query_head
-from resmem_lm.index import ExactIndex
-from resmem_lm.main import main
+from resmem_lm.cli import main
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.encoder import Encoder, query_head
+from resmem_lm.memory.exact_index import ExactIndex
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.report.tables import METHOD_TITLES
 from resmem_lm.resmem import merge_sparse, neighbor_weights, predict
-from resmem_lm.results import METHODS
-from resmem_lm.search import open_queries
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.text.vocabulary import load_vocabulary
 from tests.tiny import arguments, shard_folder
 
 
@@ -32,7 +32,7 @@ def stamps(workdir):
 def test_results_have_every_number_and_agree_with_each_other(tiny_run):
     results = json.loads((tiny_run / "results.json").read_text())
     test = results["splits"]["test"]
-    assert list(test["methods"]) == list(METHODS)
+    assert list(test["methods"]) == list(METHOD_TITLES)
     assert all(test["methods"][name]["perplexity"] > 1 for name in ("deepnet", "knnlm", "resmem_calibrated", "resmem_adaptive"))
     assert len(test["differences"]) == 3
     assert 0.9 <= test["recall_at_k"] <= 1
@@ -71,7 +71,7 @@ def test_deepnet_in_the_table_is_the_model_itself(tiny_run):
     np.testing.assert_array_equal(queries.tokens, np.concatenate(tokens))
 
 
-def test_remark_3_2_training_tokens_as_queries_with_one_neighbour_are_all_right(tiny_run):
+def test_remark_3_2_training_tokens_as_queries_with_one_neighbor_are_all_right(tiny_run):
     """Except where two rows have one key and different tokens (the first token of every document): no method can tell them apart."""
     model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(tiny_run)
     datastore = open_datastore(tiny_run / "datastore")
@@ -136,8 +136,8 @@ def damage_a_byte(path):
     [
         (None, "--gin.train.steps=31", "train.steps = 30, now it is 31"),
         (None, "--gin.search.neighbors=10", "search.neighbors"),
-        (lambda w: damage_a_byte(shard_folder(w, 1) / "residual_codes.npy"), "--gin.evaluate.ks=(1,)", "was altered"),
-        (lambda w: os.truncate(shard_folder(w, 1) / "key_codes.npy", 999), "--gin.evaluate.ks=(1,)", "has 999 bytes"),
+        (lambda w: damage_a_byte(shard_folder(w, 1) / "quantized_residuals.npy"), "--gin.evaluate.ks=(1,)", "was altered"),
+        (lambda w: os.truncate(shard_folder(w, 1) / "quantized_keys.npy", 999), "--gin.evaluate.ks=(1,)", "has 999 bytes"),
         (lambda w: shutil.rmtree(w / "neighbors"), "--gin.evaluate.ks=(1, 4, 12, 50)", "neighbors is missing although"),
     ],
 )
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tiny_copy, capsys, change, set
     }
 
 
-def test_more_neighbours_than_rows_are_refused(tiny_copy, capsys):
+def test_more_neighbors_than_rows_are_refused(tiny_copy, capsys):
     for name in ("stages/search.json", "stages/evaluate.json"):
         (tiny_copy / name).unlink()
     command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", text_of(tiny_copy)]

@@ -10,7 +10,7 @@ from resmem_lm import resmem
 
 @st.composite
 def problems(draw):
-    """Random logits of queries and neighbours, with the neighbours' tokens and distances."""
+    """Random logits of queries and neighbors, with the neighbors' tokens and distances."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     queries, k, vocab = draw(st.sampled_from([(2, 1, 5), (3, 4, 40)]))  # few shapes: each is compiled
     scale = draw(st.sampled_from([0.1, 1.0, 5.0]))
@@ -36,7 +36,7 @@ def sparse(r, logits, targets, entries):
 
 
 def rows_of(p):
-    """The neighbours' dense and sparse residuals."""
+    """The neighbors' dense and sparse residuals."""
     queries, k, vocab = p["logits"].shape
     logits, targets = jnp.asarray(p["logits"].reshape(-1, vocab)), jnp.asarray(p["targets"].reshape(-1))
     r = resmem.residual(logits, targets)
@@ -131,7 +131,7 @@ def test_weights_sum_to_one_fall_with_distance_and_ignore_a_common_shift(p, sigm
     np.testing.assert_allclose(shifted, weights, atol=1e-4)
 
 
-def test_neighbours_that_were_not_found_weigh_nothing_even_where_none_was():
+def test_neighbors_that_were_not_found_weigh_nothing_even_where_none_was():
     weights = resmem.neighbor_weights(jnp.array([[1.0, 1.0, jnp.inf], [jnp.inf] * 3]), 0.5)
     np.testing.assert_allclose(weights, [[0.5, 0.5, 0], [0, 0, 0]])
 

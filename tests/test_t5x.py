@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beam_pipelines.documents import sample_documents
-from resmem_lm.checkpoint import load_model, read_parameters
-from resmem_lm.documents import read_shard, shard_paths
-from resmem_lm.main import main
-from resmem_lm.model import Decoder, init_parameters
-from resmem_lm.model_config import ModelConfig
-from resmem_lm.packing import batches, pack
-from resmem_lm.training import learning_rate_schedule, loss_and_metrics, optimizer
-from resmem_lm.vocabulary import Vocabulary
+from beam_pipelines.sample_documents import sample_documents
+from resmem_lm.cli import main
+from resmem_lm.model.checkpoints import load_model, read_parameters
+from resmem_lm.model.config import ModelConfig
+from resmem_lm.model.decoder import Decoder, init_parameters
+from resmem_lm.model.train_loop import learning_rate_schedule, loss_and_metrics, optimizer
+from resmem_lm.text.packing import batches, pack
+from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.text.vocabulary import Vocabulary
 from tests.c4 import build_tfds, write_json_lines
 
 MISSING = [name for name in ("t5x", "seqio", "tensorflow_datasets") if importlib.util.find_spec(name) is None]
@@ -150,7 +150,7 @@ def test_t5x_older_checkpoints_are_read_as_t5x_reads_them(folder, tmp_path):
 def test_the_seqio_task_and_the_beam_job_see_the_same_tokens(folder, tmp_path):
     import seqio
 
-    from resmem_lm.t5x_task import language_model_task
+    from resmem_lm.model.t5x_task import language_model_task
 
     seqio.set_tfds_data_dir_override(str(folder / "tfds"))
     task = seqio.get_mixture_or_task(language_model_task("c4/en:3.1.0", seqio.SentencePieceVocabulary(str(folder / "spm.model"))))

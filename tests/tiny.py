@@ -60,9 +60,8 @@ def shard_folder(workdir: Path, shard: int) -> Path:
 
 def index_memory_gib(workdir: Path, shards: int, kind: str = "faiss") -> float:
     """Memory that holds an index of any so many shards of the datastore one after another, and not of one more."""
-    from beam_pipelines.index import PROCESS_BYTES
-    from resmem_lm.datastore import open_datastore
-    from resmem_lm.index import index_memory
+    from resmem_lm.memory.datastore import open_datastore
+    from resmem_lm.memory.index_kinds import PROCESS_BYTES, index_memory
 
     offsets = open_datastore(workdir / "datastore").offsets
     return (PROCESS_BYTES + index_memory(kind, int((offsets[shards:] - offsets[:-shards]).max()), 32, 100_000)) / 2**30

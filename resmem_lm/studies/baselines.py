@@ -6,20 +6,22 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from resmem_lm import infinigram
-from resmem_lm.candidates import DEEPNET, Formula, Setting
-from resmem_lm.datastore import Datastore, open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.evaluate import bootstrap_interval, fit_gate
-from resmem_lm.infinigram import Continuations, Mixture
-from resmem_lm.plots import INK, Figure, line
-from resmem_lm.results import METHODS, interval, percent
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import QUERY_SPLITS, open_queries, query_documents
-from resmem_lm.storage import AnyPath, is_local, local_path, read_json, remove, write_json
+from resmem_lm.evaluation.candidates import DEEPNET, Formula, Setting
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.statistics import bootstrap_interval
+from resmem_lm.evaluation.tuning import fit_gate
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.report.plots import INK, Figure, line
+from resmem_lm.report.tables import METHOD_TITLES, interval, percent
+from resmem_lm.studies import infinigram
+from resmem_lm.studies.infinigram import Continuations, Mixture
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.vocabulary import load_vocabulary
-from resmem_lm.workdir import Record
+from resmem_lm.text.shards import QUERY_SPLITS, query_documents
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath, is_local, local_path, read_json, remove, write_json
 
 FORMULAS: dict[str, Formula] = {"knn": "knnlm", "knnlm": "knnlm", "resmem_paper": "resmem", "resmem": "resmem"}
 FREQUENCIES = (10, 100, 1000, 10_000, 100_000)
@@ -50,7 +52,7 @@ def study_baselines(
     targets, groups = np.asarray(test.queries.tokens), test.queries.groups
     right, sigma = _predicted(workdir, test)
     adapted = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)
-    right[METHODS["resmem_adaptive"]] = adapted.predictions == targets
+    right[METHOD_TITLES["resmem_adaptive"]] = adapted.predictions == targets
     notes = "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its rows are left out."
     if not is_local(workdir):
         notes = "infini-gram reads local files only, and the work directory lies in object storage: its rows are left out."
@@ -65,7 +67,7 @@ def study_baselines(
         rows.append({"by": by, "range": shown, "tokens": int(some.sum()), **accuracies})
 
     def told(method: str) -> str:
-        gain = right[method].astype(np.float64) - right[METHODS["deepnet"]]
+        gain = right[method].astype(np.float64) - right[METHOD_TITLES["deepnet"]]
         return f"{method} {percent(float(gain.mean()))} {interval(bootstrap_interval(gain, groups))}"
 
     def draw(figure: Figure) -> None:
@@ -81,9 +83,9 @@ def study_baselines(
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
 
-    gains = "; ".join(told(method) for method in right if method != METHODS["deepnet"])
+    gains = "; ".join(told(method) for method in right if method != METHOD_TITLES["deepnet"])
     text = (
-        "Test accuracy by the frequency of the true token in the datastore, by the distance of the nearest neighbour (fifths), and by "
+        "Test accuracy by the frequency of the true token in the datastore, by the distance of the nearest neighbor (fifths), and by "
         f"DeepNet's probability of its prediction. Gain over DeepNet on all tokens, with 95% intervals: {gains}. {notes}"
     )
     return write_study(workdir, "baselines", title="Baselines, and where they differ (section 3.2)", text=text, rows=rows, draw=draw)
@@ -92,10 +94,10 @@ def study_baselines(
 def _predicted(workdir: AnyPath, test: SplitScorer) -> tuple[dict[str, Bool[np.ndarray, " tokens"]], float]:
     """Which tokens each method of the results gets right, by its title; and ResMem's sigma."""
     methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
-    settings = {METHODS[name]: Setting.of(formula, methods[name]["hyperparameters"]) for name, formula in FORMULAS.items()}
-    settings = {METHODS["deepnet"]: DEEPNET} | settings
+    settings = {METHOD_TITLES[name]: Setting.of(formula, methods[name]["hyperparameters"]) for name, formula in FORMULAS.items()}
+    settings = {METHOD_TITLES["deepnet"]: DEEPNET} | settings
     found = test.predict(sorted(set(settings.values())))
-    return {title: found[setting][0] == test.queries.tokens for title, setting in settings.items()}, settings[METHODS["resmem"]].sigma
+    return {title: found[setting][0] == test.queries.tokens for title, setting in settings.items()}, settings[METHOD_TITLES["resmem"]].sigma
 
 
 def _ranges(values: Float[np.ndarray, " tokens"], edges: list[float]) -> Iterator[tuple[str, Bool[np.ndarray, " tokens"]]]:
@@ -115,8 +117,8 @@ def _groups(test: SplitScorer, datastore: Datastore) -> Iterator[tuple[str, str,
     q, unit = test.queries, test.unit_number
     counts = np.zeros(1 + max(int(tokens.max(initial=0)) for tokens in (*datastore.shard_arrays("tokens"), q.tokens)), np.int64)
     for first, tokens in zip(datastore.offsets, datastore.shard_arrays("tokens"), strict=False):
-        remembered = ~datastore.is_forgotten(first + np.arange(len(tokens)))
-        counts += np.bincount(tokens[remembered], minlength=len(counts))
+        live = ~datastore.is_deleted(first + np.arange(len(tokens)))
+        counts += np.bincount(tokens[live], minlength=len(counts))
     nearest = np.asarray(q.distances)[:, 0]
     nearest = np.where(np.isfinite(nearest), nearest, np.inf)
     confidence = np.exp(np.asarray(q.candidate_logits).max(axis=1) - np.asarray(q.log_partition)[:, unit])
@@ -138,7 +140,7 @@ def _infinigram(
     made = folder / "made.json"
     if not made.exists() or read_json(made) != {"datastore": checksum}:
         remove(folder)
-        infinigram.build(folder, _remembered(datastore))
+        infinigram.build(folder, _live(datastore))
         write_json(made, {"datastore": checksum})
 
     def mixed(split: str) -> tuple[Continuations, Mixture]:
@@ -154,10 +156,10 @@ def _infinigram(
     return alone.tokens[:, 0] == targets, test.predict(*chosen) == targets, chosen
 
 
-def _remembered(datastore: Datastore) -> Iterator[Int[np.ndarray, "_"]]:
-    """The tokens of every document of the datastore that is not forgotten."""
+def _live(datastore: Datastore) -> Iterator[Int[np.ndarray, "_"]]:
+    """The tokens of every document of the datastore that is not deleted."""
     for shard, tokens in enumerate(datastore.shard_arrays("tokens")):
         for entry in datastore.documents(shard):
             rows = datastore.offsets[shard] + entry["first_row"] + np.arange(entry["rows"])
-            if len(rows) and not datastore.is_forgotten(rows[:1])[0]:
+            if len(rows) and not datastore.is_deleted(rows[:1])[0]:
                 yield np.asarray(tokens[entry["first_row"] : entry["first_row"] + entry["rows"]], np.int64)

@@ -1,6 +1,6 @@
 """How the gain grows with the datastore (the paper's Figure 3a).
 
-No datastore or index is built anew: the run's own are searched with the documents outside of a fraction treated as forgotten. Encoded
+No datastore or index is built anew: the run's own are searched with the documents outside of a fraction treated as deleted. Encoded
 queries and the result of each finished fraction lie in WORKDIR/derived/datastore-size, so that an interrupted study goes on.
 """
 
@@ -10,71 +10,73 @@ from typing import Any
 
 import numpy as np
 
-from beam_pipelines.datastore import EncodingWorker, write_arrays
-from resmem_lm.candidates import DEEPNET, Setting
-from resmem_lm.checkpoint import Model
-from resmem_lm.datastore import Datastore, open_datastore
-from resmem_lm.documents import position, read_shard, shard_paths
-from resmem_lm.encode import query_head
 from resmem_lm.errors import DamagedError, UserError, check_least
-from resmem_lm.evaluate import calibrate, describe, fit_gate, grid_of, simplex_grid, tune
-from resmem_lm.index import ExactIndex, search_shards
-from resmem_lm.plots import Figure, line
-from resmem_lm.published import folder_of, publish, record_of
-from resmem_lm.results import hyperparameters, interval
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import QUERY_SPLITS, Queries, describe_queries, open_queries, recall
-from resmem_lm.sharded import ShardedArray, load_array
-from resmem_lm.storage import AnyPath, read_json, remove, sha256, write_json
+from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.neighbors import Queries, deepnet_outputs, open_queries, recall
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.statistics import accuracy_metrics
+from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
+from resmem_lm.memory.encoder import query_head
+from resmem_lm.memory.exact_index import ExactIndex
+from resmem_lm.memory.open_index import search_shards
+from resmem_lm.memory.sharded import ShardedArray, load_array
+from resmem_lm.model.checkpoints import Model
+from resmem_lm.report.plots import Figure, line
+from resmem_lm.report.tables import hyperparameters, interval
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir import Record
+from resmem_lm.text.shards import QUERY_SPLITS, position, read_shard, shard_paths
+from resmem_lm.workdir.artifacts import find_record, folder_of, publish
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath, read_json, remove, sha256, write_json
 
 FOLDER, ENCODED = "derived/datastore-size", "queries"
-METHODS = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
+COMPARED = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
 FILES = ("keys.npy", "hidden.npy")
 FOUND = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
 
 
 def fraction_of(datastore: Datastore, fraction: float) -> Datastore:
-    """The datastore with all documents forgotten but those of the lowest hashes of their ids, the fewest that have the fraction's rows.
+    """The datastore with all documents deleted but those of the lowest hashes of their ids, the fewest that have the fraction's rows.
 
-    So a smaller fraction is part of a larger one. Documents that were forgotten before stay so.
+    So a smaller fraction is part of a larger one. Documents that were deleted before stay so.
     """
-    forgotten = [{(first, rows) for first, rows in record.get("forgotten", [])} for record in datastore.shards]
+    deleted = [{(first, rows) for first, rows in record.get("deleted", [])} for record in datastore.shards]
     documents = [
         (position(document["id"]), shard, document["first_row"], document["rows"])
         for shard in range(len(datastore.shards))
         for document in datastore.documents(shard)
-        if document["rows"] and (document["first_row"], document["rows"]) not in forgotten[shard]
+        if document["rows"] and (document["first_row"], document["rows"]) not in deleted[shard]
     ]
     documents.sort()
     rows_before = np.cumsum([0, *(rows for *_, rows in documents)])
     kept = int(np.searchsorted(rows_before, fraction * rows_before[-1]))
     for _, shard, first_row, rows in documents[kept:]:
-        forgotten[shard].add((first_row, rows))
-    shards = [record | {"forgotten": [list(some) for some in sorted(its)]} for record, its in zip(datastore.shards, forgotten, strict=True)]
+        deleted[shard].add((first_row, rows))
+    shards = [record | {"deleted": [list(some) for some in sorted(its)]} for record, its in zip(datastore.shards, deleted, strict=True)]
     return Datastore(datastore.folder, datastore.manifest | {"shards": shards})
 
 
-def _encode(workdir: AnyPath, worker: EncodingWorker, split: str, made_from: Record) -> dict[str, ShardedArray]:
+def _encode(workdir: AnyPath, worker: EncodingWorker, split: str, provenance: Record) -> dict[str, ShardedArray]:
     """Keys and hidden states of a split's tokens, a shard of documents at a time as in the search."""
     folder, records = workdir / FOLDER / ENCODED, []
     folder.mkdir(parents=True, exist_ok=True)
     for path in shard_paths(workdir, split):
         name = path.name.removesuffix(".jsonl")
-        if not record_of(folder, name, made_from):
+        if not find_record(folder, name, provenance):
             tokens = worker.vocabulary.encode_documents(read_shard(path))
-            with publish(folder, name, made_from, FILES) as attempt:
+            with publish(folder, name, provenance, FILES) as attempt:
                 write_arrays(attempt.folder, tokens, worker.encoder, path.name)
         records.append(read_json(folder / f"{name}.json"))
     return {file.removesuffix(".npy"): ShardedArray([load_array(folder_of(folder, record) / file) for record in records]) for file in FILES}
 
 
 def _search(workdir: AnyPath, part: Datastore, model: Model, cached: Queries, encoded: dict[str, ShardedArray]) -> Queries:
-    """A split's queries with their neighbours in a part of the datastore."""
+    """A split's queries with their neighbors in a part of the datastore."""
     rows, distances = search_shards(workdir, part, np.asarray(encoded["keys"]), cached.rows.shape[1])
     neighbor_tokens = part.take("tokens", np.maximum(rows, 0))
-    described = describe_queries(model, part, np.asarray(encoded["hidden"]), cached.tokens, neighbor_tokens)
+    described = deepnet_outputs(model, part, np.asarray(encoded["hidden"]), cached.tokens, neighbor_tokens)
     arrays = [rows, distances, neighbor_tokens, *(np.concatenate(blocks) for blocks in zip(*described, strict=True))]
     found: dict[str, Any] = {name: ShardedArray([array]) for name, array in zip(FOUND, arrays, strict=True)}
     return cached._replace(**found)
@@ -104,7 +106,7 @@ def study_datastore_size(
 
     Args:
         fractions: of the datastore's rows; whole documents, those of a smaller fraction among those of a larger.
-        ks: numbers of neighbours to try; those above the searched number are passed over.
+        ks: numbers of neighbors to try; those above the searched number are passed over.
         sigmas: bandwidths to try.
         temperatures: temperatures to try, out of those of the datastore.
         lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them. Where Calibrated ResMem changes logits
@@ -130,9 +132,9 @@ def study_datastore_size(
         )
     paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
     files = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
-    made_from: Record = {what: sha256(workdir / file) for what, file in files.items()}
+    provenance: Record = {what: sha256(workdir / file) for what, file in files.items()}
     tried: Record = {
-        "methods": list(METHODS),
+        "methods": list(COMPARED),
         "ks": usable,
         "sigmas": list(sigmas),
         "temperatures": known,
@@ -143,7 +145,7 @@ def study_datastore_size(
     @functools.cache
     def encoded() -> tuple[Model, dict[str, dict[str, ShardedArray]]]:
         worker = EncodingWorker(workdir, datastore.binding, query_head)
-        return worker.model, {split: _encode(workdir, worker, split, made_from) for split in QUERY_SPLITS}
+        return worker.model, {split: _encode(workdir, worker, split, provenance) for split in QUERY_SPLITS}
 
     def gains(fraction: float) -> Record:
         model, queries = encoded()
@@ -165,11 +167,11 @@ def study_datastore_size(
         targets, groups = np.asarray(test.queries.tokens), test.queries.groups
         row: Record = {
             "fraction": fraction,
-            "rows": part.remembered_rows,
+            "rows": part.live_rows,
             "recall@k": _recall(part, queries["test"]["keys"], test.queries.rows, recall_queries),
         }
-        for method in METHODS:
-            told = describe(found[method], predicted[DEEPNET][0], targets, groups)
+        for method in COMPARED:
+            told = accuracy_metrics(found[method], predicted[DEEPNET][0], targets, groups)
             row[f"{method}, gain, %"] = 100 * told["gain"]
             row[f"{method}, 95%"] = interval(told["gain_ci95"])
         chosen = {"ResMem": tuned["resmem"], "kNN-LM": tuned["knnlm"], "Calibrated ResMem": calibrated}
@@ -181,17 +183,17 @@ def study_datastore_size(
         path = workdir / FOLDER / f"fraction-{fraction!r}.json"
         with contextlib.suppress(DamagedError):  # also where it is not there
             done = read_json(path)
-            if done["made_from"] == made_from and done["tried"] == tried:
+            if done["provenance"] == provenance and done["tried"] == tried:
                 rows.append(done["row"])
                 continue
         row = gains(fraction)
-        write_json(path, {"made_from": made_from, "tried": tried, "row": row})
+        write_json(path, {"provenance": provenance, "tried": tried, "row": row})
         rows.append(row)
     remove(workdir / FOLDER / ENCODED)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for number, method in enumerate(METHODS):
+        for number, method in enumerate(COMPARED):
             line(axes, number, [row["rows"] for row in rows], [row[f"{method}, gain, %"] for row in rows], method)
         axes.set_xscale("log")
         axes.set_xlabel("rows of the datastore")

@@ -2,16 +2,18 @@
 
 import numpy as np
 
-from resmem_lm.candidates import DEEPNET, Formula, Setting
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.evaluate import describe, grid_of
-from resmem_lm.results import METHODS, interval
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import QUERY_SPLITS, open_queries
-from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.evaluation.candidates import DEEPNET, Formula, Setting
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.statistics import accuracy_metrics
+from resmem_lm.evaluation.tuning import grid_of
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.report.tables import METHOD_TITLES, interval
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir import Record
+from resmem_lm.text.shards import QUERY_SPLITS
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath, read_json
 
 TITLES: dict[Formula, str] = {"resmem": "ResMem", "knnlm": "kNN-LM"}
 
@@ -46,7 +48,7 @@ def study_decomposition(
     """TPR, FPR and gain on test of ResMem and kNN-LM, for hyperparameters chosen on validation by each rule of the paper.
 
     Args:
-        ks: numbers of neighbours to try; those above the searched number are passed over.
+        ks: numbers of neighbors to try; those above the searched number are passed over.
         sigmas: bandwidths to try.
         temperatures: temperatures to try, out of those of the datastore.
         lambdas: factors to try, of both methods.
@@ -91,15 +93,15 @@ def study_decomposition(
         }
 
     rows = [
-        row(TITLES[formula], rule, describe(found[setting], found[DEEPNET][0], targets, groups), setting.hyperparameters())
+        row(TITLES[formula], rule, accuracy_metrics(found[setting], found[DEEPNET][0], targets, groups), setting.hyperparameters())
         for (formula, rule), setting in chosen.items()
         if setting
     ]
     methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
     for name, rule in (("resmem_calibrated", "least perplexity"), ("resmem_adaptive", "fitted")):
-        rows.append(row(METHODS[name], rule, methods[name], methods[name]["hyperparameters"]))
+        rows.append(row(METHOD_TITLES[name], rule, methods[name], methods[name]["hyperparameters"]))
     text = (
         "Tokens that DeepNet gets wrong and the method right (TPR), the reverse (FPR), and their difference, on test; hyperparameters are "
         "chosen on validation, by the largest gain or by the largest TPR among those with a small FPR, or as the last two say."
     )
-    return write_study(workdir, "decomposition", title="What is mended and what is spoilt (Table 2)", text=text, rows=rows, draw=None)
+    return write_study(workdir, "decomposition", title="What is corrected and what is spoilt (Table 2)", text=text, rows=rows, draw=None)

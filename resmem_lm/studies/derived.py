@@ -5,12 +5,12 @@ WORKDIR/derived/NAME is a work directory like any other: every stage in it is sk
 
 from typing import Any
 
-from beam_pipelines.datastore import build_datastore
-from beam_pipelines.index import build_index
-from beam_pipelines.search import search
-from resmem_lm.evaluate import evaluate
-from resmem_lm.storage import AnyPath, files_below, inside, read_json, remove, write_bytes, write_json
-from resmem_lm.workdir import Record, finished
+from beam_pipelines.build_datastore import build_datastore
+from beam_pipelines.build_index import build_index
+from beam_pipelines.search_neighbors import search
+from resmem_lm.evaluation.evaluate import evaluate
+from resmem_lm.workdir.stages import Record, finished
+from resmem_lm.workdir.storage import AnyPath, files_below, inside, read_json, remove, write_bytes, write_json
 
 OUTPUTS = {"documents": ("documents",), "vocabulary": ("vocabulary",), "train": ("checkpoints", "metrics"), "build": ("datastore",)}
 
@@ -55,7 +55,7 @@ def checkpoint_steps(steps: int) -> int:
     return max(1, min(1000, steps // 4))
 
 
-def remember(workdir: AnyPath, target: AnyPath, **build: Any) -> Record:
+def build_and_evaluate(workdir: AnyPath, target: AnyPath, **build: Any) -> Record:
     """Builds, indexes, searches and evaluates in a derived work directory as in the finished run; returns its results.
 
     Args:

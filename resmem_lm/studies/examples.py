@@ -1,16 +1,16 @@
-"""Tokens that ResMem mends where DeepNet is wrong but near (the paper's Figure 2), with the neighbours that decided them."""
+"""Tokens that ResMem mends where DeepNet is wrong but near (the paper's Figure 2), with the neighbors that decided them."""
 
 import numpy as np
 
-from resmem_lm.candidates import DEEPNET, Setting
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError, check_least
-from resmem_lm.examples import draw_tokens, mended_tokens
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import BASE_CANDIDATES, open_queries
-from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.examples import corrected_tokens, draw_tokens
+from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir import Record
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath, read_json
 
 
 @study(name="examples")
@@ -34,8 +34,8 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
     setting = Setting.of("resmem", chosen)
     scorer = SplitScorer("test", queries, datastore)
     found = scorer.predict(sorted({DEEPNET, setting}))
-    deepnet, mended = found[DEEPNET][0], found[setting][0]
-    all_mended = np.flatnonzero((deepnet != queries.tokens) & (mended == queries.tokens))
+    deepnet, corrected = found[DEEPNET][0], found[setting][0]
+    all_mended = np.flatnonzero((deepnet != queries.tokens) & (corrected == queries.tokens))
     # The first candidates are DeepNet's most probable tokens, which is all that is needed for a rank among the nearest.
     above = queries.candidate_logits[all_mended][:, :BASE_CANDIDATES] > queries.target_logits[all_mended][:, None]
     ranks = dict(zip(all_mended.tolist(), (1 + above.sum(axis=1)).tolist(), strict=True))
@@ -45,7 +45,7 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
     shown: list[Record] = [
         example | {"rank": ranks[int(query)], "probability": float(np.exp(value))}
         for query, value, example in zip(
-            drawn, log_probability, mended_tokens(workdir, queries, datastore, setting, deepnet, mended, drawn), strict=True
+            drawn, log_probability, corrected_tokens(workdir, queries, datastore, setting, deepnet, corrected, drawn), strict=True
         )
     ]
     rows: list[Record] = [
@@ -55,8 +55,8 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
             "token": example["target"],
             "DeepNet": example["deepnet"],
             "rank of the token for DeepNet": example["rank"],
-            "neighbour's document": nearest.get("document"),
-            "neighbour's context": nearest.get("context"),
+            "neighbor's document": nearest.get("document"),
+            "neighbor's context": nearest.get("context"),
             "distance": nearest.get("distance"),
         }
         for example in shown
@@ -66,7 +66,7 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
     text = (
         f"{len(shown):,} test tokens drawn at random among the {len(pool):,} that DeepNet gets wrong but has among its {near} most "
         f"probable tokens, and that ResMem gets right ({share} of the {len(all_mended):,} that it mends). ResMem has the "
-        "hyperparameters chosen on validation; the neighbours are those that add most to the token, and the weights of all k sum to 1."
+        "hyperparameters chosen on validation; the neighbors are those that add most to the token, and the weights of all k sum to 1."
     )
     title = "Wrong but near: examples (Figure 2)"
     return write_study(workdir, "examples", title=title, text=text, rows=rows, draw=None, examples=shown)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import jax
 
 from resmem_lm.errors import UserError
-from resmem_lm.model import init_parameters
-from resmem_lm.model_config import ModelConfig
-from resmem_lm.plots import Figure, line
-from resmem_lm.results import interval
-from resmem_lm.storage import AnyPath, read_json
-from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
+from resmem_lm.model.config import ModelConfig
+from resmem_lm.model.decoder import init_parameters
+from resmem_lm.model.train import train
+from resmem_lm.report.plots import Figure, line
+from resmem_lm.report.tables import interval
+from resmem_lm.studies.derived import build_and_evaluate, checkpoint_steps, derive, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.train import train
-from resmem_lm.workdir import Record, current
+from resmem_lm.workdir.stages import Record, current
+from resmem_lm.workdir.storage import AnyPath, read_json
 
 LINES = {"deepnet": "DeepNet", "resmem_paper": "ResMem (paper)", "resmem": "ResMem", "resmem_adaptive": "Adaptive ResMem"}
 
@@ -81,7 +81,7 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
         derived, model = derive(workdir, f"model-size/emb-{width}", ("documents", "vocabulary")), resized(own, width)
         train(derived, **settings | {"model": model, "checkpoint_steps": checkpoint_steps(settings["steps"])})
         dimensions = settings_of(workdir, "build")["key_dimensions"]
-        found.append((model, remember(workdir, derived, key_dimensions=dimensions and min(dimensions, width))))
+        found.append((model, build_and_evaluate(workdir, derived, key_dimensions=dimensions and min(dimensions, width))))
 
     found.sort(key=lambda pair: count_parameters(pair[0]))
     parameters = [count_parameters(model) for model, _ in found]

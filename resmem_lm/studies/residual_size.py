@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from beam_pipelines.datastore import build_datastore
-from resmem_lm.candidates import Candidates, Neighbors, best, score
-from resmem_lm.codes import bound_probabilities
-from resmem_lm.datastore import ARRAYS, Datastore, open_datastore
+from beam_pipelines.build_datastore import build_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.plots import INK, Figure, line
+from resmem_lm.evaluation.candidates import Candidates, Neighbors, best, score
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.quantization import upper_probabilities
+from resmem_lm.memory.schema import ARRAYS
+from resmem_lm.report.plots import INK, Figure, line
 from resmem_lm.resmem import neighbor_weights
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import open_queries
-from resmem_lm.storage import AnyPath, read_json, remove
 from resmem_lm.studies.derived import derive, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir import Record
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath, read_json, remove
 
 
 class Kept(NamedTuple):
@@ -50,17 +51,17 @@ def predict_with(
 
 def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], entries: int) -> Float[np.ndarray, "queries k"]:
     """A bound of every |r| of each row that is not among its `entries`. They are stored by size, behind the token's own."""
-    codes = datastore.take("residual_codes", rows)
+    codes = datastore.take("quantized_residuals", rows)
     return (
-        bound_probabilities(codes[..., entries - 1]) if entries <= codes.shape[-1] else datastore.take("dropped", rows).astype(np.float32)
+        upper_probabilities(codes[..., entries - 1]) if entries <= codes.shape[-1] else datastore.take("dropped", rows).astype(np.float32)
     )
 
 
 def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datastore:
     """The datastore's rows with so many entries or more, made once in WORKDIR/derived/residual-size; one that was interrupted goes on."""
     mend = f"take study_residual_size.sizes up to {datastore.binding.entries}"
-    if datastore.remembered_rows < datastore.rows:
-        raise UserError(f"{datastore.folder} has rows of forgotten documents, whose text is gone: run `resmem compact` first, or {mend}")
+    if datastore.live_rows < datastore.rows:
+        raise UserError(f"{datastore.folder} has rows of deleted documents, whose text is gone: run `resmem compact` first, or {mend}")
     derived, settings = derive(workdir, "residual-size", ("documents", "vocabulary", "train")), settings_of(workdir, "build")
     record = derived / "stages" / "build.json"
     held = read_json(record)["settings"] if record.exists() else {}
@@ -71,7 +72,7 @@ def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datast
             remove(place)
     build_datastore(derived, **settings | {"entries": entries})
     made = open_datastore(derived / "datastore")
-    # Neighbours are cached by row: rows in another order would put other tokens there.
+    # Neighbors are cached by row: rows in another order would put other tokens there.
     if not np.array_equal(np.asarray(made.array("tokens")), np.asarray(datastore.array("tokens"))):
         raise UserError(f"{made.folder} has other rows than {datastore.folder}: delete {derived} and run the study again, or {mend}")
     return made
@@ -87,7 +88,7 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
         sizes: numbers of entries; those above the vocabulary's size are passed over.
 
     Raises:
-        UserError: no usable size, or rows that can no more be made again because documents were forgotten.
+        UserError: no usable size, or rows that can no more be made again because documents were deleted.
     """
     datastore = open_datastore(workdir / "datastore")
     vocabulary = read_json(workdir / "checkpoints" / "model.json")["config"]["vocab_size"]
@@ -104,7 +105,7 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
         if not name.startswith("residual")
         for array in datastore.shard_arrays(name)[:1]
     )
-    entry = sum(datastore.shard_arrays(name)[0].itemsize for name in ("residual_ids", "residual_codes"))
+    entry = sum(datastore.shard_arrays(name)[0].itemsize for name in ("residual_ids", "quantized_residuals"))
     rows: list[Record] = []
     for size in usable:
         scorer = SplitScorer("test", queries, datastore, entries=size)

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from resmem_lm.candidates import Setting
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.evaluate import fit_gate
-from resmem_lm.plots import INK, Figure, line
-from resmem_lm.results import hyperparameters
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import QUERY_SPLITS, nearest, open_queries
-from resmem_lm.storage import AnyPath, read_json
+from resmem_lm.evaluation.candidates import Setting
+from resmem_lm.evaluation.neighbors import open_queries, truncate_neighbors
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.tuning import fit_gate
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.report.plots import INK, Figure, line
+from resmem_lm.report.tables import hyperparameters
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir import Record
+from resmem_lm.text.shards import QUERY_SPLITS
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath, read_json
 
 AXES = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda_"}
 # Names in results.json, and in the table and the plot.
@@ -48,11 +49,11 @@ def study_sensitivity(
     """Test accuracy where one of k, sigma, T and lambda varies and the others are the paper's, or those chosen on validation.
 
     Args:
-        ks: numbers of neighbours; those above the searched number are passed over.
+        ks: numbers of neighbors; those above the searched number are passed over.
         sigmas: bandwidths.
         lambdas: factors of r_kNN; 0 is DeepNet. Temperatures are those of the datastore.
         boosts: factors of r_kNN for Calibrated ResMem, in place of `lambdas` where its form is "boosted": there r_kNN changes logits.
-        gate_ks: numbers of neighbours for Adaptive ResMem, whose gate is fitted anew for each, on validation; that takes most of the time.
+        gate_ks: numbers of neighbors for Adaptive ResMem, whose gate is fitted anew for each, on validation; that takes most of the time.
         gate_sigmas: bandwidths for Adaptive ResMem, as `gate_ks`.
 
     Raises:
@@ -81,7 +82,7 @@ def study_sensitivity(
 
     @functools.cache
     def refitted(k: int, sigma: float) -> Int[np.ndarray, " queries"]:
-        validation, some = (SplitScorer(f"{split}, k {k}", nearest(queries[split], k), datastore) for split in QUERY_SPLITS)
+        validation, some = (SplitScorer(f"{split}, k {k}", truncate_neighbors(queries[split], k), datastore) for split in QUERY_SPLITS)
         return some.adaptive(fit_gate(validation, sigma), sigma).predictions
 
     predictions: dict[str, dict[Place, Int[np.ndarray, " queries"]]] = {}
@@ -126,7 +127,7 @@ def study_sensitivity(
     paper = hyperparameters(methods["resmem_paper"]["hyperparameters"])
     text = (
         f"One hyperparameter varies, the others stay as in the paper ({paper}) or as chosen on validation. Adaptive "
-        "ResMem has neither T nor lambda; its gate is fitted anew on validation for each k (the nearest of the neighbours) and sigma."
+        "ResMem has neither T nor lambda; its gate is fitted anew on validation for each k (the nearest of the neighbors) and sigma."
     )
     text += " Calibrated ResMem's lambda is a factor in the logits, and not to be compared with the others'." if form == "boosted" else ""
     return write_study(workdir, "sensitivity", title="Sensitivity (Figures 5 and 6)", text=text, rows=rows, draw=draw)

@@ -13,26 +13,26 @@ import optax
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Bool, Int
 
-from resmem_lm.checkpoint import STATE, Model, checkpoint_manager, load_model, save_config
-from resmem_lm.datastore import open_datastore
-from resmem_lm.documents import prepare_documents
-from resmem_lm.encode import Encoder
 from resmem_lm.errors import UserError
-from resmem_lm.evaluate import bootstrap_interval
-from resmem_lm.model import init_parameters
-from resmem_lm.model_config import ModelConfig
-from resmem_lm.packing import batches, pack, split_tokens
-from resmem_lm.results import interval
-from resmem_lm.storage import AnyPath, new_directory, read_json, write_json
-from resmem_lm.studies.derived import checkpoint_steps, derive, remember, settings_of
+from resmem_lm.evaluation.statistics import bootstrap_interval
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.encoder import Encoder
+from resmem_lm.model.checkpoints import STATE, Model, checkpoint_manager, load_model, save_config
+from resmem_lm.model.config import ModelConfig
+from resmem_lm.model.decoder import init_parameters
+from resmem_lm.model.train import train
+from resmem_lm.model.train_loop import compiled_update, optimizer, shardings, to_train_state
+from resmem_lm.report.tables import interval
+from resmem_lm.studies.derived import build_and_evaluate, checkpoint_steps, derive, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.train import train
-from resmem_lm.training import compiled_update, optimizer, shardings, to_train_state
-from resmem_lm.vocabulary import load_vocabulary
-from resmem_lm.windows import WindowSpec
-from resmem_lm.workdir import Record, finished
+from resmem_lm.text.documents import prepare_documents
+from resmem_lm.text.packing import batches, pack, split_tokens
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.text.windows import WindowSpec
+from resmem_lm.workdir.stages import Record, finished
+from resmem_lm.workdir.storage import AnyPath, new_directory, read_json, write_json
 
-METHODS = {
+TITLES = {
     "deepnet": "DeepNet, trained on the first text",
     "knnlm": "kNN-LM",
     "resmem_paper": "ResMem (paper)",
@@ -78,7 +78,7 @@ def seconds_a_step(model: ModelConfig, workdir: AnyPath, batch_size: int, sequen
 
 
 def begin_from(base: Model, target: AnyPath) -> None:
-    """Puts a model where `train` goes on from it as from its own step 0, with a fresh optimiser."""
+    """Puts a model where `train` goes on from it as from its own step 0, with a fresh optimizer."""
     if (target / "checkpoints" / "model.json").exists():  # the last that is copied to object storage
         return
     state = optimizer(optax.constant_schedule(0.01)).init(base.parameters)
@@ -130,7 +130,7 @@ def study_shift(
     memory = derive(workdir, f"shift/memory-{of_text}", ("vocabulary", "train"))
     print("shift: a memory of the second text", file=sys.stderr, flush=True)
     prepare_documents(memory, **documents)
-    methods = remember(workdir, memory, shards=None)["splits"]["test"]["methods"]
+    methods = build_and_evaluate(workdir, memory, shards=None)["splits"]["test"]["methods"]
     memory_seconds = sum(finished(memory, stage)["seconds"] for stage in ("build", "index"))
 
     base = load_model(workdir / "checkpoints")
@@ -152,7 +152,7 @@ def study_shift(
             "first text, %": None,
             "seconds": memory_seconds,
         }
-        for name, title in METHODS.items()
+        for name, title in TITLES.items()
     ]
     rows[0] |= {"gain, %": None, "gain, 95%": None, "first text, %": 100 * base_on_first, "seconds": None}
     trained = finished(tuned, "train")

@@ -5,9 +5,9 @@ import io
 from collections.abc import Callable
 from typing import ParamSpec
 
-from resmem_lm.plots import Figure, to_svg
-from resmem_lm.storage import AnyPath, sha256, write_bytes, write_json
-from resmem_lm.workdir import Record, Stage, stage
+from resmem_lm.report.plots import Figure, to_svg
+from resmem_lm.workdir.stages import Record, Stage, stage
+from resmem_lm.workdir.storage import AnyPath, sha256, write_bytes, write_json
 
 P = ParamSpec("P")
 NEEDS = ("search", "build", "train", "evaluate")

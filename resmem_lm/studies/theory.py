@@ -2,20 +2,20 @@
 
 x uniform in the unit ball of R^d,  y = <theta*, x>, |theta*| = 1
 DeepNet:            <theta_n, x>, theta_n = argmin over |theta| <= L < 1 of the squared error on n points
-nearest neighbour:  y of the nearest training point x'
+nearest neighbor:  y of the nearest training point x'
 ResMem:             <theta_n, x> + residual of that point                                       (equation 2, k = 1)
 
 Theorem 5.3 of the paper bounds ResMem's risk. Its formula could not be verified here, so nothing is compared with it; these rates can be
 derived (`predicted`):
 
 DeepNet.  theta_n -> L theta*, so the risk -> (1 - L)^2 E<theta*, x>^2 = (1 - L)^2 / (d + 2).
-Nearest neighbour.  It errs by <theta*, x' - x>. The joint law of x and x' does not change under rotation, so its risk is E|x' - x|^2 / d.
+Nearest neighbor.  It errs by <theta*, x' - x>. The joint law of x and x' does not change under rotation, so its risk is E|x' - x|^2 / d.
     A ball of radius r around an x in the interior has a share r^d of the unit ball, so |x' - x| > r with probability (1 - r^d)^n, and
     E|x' - x|^2 is Gamma(1 + 2/d) n^(-2/d) for large n.
 ResMem.  It errs by <theta* - theta_n, x' - x>, its residuals being a linear function of x: with theta_n = L theta*, (1 - L)^2 times the
-    nearest neighbour's risk. For small n theta_n is not there yet, and theta* - theta_n is longer.
+    nearest neighbor's risk. For small n theta_n is not there yet, and theta* - theta_n is longer.
 
-Within about n^(-1/d) of the surface a part of that ball lies outside, the neighbour is farther, and the risk is larger. These points are a
+Within about n^(-1/d) of the surface a part of that ball lies outside, the neighbor is probe_radius, and the risk is larger. These points are a
 share of about d n^(-1/d), which falls slowly: for small n, and in 8 dimensions for every n tried here, the last two risks lie above the
 prediction and fall faster than n^(-2/d). Standard errors of slopes tell the scatter of repetitions, not this.
 """
@@ -28,13 +28,13 @@ import numpy as np
 from jaxtyping import Float
 
 from resmem_lm.errors import UserError, check_least
-from resmem_lm.plots import INK, Figure, line
-from resmem_lm.progress import progress
-from resmem_lm.storage import AnyPath
+from resmem_lm.report.plots import INK, Figure, line
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir import Record
+from resmem_lm.workdir.progress import progress
+from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import AnyPath
 
-METHODS = ("DeepNet", "nearest neighbour", "ResMem")
+PREDICTORS = ("DeepNet", "nearest neighbor", "ResMem")
 
 
 def in_unit_ball(rng: np.random.Generator, points: int, d: int) -> Float[np.ndarray, "points d"]:
@@ -60,7 +60,7 @@ def bounded_least_squares(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, " n"
     return vectors @ (target / (np.maximum(values, 1e-12) + high))
 
 
-def nearest(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> Any:
+def nearest_points(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> Any:
     """Number of the nearest point of each query."""
     squares = np.sum(np.square(x), axis=1)
     blocks = np.array_split(queries, max(1, len(queries) * len(x) // 10**7))  # so that a block's distances fit in memory
@@ -74,7 +74,7 @@ def risks(rng: np.random.Generator, n: int, d: int, bound: float, queries: int) 
     x, test = in_unit_ball(rng, n, d), in_unit_ball(rng, queries, d)
     y, wanted = x @ theta, test @ theta
     fitted = bounded_least_squares(x, y, bound)
-    near = nearest(x, test)
+    near = nearest_points(x, test)
     predictions = (test @ fitted, y[near], test @ fitted + (y - x @ fitted)[near])
     return [float(np.mean(np.square(prediction - wanted))) for prediction in predictions]
 
@@ -83,10 +83,10 @@ def slope(n: list[int], risk: list[list[float]]) -> tuple[float, float]:
     """Slope of log risk against log n over all repetitions, and its standard error."""
     x = np.log(np.repeat(n, [len(some) for some in risk]))
     y = np.log(np.maximum(np.concatenate(risk), 1e-300))
-    centred = x - x.mean()
-    fitted = float(centred @ y / (centred @ centred))
-    errors = y - y.mean() - fitted * centred
-    return fitted, float(np.sqrt(errors @ errors / (len(x) - 2) / (centred @ centred)))
+    centered = x - x.mean()
+    fitted = float(centered @ y / (centered @ centered))
+    errors = y - y.mean() - fitted * centered
+    return fitted, float(np.sqrt(errors @ errors / (len(x) - 2) / (centered @ centered)))
 
 
 def predicted(method: str, n: int, d: int, bound: float) -> float:
@@ -94,7 +94,7 @@ def predicted(method: str, n: int, d: int, bound: float) -> float:
     if method == "DeepNet":
         return (1 - bound) ** 2 / (d + 2)
     alone = math.gamma(1 + 2 / d) * n ** (-2 / d) / d
-    return alone if method == "nearest neighbour" else (1 - bound) ** 2 * alone
+    return alone if method == "nearest neighbor" else (1 - bound) ** 2 * alone
 
 
 @study(name="theory", after=())
@@ -108,7 +108,7 @@ def study_theory(
     queries: int = 2000,
     seed: int = 0,
 ) -> Record:
-    """Test risk against n of DeepNet, of the nearest neighbour alone and of ResMem, beside what can be derived (paper: section 5).
+    """Test risk against n of DeepNet, of the nearest neighbor alone and of ResMem, beside what can be derived (paper: section 5).
 
     Args:
         sizes: numbers n of training points.
@@ -139,7 +139,7 @@ def study_theory(
                 found.append([risks(rng, n, d, bound, queries) for _ in range(repetitions)])
                 bar.update(len(curves) * len(sizes) + len(found))
             curves[d, bound] = found
-            for number, method in enumerate(METHODS):
+            for number, method in enumerate(PREDICTORS):
                 risk = [[repetition[number] for repetition in some] for some in found]
                 fitted, error = slope(list(sizes), risk)
                 rows.append(
@@ -160,11 +160,11 @@ def study_theory(
     def draw(figure: Figure) -> None:
         for axes, d in zip(figure.subplots(1, len(dimensions), sharey=True, squeeze=False)[0], dimensions, strict=True):
             bound = bounds[len(bounds) // 2]
-            for number, method in enumerate(METHODS):
+            for number, method in enumerate(PREDICTORS):
                 line(axes, number, list(sizes), [float(np.mean([r[number] for r in some])) for some in curves[d, bound]], method)
-            for method in METHODS:
+            for method in PREDICTORS:
                 derived = [predicted(method, n, d, bound) for n in sizes]
-                label = "predicted" if method == METHODS[0] else None
+                label = "predicted" if method == PREDICTORS[0] else None
                 axes.plot(sizes, derived, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=0.7, zorder=3, label=label)
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -175,10 +175,10 @@ def study_theory(
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
 
     text = (
-        "DeepNet's risk stays where its norm bound leaves it; that of ResMem keeps falling with n, below the nearest neighbour's alone. "
+        "DeepNet's risk stays where its norm bound leaves it; that of ResMem keeps falling with n, below the nearest neighbor's alone. "
         "Slopes are of log risk against log n, with standard errors over repetitions. Predicted, for large n: (1 - L)^2 / (d + 2) for "
-        "DeepNet, Gamma(1 + 2/d) n^(-2/d) / d for the nearest neighbour, (1 - L)^2 times that for ResMem. Near the surface of the ball "
-        "neighbours are farther, so the last two risks lie above the prediction and fall faster, the more so for small n and large d. The "
+        "DeepNet, Gamma(1 + 2/d) n^(-2/d) / d for the nearest neighbor, (1 - L)^2 times that for ResMem. Near the surface of the ball "
+        "neighbors are probe_radius, so the last two risks lie above the prediction and fall faster, the more so for small n and large d. The "
         "predictions are derived in resmem_lm/studies/theory.py; the formula of the paper's Theorem 5.3 could not be verified, and nothing "
         "is compared with it."
     )

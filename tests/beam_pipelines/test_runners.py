@@ -1,4 +1,4 @@
-"""The same rows and neighbours whatever runs the pipelines, and in however many shards."""
+"""The same rows and neighbors whatever runs the pipelines, and in however many shards."""
 
 import errno
 import shutil
@@ -9,20 +9,22 @@ from apache_beam.metrics import MetricsFilter
 from botocore.exceptions import ClientError
 
 from beam_pipelines import runner
-from beam_pipelines.datastore import COUNTERS, build_datastore
-from beam_pipelines.index import build_index
+from beam_pipelines.build_datastore import build_datastore
+from beam_pipelines.build_index import build_index
 from beam_pipelines.runner import LOCAL_RUNNER, arguments_of
-from beam_pipelines.search import search
+from beam_pipelines.search_neighbors import search
 from beam_pipelines.work import run_units
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import ARRAYS, open_datastore
-from resmem_lm.encode import Encoder, query_head
+from resmem_lm.cli import main
 from resmem_lm.errors import DamagedError, UserError
-from resmem_lm.index import ExactIndex
-from resmem_lm.main import main
-from resmem_lm.search import open_queries, query_documents, recall
-from resmem_lm.storage import read_json
-from resmem_lm.vocabulary import load_vocabulary
+from resmem_lm.evaluation.neighbors import open_queries, recall
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.encoder import Encoder, query_head
+from resmem_lm.memory.exact_index import ExactIndex
+from resmem_lm.memory.schema import ARRAYS, COUNTERS
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.text.shards import query_documents
+from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.storage import read_json
 from tests.tiny import arguments
 
 BUILD = {"window_length": 32, "window_context": 8, "entries": 16}
@@ -51,7 +53,7 @@ def rows(workdir):
     return {name: np.asarray(datastore.array(name)) for name in ARRAYS}
 
 
-def neighbours(workdir):
+def neighbors(workdir):
     return {
         (split, name): np.asarray(array)
         for split in ("validation", "test")
@@ -67,14 +69,14 @@ def assert_same(found, wanted):
 
 @pytest.mark.filterwarnings("ignore")  # the runners' own
 @pytest.mark.parametrize("name", RUNNERS)
-def test_every_runner_makes_the_same_rows_and_neighbours(tiny_run, prepared, name):
+def test_every_runner_makes_the_same_rows_and_neighbors(tiny_run, prepared, name):
     if name == "Dask":
         pytest.importorskip("distributed", reason="Dask is not installed: pip install 'resmem_lm[dask]'")
     build_datastore(prepared, **BUILD, pipeline_options=RUNNERS[name])
     build_index(prepared, pipeline_options=RUNNERS[name])
     search(prepared, neighbors=12, pipeline_options=RUNNERS[name])
     assert_same(rows(prepared), rows(tiny_run))
-    assert_same(neighbours(prepared), neighbours(tiny_run))
+    assert_same(neighbors(prepared), neighbors(tiny_run))
     assert sorted(path.name.partition(".")[0] for path in (prepared / "datastore").iterdir() if path.is_dir()) == [
         f"shard-0000{shard}-of-00003" for shard in range(3)
     ]

@@ -3,15 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmem_lm import infinigram
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.forget import forget
-from resmem_lm.results import METHODS
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import open_queries
-from resmem_lm.storage import read_json
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.report.tables import METHOD_TITLES
+from resmem_lm.studies import infinigram
 from resmem_lm.studies.baselines import _groups, _ranges, study_baselines
+from resmem_lm.workdir.storage import read_json
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=50), st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(sorted))
@@ -26,7 +26,7 @@ def test_the_accuracies_are_those_of_the_results_and_add_up(tiny_copy):
     methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
     whole = rows[0]
     for name in ("deepnet", "knn", "knnlm", "resmem_paper", "resmem", "resmem_adaptive"):
-        assert whole[f"{METHODS[name]}, %"] == pytest.approx(100 * methods[name]["accuracy"])
+        assert whole[f"{METHOD_TITLES[name]}, %"] == pytest.approx(100 * methods[name]["accuracy"])
     for by in ("frequency", "distance", "confidence"):
         some = [row for row in rows if row["by"] == by]
         assert sum(row["tokens"] for row in some) == whole["tokens"]
@@ -41,12 +41,12 @@ def test_frequencies_are_of_the_rows_that_are_remembered(tiny_copy):
     scorer = SplitScorer("test", open_queries(tiny_copy, "test"), datastore)
     for shard in range(len(datastore.shards)):
         for document in datastore.documents(shard)[:-1]:
-            forget(tiny_copy, document=document["id"])
+            delete(tiny_copy, document=document["id"])
     few = open_datastore(tiny_copy / "datastore")
     counts = np.zeros(256, int)
     for first, tokens in zip(few.offsets, few.shard_arrays("tokens"), strict=False):
-        np.add.at(counts, tokens[~few.is_forgotten(first + np.arange(len(tokens)))], 1)
-    assert counts.sum() == few.remembered_rows < few.rows
+        np.add.at(counts, tokens[~few.is_deleted(first + np.arange(len(tokens)))], 1)
+    assert counts.sum() == few.live_rows < few.rows
     found = {shown: some for by, shown, some in _groups(scorer, few) if by == "frequency"}
     np.testing.assert_array_equal(found["below 10"], counts[scorer.queries.tokens] < 10)
 

@@ -3,12 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.forget import forget
-from resmem_lm.storage import read_json, remove, write_json
-from resmem_lm.studies.datastore_size import METHODS, fraction_of, study_datastore_size
-from resmem_lm.verify import verify
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.studies.datastore_size import COMPARED, fraction_of, study_datastore_size
+from resmem_lm.workdir.storage import read_json, remove, write_json
 
 GRID = {"ks": (1, 4, 12, 50), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}  # as the run's evaluation
 
@@ -18,7 +18,7 @@ def rows_of(workdir):
 
 
 def kept(datastore):
-    return ~datastore.is_forgotten(np.arange(datastore.rows))
+    return ~datastore.is_deleted(np.arange(datastore.rows))
 
 
 def test_all_of_the_datastore_is_the_evaluation_and_a_smaller_part_is_told_with_its_recall(tiny_copy):
@@ -27,7 +27,7 @@ def test_all_of_the_datastore_is_the_evaluation_and_a_smaller_part_is_told_with_
     assert [row["fraction"] for row in rows] == [0.02, 0.5, 1.0]
     assert rows[0]["rows"] < rows[1]["rows"] < rows[2]["rows"] == open_datastore(tiny_copy / "datastore").rows
     methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
-    for name, key in zip(METHODS, ("resmem_paper", "resmem", "knnlm", "resmem_calibrated", "resmem_adaptive"), strict=True):
+    for name, key in zip(COMPARED, ("resmem_paper", "resmem", "knnlm", "resmem_calibrated", "resmem_adaptive"), strict=True):
         assert rows[2][f"{name}, gain, %"] == 100 * methods[key]["gain"]
         assert rows[2][f"{name}, 95%"] == "[{:.2f}, {:.2f}]".format(*(100 * value for value in methods[key]["gain_ci95"]))
     assert rows[2]["Calibrated ResMem's form"] == methods["resmem_calibrated"]["form"]
@@ -50,23 +50,23 @@ def test_a_fraction_holds_whole_documents_about_its_rows_and_every_smaller_one(t
     assert kept(fraction_of(datastore, 1.0)).all()
 
 
-def test_forgotten_documents_are_in_no_fraction(tiny_copy):
-    forgotten = open_datastore(tiny_copy / "datastore").documents(0)[0]
-    forget(tiny_copy, document=forgotten["id"])
+def test_deleted_documents_are_in_no_fraction(tiny_copy):
+    deleted = open_datastore(tiny_copy / "datastore").documents(0)[0]
+    delete(tiny_copy, document=deleted["id"])
     datastore = open_datastore(tiny_copy / "datastore")
-    assert fraction_of(datastore, 1.0).remembered_rows == datastore.remembered_rows
+    assert fraction_of(datastore, 1.0).live_rows == datastore.live_rows
     for fraction in (0.1, 0.6, 1.0):
-        assert not kept(fraction_of(datastore, fraction))[forgotten["first_row"] :][: forgotten["rows"]].any()
+        assert not kept(fraction_of(datastore, fraction))[deleted["first_row"] :][: deleted["rows"]].any()
 
 
-def test_an_interrupted_study_goes_on_and_one_of_other_neighbours_is_made_anew(tiny_copy):
+def test_an_interrupted_study_goes_on_and_one_of_other_neighbors_is_made_anew(tiny_copy):
     study_datastore_size(tiny_copy, fractions=(0.5,), **GRID)
     first = tiny_copy / "derived/datastore-size/fraction-0.5.json"
     stamp, before = first.stat().st_mtime_ns, rows_of(tiny_copy)
     study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)
     assert first.stat().st_mtime_ns == stamp
     assert rows_of(tiny_copy)[0] == before[0]
-    for spoil in (lambda: write_json(first, read_json(first) | {"made_from": {}, "row": {}}), lambda: first.write_text("damaged")):
+    for spoil in (lambda: write_json(first, read_json(first) | {"provenance": {}, "row": {}}), lambda: first.write_text("damaged")):
         spoil()
         remove(tiny_copy / "stages/study-datastore-size.json")
         study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)

@@ -1,13 +1,13 @@
 import pytest
 
-from beam_pipelines.append import append
-from beam_pipelines.datastore import build_datastore
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import open_datastore
+from beam_pipelines.build_datastore import build_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.storage import read_json, write_json
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.model.checkpoints import load_model
 from resmem_lm.studies.derived import derive, settings_of
-from resmem_lm.verify import verify
+from resmem_lm.workdir.storage import read_json, write_json
 
 COMMON = ("documents", "vocabulary", "train")
 

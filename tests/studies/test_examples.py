@@ -6,17 +6,17 @@ import re
 import numpy as np
 import pytest
 
-from resmem_lm.candidates import DEEPNET, Setting
-from resmem_lm.datastore import open_datastore
+from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.examples import mended_tokens
-from resmem_lm.main import main
-from resmem_lm.report import FILTER, write_report
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import open_queries
-from resmem_lm.storage import read_json, remove, write_json
+from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.examples import corrected_tokens
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.report.report import FILTER, write_report
 from resmem_lm.studies.examples import study_examples
-from resmem_lm.verify import verify
+from resmem_lm.workdir.storage import read_json, remove, write_json
 from tests.test_report import HOSTILE, Elements, page_of, some_results
 
 
@@ -31,9 +31,9 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
     setting = Setting("resmem", *chosen.values())
     queries = open_queries(tiny_copy, "test")
     found = SplitScorer("test", queries, open_datastore(tiny_copy / "datastore")).predict([DEEPNET, setting])
-    mended = (found[DEEPNET][0] != queries.tokens) & (found[setting][0] == queries.tokens)
-    near = (np.sort(np.asarray(queries.candidate_logits)[:, :32], axis=1)[:, -3] <= np.asarray(queries.target_logits)) & mended
-    assert 0 < len(shown) == near.sum() < mended.sum()
+    corrected = (found[DEEPNET][0] != queries.tokens) & (found[setting][0] == queries.tokens)
+    near = (np.sort(np.asarray(queries.candidate_logits)[:, :32], axis=1)[:, -3] <= np.asarray(queries.target_logits)) & corrected
+    assert 0 < len(shown) == near.sum() < corrected.sum()
     for example in shown:
         assert example["target"] == example["resmem"] != example["deepnet"]
         assert 2 <= example["rank"] <= 3
@@ -50,13 +50,13 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
     assert all(example in shown for example in few)
 
 
-def test_the_neighbours_shown_are_those_that_add_most(tiny_run):
+def test_the_neighbors_shown_are_those_that_add_most(tiny_run):
     queries, datastore = open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore")
     setting = Setting("resmem", 12, 4.0, 1.0, 1.0)
     chosen = np.arange(len(queries.tokens))[::9]
     targets = np.asarray(queries.tokens)
     reordered = 0
-    for query, example in zip(chosen, mended_tokens(tiny_run, queries, datastore, setting, targets, targets, chosen), strict=True):
+    for query, example in zip(chosen, corrected_tokens(tiny_run, queries, datastore, setting, targets, targets, chosen), strict=True):
         helps = np.asarray(queries.neighbor_tokens)[query] == targets[query]
         weights = np.exp(-np.asarray(queries.distances)[query] / setting.sigma)
         weights = (weights / weights.sum())[helps]
@@ -112,18 +112,18 @@ def test_a_page_without_examples_to_search_has_no_script(tmp_path):
     assert not re.search(r'class="filtered"', page)
 
 
-def test_a_token_that_is_mended_without_a_neighbour_that_has_it_says_so(tiny_copy):
+def test_a_token_that_is_mended_without_a_neighbor_that_has_it_says_so(tiny_copy):
     datastore, queries = open_datastore(tiny_copy / "datastore"), open_queries(tiny_copy, "test")
     chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     without = np.flatnonzero((np.asarray(queries.neighbor_tokens) != np.asarray(queries.tokens)[:, None]).all(axis=1))[:1]
     targets = np.asarray(queries.tokens)
-    shown = mended_tokens(tiny_copy, queries, datastore, Setting.of("resmem", chosen), targets, targets, without)
+    shown = corrected_tokens(tiny_copy, queries, datastore, Setting.of("resmem", chosen), targets, targets, without)
     assert [example["neighbors"] for example in shown] == [[]]
     results = read_json(tiny_copy / "results.json")
     write_json(tiny_copy / "results.json", results | {"examples": shown})
     remove(tiny_copy / "stages/report.json")
     write_report(tiny_copy)
-    assert "no neighbour has the target" in (tiny_copy / "report.html").read_text()
+    assert "no neighbor has the target" in (tiny_copy / "report.html").read_text()
 
 
 def test_none_at_all_is_an_empty_list(tmp_path):

@@ -6,17 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmem_lm.candidates import DEEPNET, Setting
-from resmem_lm.datastore import ARRAYS, open_datastore
+from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.main import main
-from resmem_lm.scoring import SplitScorer
-from resmem_lm.search import open_queries
-from resmem_lm.storage import read_json, write_json
+from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import LINES, study_sensitivity
-from resmem_lm.verify import verify
+from resmem_lm.workdir.storage import read_json, write_json
 
 
 def rows_of(workdir, name):
@@ -91,7 +92,7 @@ def test_the_decomposition_adds_up_and_its_first_rule_is_that_of_the_results(tin
 @given(st.dictionaries(st.integers(1, 50), st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1), st.floats(0.001, 0.5))
 def test_each_rule_takes_the_best_that_it_allows(counts, most_fpr):
     settings = {Setting("resmem", k, 1.0, 1.0, 1.0): pair for k, pair in counts.items()}
-    right, both = {s: mended + kept for s, (mended, kept) in settings.items()}, {s: kept for s, (_, kept) in settings.items()}
+    right, both = {s: corrected + kept for s, (corrected, kept) in settings.items()}, {s: kept for s, (_, kept) in settings.items()}
     gain, bounded = choose(right, both, 40, 100, most_fpr).values()
     assert right[gain] == max(right.values())
     allowed = [s for s in settings if (40 - both[s]) / 100 < most_fpr]

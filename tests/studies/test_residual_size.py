@@ -3,13 +3,13 @@ import itertools
 import numpy as np
 import pytest
 
-from beam_pipelines.append import append
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.forget import forget
-from resmem_lm.storage import read_json, remove, write_json
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.residual_size import study_residual_size, with_entries
-from resmem_lm.verify import verify
+from resmem_lm.workdir.storage import read_json, remove, write_json
 
 
 def rows_of(workdir):
@@ -45,9 +45,9 @@ def test_sizes_above_what_is_stored_go_up_to_the_whole_vocabulary(tiny_copy):
 def test_the_rows_are_those_of_the_datastore_and_their_making_goes_on_where_it_stopped(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
     made = with_entries(tiny_copy, datastore, 40)
-    for name in ("key_codes", "tokens", "log_power_sums"):
+    for name in ("quantized_keys", "tokens", "log_power_sums"):
         np.testing.assert_array_equal(np.asarray(made.array(name)), np.asarray(datastore.array(name)))
-    np.testing.assert_array_equal(np.asarray(made.array("residual_codes"))[:, :15], np.asarray(datastore.array("residual_codes")))
+    np.testing.assert_array_equal(np.asarray(made.array("quantized_residuals"))[:, :15], np.asarray(datastore.array("quantized_residuals")))
     before = stamps(tiny_copy)
     derived = tiny_copy / "derived/residual-size"
     remove(derived / "stages/build.json")  # as a kill after the first two shards leaves it
@@ -73,7 +73,7 @@ def test_rows_follow_an_append_and_those_that_can_no_more_be_made_are_told(tiny_
     grown = open_datastore(tiny_copy / "datastore")
     made = with_entries(tiny_copy, grown, 20)
     assert datastore.rows < made.rows == grown.rows
-    forget(tiny_copy, document=datastore.documents(0)[0]["id"])
+    delete(tiny_copy, document=datastore.documents(0)[0]["id"])
     with pytest.raises(UserError, match=r"run `resmem compact` first, or take study_residual_size.sizes up to 16"):
         with_entries(tiny_copy, open_datastore(tiny_copy / "datastore"), 20)
 

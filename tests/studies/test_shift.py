@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from resmem_lm.checkpoint import load_model
-from resmem_lm.datastore import open_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.storage import files_below, read_json, remove, write_json
-from resmem_lm.studies.shift import METHODS, begin_from, right_predictions, study_shift
-from resmem_lm.verify import verify
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.studies.shift import TITLES, begin_from, right_predictions, study_shift
+from resmem_lm.workdir.storage import files_below, read_json, remove, write_json
 from tests.tiny import sentences
 
 SETTINGS = {"shards": 2, "steps": 12, "learning_rates": (0.0001, 0.05)}
@@ -64,7 +64,7 @@ def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(stu
     *rows, fine_tuned = rows_of(studied)
     memory = memory_of(studied)
     methods = read_json(memory / "results.json")["splits"]["test"]["methods"]
-    for row, name in zip(rows, METHODS, strict=True):
+    for row, name in zip(rows, TITLES, strict=True):
         assert row["second text, %"] == pytest.approx(100 * methods[name]["accuracy"])
     window = open_datastore(memory / "datastore").binding.window
     models = [load_model(path / "checkpoints") for path in tuned_of(studied)]

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.main import main
-from resmem_lm.storage import read_json
-from resmem_lm.studies.theory import METHODS, bounded_least_squares, in_unit_ball, nearest, predicted, risks, slope, study_theory
-from resmem_lm.verify import verify
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.studies.theory import PREDICTORS, bounded_least_squares, in_unit_ball, nearest_points, predicted, risks, slope, study_theory
+from resmem_lm.workdir.storage import read_json
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.05, 3.0))
@@ -28,7 +28,7 @@ def test_the_nearest_point_is_the_nearest(seed, d, n):
     rng = np.random.default_rng(seed)
     x, queries = rng.normal(size=(n, d)), rng.normal(size=(7, d))
     distances = np.linalg.norm(queries[:, None] - x[None], axis=-1)
-    np.testing.assert_allclose(distances[np.arange(7), nearest(x, queries)], distances.min(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(distances[np.arange(7), nearest_points(x, queries)], distances.min(axis=1), rtol=1e-6)
 
 
 def test_points_fill_the_ball_uniformly():
@@ -49,30 +49,30 @@ def test_the_slope_of_a_power_law_is_its_exponent():
 def test_risks_are_those_predicted_and_the_surface_only_adds_to_them(d, bound, seed):
     n, rng = 3000, np.random.default_rng(seed)
     measured = np.mean([risks(rng, n, d, bound, 2000) for _ in range(6)], axis=0)
-    for method, risk in zip(METHODS, measured, strict=True):
+    for method, risk in zip(PREDICTORS, measured, strict=True):
         wanted = predicted(method, n, d, bound)
         assert 0.8 * wanted < risk < (1.25 if method == "DeepNet" else 1.25 + 2 * n ** (-1 / d)) * wanted
 
 
 @given(st.integers(1, 10), st.integers(1, 10_000), st.floats(0.05, 0.95))
 def test_the_predictions_differ_by_what_the_model_has_learned(d, n, bound):
-    deepnet, alone, resmem = (predicted(method, n, d, bound) for method in METHODS)
+    deepnet, alone, resmem = (predicted(method, n, d, bound) for method in PREDICTORS)
     assert resmem == pytest.approx((1 - bound) ** 2 * alone)
-    assert predicted("nearest neighbour", 2**d * n, d, bound) == pytest.approx(alone / 4)  # half the distance
+    assert predicted("nearest neighbor", 2**d * n, d, bound) == pytest.approx(alone / 4)  # half the distance
     assert deepnet == predicted("DeepNet", 2 * n, d, bound)
 
 
 def test_in_one_dimension_the_mean_square_distance_is_known():
     x = in_unit_ball(np.random.default_rng(0), 400_000, 1)[:, 0].reshape(-1, 200)  # 199 points for each query
     squares = np.min(np.square(x[:, 1:] - x[:, :1]), axis=1)
-    assert predicted("nearest neighbour", 199, 1, 0.5) == pytest.approx(squares.mean(), rel=0.15)
+    assert predicted("nearest neighbor", 199, 1, 0.5) == pytest.approx(squares.mean(), rel=0.15)
 
 
-def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neighbour_alone(tmp_path):
+def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neighbor_alone(tmp_path):
     small = {"sizes": (100, 1000, 4000), "dimensions": (2, 4), "bounds": (0.5,), "repetitions": 4, "queries": 500}
     first = study_theory(tmp_path, **small)
     rows = read_json(tmp_path / "studies/theory/results.json")["rows"]
-    assert len(rows) == 2 * len(METHODS)
+    assert len(rows) == 2 * len(PREDICTORS)
     for row in rows:
         if row["method"] == "DeepNet":
             assert abs(row["slope"]) < 0.1
@@ -81,7 +81,7 @@ def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neig
             assert row["predicted slope"] == -2 / row["d"]
             assert row["slope"] == pytest.approx(row["predicted slope"], rel=0.15)
             assert row["risk at largest n"] == pytest.approx(row["predicted at largest n"], rel=0.25)
-            alone = next(other for other in rows if other["d"] == row["d"] and other["method"] == "nearest neighbour")
+            alone = next(other for other in rows if other["d"] == row["d"] and other["method"] == "nearest neighbor")
             assert row["risk at largest n"] < alone["risk at largest n"]
     with (tmp_path / "studies/theory/table.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
@@ -94,7 +94,7 @@ def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, cap
     assert main(["study", "theory", f"--workdir={tiny_copy}", *small]) == 0
     printed = capsys.readouterr().out
     assert "Linear regression (section 5)" in printed
-    assert printed.count("nearest neighbour") == 3
+    assert printed.count("nearest neighbor") == 3
     page = (tiny_copy / "report.html").read_text()
     assert "Linear regression (section 5)" in page
     assert page.count("<svg") == 2

@@ -1,0 +1,1 @@
+"""Neighbors, scores, hyperparameters and results."""

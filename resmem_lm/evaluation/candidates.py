@@ -1,0 +1,133 @@
+"""The formula on the few tokens that can win, so that many hyperparameters are tried without a pass over the vocabulary.
+
+A neighbor's residual is positive at its own token only. So with lambda >= 0 a token that is neither DeepNet's among the
+largest logits nor a neighbor's token scores at most DeepNet's own probability of the next logit: where the best
+candidate reaches that bound, the prediction is certified to be that of the formula over the whole vocabulary, with the residuals as stored.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, UInt8
+
+from resmem_lm.memory.quantization import dequantize_powers
+from resmem_lm.resmem import at_temperature, largest, neighbor_weights
+
+Formula = Literal["resmem", "knnlm", "boosted", "clipped"]
+
+
+class Setting(NamedTuple):
+    """A formula and its hyperparameters."""
+
+    formula: Formula
+    k: int
+    sigma: float
+    temperature: float
+    lambda_: float
+
+    def hyperparameters(self) -> dict[str, int | float]:
+        """As results.json names them."""
+        return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
+
+    @classmethod
+    def of(cls, formula: Formula, chosen: dict[str, Any]) -> "Setting":
+        """From what results.json names."""
+        return cls(formula, chosen["k"], float(chosen["sigma"]), float(chosen["temperature"]), float(chosen["lambda"]))
+
+
+DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
+
+
+class Candidates(NamedTuple):
+    """Per query: DeepNet's largest logits and those of its neighbors' tokens (a token may stand twice)."""
+
+    ids: Int[Array, "queries candidates"]
+    logits: Float[Array, "queries candidates"]
+    bound: Float[Array, " queries"]
+    log_partition: Float[Array, "queries temperatures"]
+
+
+class Neighbors(NamedTuple):
+    """Per query, nearest first: distance, token, and the codes of the row's probabilities of the query's candidates (0: no entry)."""
+
+    distances: Float[Array, "queries k"]
+    tokens: Int[Array, "queries k"]
+    codes: UInt8[Array, "queries k candidates"]
+    target_log_probability: Float[Array, "queries k"]
+    log_power_sums: Float[Array, "queries k temperatures"]
+
+
+class Scores(NamedTuple):
+    """Candidates' base probabilities at one temperature, and merged residuals and p_kNN for several weightings (k and sigma)."""
+
+    base: Float[Array, "queries candidates"]
+    residual: Float[Array, "weightings queries candidates"]
+    knn: Float[Array, "weightings queries candidates"]
+    bound: Float[Array, " queries"]
+
+
+def choose_candidates(
+    logits: Float[Array, "queries vocab"], neighbor_tokens: Int[Array, "queries k"], base: int
+) -> tuple[Int[Array, "queries candidates"], Float[Array, "queries candidates"], Float[Array, " queries"]]:
+    """Ids and logits of the candidates, and the largest logit that is not among the `base` largest."""
+    base = min(base, logits.shape[1] - 1)
+    top, ids = largest(logits, base + 1)
+    ids = jnp.concatenate([ids[:, :base], neighbor_tokens.astype(ids.dtype)], axis=1)
+    return ids, jnp.take_along_axis(logits, ids, axis=1), top[:, base]
+
+
+def quantized_at(
+    candidates: Int[np.ndarray, "queries candidates"],
+    ids: Integer[np.ndarray, "queries k others"],
+    codes: UInt8[np.ndarray, "queries k others"],
+) -> UInt8[np.ndarray, "queries k candidates"]:
+    """The code of each row's probability of each candidate, zero where it stores none: on the way from the files."""
+    from resmem_lm.memory import (
+        kernels as loops,
+    )  # not at the top: Numba takes a quarter of a second, and every command imports every stage
+
+    vocabulary = int(max(candidates.max(initial=0), ids.max(initial=0))) + 1
+    found: np.ndarray = loops.quantized_at(candidates, ids, codes, vocabulary)
+    return found
+
+
+def score(
+    candidates: Candidates,
+    neighbors: Neighbors,
+    ks: Int[Array, " weightings"],
+    sigmas: Float[Array, " weightings"],
+    temperature: float | Float[Array, ""],
+    temperature_number: int | Int[Array, ""],
+) -> Scores:
+    """The parts of every method's score at one temperature, for each pair of k and sigma.
+
+    `temperature_number` tells where the temperature stands among those of the log-partition values.
+    """
+    is_token = neighbors.tokens[..., None] == candidates.ids[:, None, :]
+    r = at_temperature(
+        dequantize_powers(neighbors.codes, temperature),
+        is_token,
+        neighbors.target_log_probability,
+        neighbors.log_power_sums[..., temperature_number],
+        temperature,
+    )
+    rank = jnp.arange(neighbors.distances.shape[1])
+    weights = jax.vmap(lambda k, sigma: neighbor_weights(jnp.where(rank < k, neighbors.distances, jnp.inf), sigma))(ks, sigmas)
+    log_z = candidates.log_partition[:, temperature_number]
+    return Scores(
+        base=jnp.exp(candidates.logits / temperature - log_z[:, None]),
+        residual=jnp.einsum("wqk,qkc->wqc", weights, r),
+        knn=jnp.einsum("wqk,qkc->wqc", weights, is_token.astype(jnp.float32)),
+        bound=jnp.exp(candidates.bound / temperature - log_z),
+    )
+
+
+def best(
+    scores: Float[Array, "*some queries candidates"], ids: Int[Array, "queries candidates"]
+) -> tuple[Int[Array, "*some queries"], Float[Array, "*some queries"]]:
+    """The winning token and its score; the lowest id among equals, as `resmem.predict`."""
+    top = jnp.max(scores, axis=-1)
+    winners = jnp.where(scores == top[..., None], ids, jnp.iinfo(ids.dtype).max)
+    return jnp.min(winners, axis=-1), top

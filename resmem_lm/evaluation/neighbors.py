@@ -1,0 +1,116 @@
+"""Index -> neighbors of every validation and test token, cached so that hyperparameters are swept without searching again.
+
+`WORKDIR/neighbors/` has a published folder of row-aligned .npy files for each shard of the queries' documents: neighbors (`rows`,
+`distances`, nearest first), the query's token, and what DeepNet says of the tokens that can win (see `resmem_lm.candidates`).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+
+from resmem_lm.errors import UserError
+from resmem_lm.evaluation.candidates import choose_candidates
+from resmem_lm.memory.datastore import Datastore
+from resmem_lm.memory.encoder import TOKENS, log_partition
+from resmem_lm.memory.sharded import ShardedArray, load_array
+from resmem_lm.model.checkpoints import Model
+from resmem_lm.workdir.artifacts import damaged_files, folder_of
+from resmem_lm.workdir.storage import AnyPath, read_json, sha256
+
+BASE_CANDIDATES = 32
+
+
+class Queries(NamedTuple):
+    """A split's cached arrays; row i is the i-th token of the split's documents in order. Arrays of NumPy are in memory."""
+
+    rows: ShardedArray  # Int[queries k]
+    distances: ShardedArray  # Float[queries k]
+    tokens: Int[np.ndarray, " queries"]
+    neighbor_tokens: ShardedArray  # Integer[queries k]
+    target_logits: ShardedArray  # Float[queries]
+    candidate_ids: ShardedArray  # Int[queries candidates]
+    candidate_logits: ShardedArray  # Float[queries candidates]
+    bound: ShardedArray  # Float[queries]
+    log_partition: ShardedArray  # Float[queries temperatures]
+    document_lengths: Int[np.ndarray, " documents"]
+    document_groups: Int[np.ndarray, " documents"]  # equal where `prepare_documents.group` is
+
+    @property
+    def groups(self) -> Int[np.ndarray, " queries"]:
+        """Numbers from 0 in the order of appearance, equal for tokens of one group of documents, which are not independent."""
+        _, first, numbers = np.unique(self.document_groups, return_index=True, return_inverse=True)
+        return np.repeat(np.argsort(np.argsort(first))[numbers], self.document_lengths)
+
+
+def open_queries(workdir: AnyPath, split: str) -> Queries:
+    """The cached neighbors of a split. UserError if they are damaged, or are of another datastore than there is now."""
+    folder = workdir / "neighbors"
+    facts = read_json(folder / "neighbors.json")
+    mend = f"delete {folder} and {workdir / 'stages' / 'search.json'}, and run `resmem evaluate`"
+    if facts["datastore"] != sha256(workdir / "datastore" / "manifest.json"):
+        raise UserError(f"{folder} was made from another datastore: {mend}")
+    for shard in facts[split]["shards"]:
+        for problem in damaged_files(folder, shard, checksums=True):
+            raise UserError(f"{problem}: {mend}")
+        if missing := [name for name in Queries._fields if f"{name}.npy" not in shard["files"]]:
+            raise UserError(f"{folder} was made by another version, without {', '.join(missing)}: {mend}")
+
+    def array(name: str) -> ShardedArray:
+        return ShardedArray([load_array(folder_of(folder, shard) / f"{name}.npy") for shard in facts[split]["shards"]])
+
+    arrays: dict[str, Any] = {name: array(name) for name in Queries._fields}
+    return Queries(**arrays | {name: np.asarray(arrays[name]) for name in ("tokens", "document_lengths", "document_groups")})
+
+
+def truncate_neighbors(queries: Queries, k: int) -> Queries:
+    """The queries as a search for k neighbors would have left them. UserError if not so many were searched."""
+    searched = queries.rows.shape[1]
+    if not 1 <= k <= searched:
+        raise UserError(f"the {k} nearest are not known: {searched} neighbors were searched")
+
+    def cut(array: ShardedArray, columns: int) -> ShardedArray:
+        return ShardedArray([part[:, :columns] for part in array.parts])
+
+    by_neighbor: dict[str, Any] = {name: cut(getattr(queries, name), k) for name in ("rows", "distances", "neighbor_tokens")}
+    # DeepNet's own candidates come first, then a candidate for each neighbor.
+    candidates = queries.candidate_ids.shape[1] - searched + k
+    by_candidate: dict[str, Any] = {name: cut(getattr(queries, name), candidates) for name in ("candidate_ids", "candidate_logits")}
+    return queries._replace(**by_neighbor, **by_candidate)
+
+
+def common(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> int:
+    """How many of the exact k nearest were found."""
+    return sum(len(np.intersect1d(a, b[b >= 0])) for a, b in zip(found, exact, strict=True))
+
+
+def recall(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> float:
+    """Share of the exact k nearest that were found."""
+    return common(found, exact) / max(1, int((exact >= 0).sum()))
+
+
+def deepnet_outputs(
+    model: Model,
+    datastore: Datastore,
+    hidden: Float[np.ndarray, "queries emb"],
+    targets: Int[np.ndarray, " queries"],
+    neighbor_tokens: Integer[np.ndarray, "queries k"],
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Blocks of (target_logits, candidate_ids, candidate_logits, bound, log_partition)."""
+    temperatures = datastore.binding.temperatures
+
+    @jax.jit
+    def block(parameters: dict, some_hidden: Array, some_targets: Array, some_tokens: Array) -> tuple[Array, ...]:
+        logits = model.logits(parameters, some_hidden)
+        target_logits = jax.numpy.take_along_axis(logits, some_targets[:, None], axis=1)[:, 0]
+        return target_logits, *choose_candidates(logits, some_tokens, BASE_CANDIDATES), log_partition(logits, temperatures)
+
+    for start in range(0, len(targets), TOKENS):
+        count = min(TOKENS, len(targets) - start)
+        some = [
+            np.pad(array[start : start + count], [(0, TOKENS - count)] + [(0, 0)] * (array.ndim - 1))
+            for array in (hidden, targets, neighbor_tokens.astype(np.int32))
+        ]
+        yield tuple(np.asarray(part)[:count] for part in block(model.parameters, *some))

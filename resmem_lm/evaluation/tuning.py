@@ -1,0 +1,50 @@
+"""Hyperparameters, chosen on validation."""
+
+from collections.abc import Sequence
+
+from resmem_lm.evaluation import adaptive
+from resmem_lm.evaluation.calibrated import SimplexFormula
+from resmem_lm.evaluation.candidates import Formula, Setting
+from resmem_lm.evaluation.scorer import SplitScorer
+
+BOOSTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # lambda of "boosted", where r_kNN is a change of the logits
+FIT_TOKENS = 2**16  # of validation, that the adaptive gate is fitted to
+
+
+def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
+    """The settings with most right predictions: of kNN alone, kNN-LM, and ResMem with lambda 1 and with any lambda."""
+
+    def winner(allowed: list[Setting]) -> Setting:
+        return max(allowed, key=counts.__getitem__)  # the first of those
+
+    resmem, knnlm = ([s for s in counts if s.formula == formula] for formula in ("resmem", "knnlm"))
+    return {
+        "knn": winner([s for s in knnlm if s.lambda_ == 1])._replace(temperature=1.0),  # p_kNN has none
+        "knnlm": winner([s for s in knnlm if s.lambda_ < 1]),
+        "resmem_lambda1": winner([s for s in resmem if s.lambda_ == 1]),
+        "resmem": winner(resmem),
+    }
+
+
+def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
+    """The settings under which the true tokens are most probable: of kNN-LM, and of Calibrated ResMem in either form."""
+
+    def winner(*formulas: Formula) -> Setting:
+        return min((setting for setting in losses if setting.formula in formulas), key=lambda setting: losses[setting])
+
+    return {"knnlm_perplexity": winner("knnlm"), "resmem_calibrated": winner("boosted", "clipped")}
+
+
+def grid_of(lambdas: Sequence[float]) -> dict[Formula, list[float]]:
+    """What `tune` chooses among: every lambda for ResMem, those up to 1 for kNN-LM."""
+    return {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
+
+
+def simplex_grid(lambdas: Sequence[float]) -> dict[SimplexFormula, list[float]]:
+    """What `calibrate` chooses among. kNN alone, of lambda 1, gives most tokens no probability."""
+    return {"knnlm": [value for value in lambdas if value < 1], "boosted": list(BOOSTS), "clipped": list(lambdas)}
+
+
+def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
+    """Adaptive ResMem's gate, fitted on the tokens of validation with all of their neighbors."""
+    return adaptive.fit(*validation.known(sigma, FIT_TOKENS))

@@ -1,0 +1,85 @@
+"""Rewrites the shards of a datastore without their deleted rows."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from resmem_lm.maintenance.delete import _check_gone, _remove_text, _remove_what_shows_rows, renew_build
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.schema import ARRAYS, FILES, document_line
+from resmem_lm.workdir.artifacts import Record, folder_of, name_of, publish, record_path, remove_orphans
+from resmem_lm.workdir.lock import assert_held, locked
+from resmem_lm.workdir.stages import disk_errors, finished
+from resmem_lm.workdir.storage import AnyPath, drop_copy, read_json, write_json
+
+COPY_ROWS = 2**16
+
+
+def compact(workdir: AnyPath) -> Record:
+    """Writes every shard of the datastore that has deleted rows anew without them. `resmem index` then makes what held them again.
+
+    Returns:
+        Numbers of shards written, and of rows before and after.
+
+    Raises:
+        UserError: the datastore is not finished or damaged, or another command is writing into the work directory.
+    """
+    with locked(workdir), disk_errors(workdir):
+        finished(workdir, "build")
+        folder = workdir / "datastore"
+        datastore = open_datastore(folder)
+        before, records, written = datastore.rows, [], 0
+        for shard, record in enumerate(datastore.shards):
+            _finish_deletion(workdir, datastore, shard)
+            on_disk = read_json(record_path(folder, record))
+            if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
+                record = on_disk  # a compact that was killed had written it
+            elif record.get("deleted"):
+                record, written = _without_deleted(datastore, shard), written + 1
+            records.append(record)
+        if written or records != datastore.shards:
+            _remove_what_shows_rows(workdir)
+        rows = sum(record["rows"] for record in records)
+        assert_held(workdir)
+        write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})
+        remove_orphans(folder, records)
+        for old in {folder_of(folder, record) for record in datastore.shards} - {folder_of(folder, record) for record in records}:
+            _check_gone(old)
+        renew_build(workdir)
+    return {"shards": written, "rows_before": before, "rows": rows}
+
+
+def _finish_deletion(workdir: AnyPath, datastore: Datastore, shard: int) -> None:
+    """Removes the text that a killed `delete` has left: without their rows the documents could not be found again."""
+    if ids := datastore.deleted_documents(shard):
+        _remove_text(workdir, {datastore.shards[shard]["provenance"]["documents"]}, ids.__contains__)
+
+
+def _without_deleted(datastore: Datastore, shard: int) -> Record:
+    part, record = datastore.part(shard, 1), datastore.shards[shard]
+    kept = np.flatnonzero(~part.is_deleted(np.arange(part.rows)))
+    name = name_of(record)
+    part.check_files(*FILES)
+    with publish(datastore.folder, name, record["provenance"], FILES) as attempt:
+        for array in ARRAYS:
+            with (attempt.folder / f"{array}.npy").open("wb") as file:
+                whole = part.array(array)
+                header = {"descr": np.lib.format.dtype_to_descr(whole.parts[0].dtype), "fortran_order": False}
+                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(kept), *whole.shape[1:])})
+                for start in range(0, len(kept), COPY_ROWS):
+                    file.write(np.ascontiguousarray(whole[kept[start : start + COPY_ROWS]]).tobytes())
+        lines = list(_kept_lines(part))
+        (attempt.folder / "documents.jsonl").write_text("".join(lines), "utf-8")
+        counts = record["counts"] | {"documents": len(lines), "tokens": len(kept)}
+        attempt.facts |= {"rows": len(kept), "counts": counts, "compacted_from": record["folder"]}
+    for array in ARRAYS:
+        drop_copy(folder_of(datastore.folder, record) / f"{array}.npy")
+    return read_json(datastore.folder / f"{name}.json")
+
+
+def _kept_lines(part: Datastore) -> Iterator[str]:
+    first, deleted = 0, {begin for begin, rows in part.shards[0]["deleted"] if rows}
+    for document in part.documents(0):
+        if document["first_row"] not in deleted:
+            yield document_line(document["id"], first, document["rows"])
+            first += document["rows"]

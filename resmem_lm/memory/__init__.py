@@ -1,0 +1,1 @@
+"""The memory: quantized rows, the datastore, and the index of its keys."""

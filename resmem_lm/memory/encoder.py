@@ -1,0 +1,107 @@
+"""Windows -> (key, sparse residual, token), and for queries (key, hidden state)."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from resmem_lm.memory.quantization import quantize_keys, quantize_probabilities
+from resmem_lm.memory.schema import DatastoreRows, token_dtype
+from resmem_lm.model.checkpoints import Model
+from resmem_lm.resmem import sparse_residual
+from resmem_lm.text.packing import shift_right
+from resmem_lm.text.windows import WindowSpec, window_rows
+
+ROWS = 16  # windows in one forward pass
+TOKENS = 256  # emitted tokens whose logits exist at a time: they stay in the cache, and little is computed for padding
+
+Head = Callable[[dict[str, Any], Array, Array, Array], Any]
+
+
+def log_partition(logits: Float[Array, "rows vocab"], temperatures: tuple[float, ...]) -> Float[Array, "rows temperatures"]:
+    """log Z_T = logsumexp(f / T) for each T."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # Each sum is a pass of its own: XLA's one loop for several sums is three times slower on a CPU.
+    sums = [jax.lax.optimization_barrier(jnp.sum(jnp.exp((logits - largest) / temperature), axis=-1)) for temperature in temperatures]
+    return jnp.stack([jnp.log(total) + largest[:, 0] / temperature for total, temperature in zip(sums, temperatures, strict=True)], axis=-1)
+
+
+def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -> Head:
+    """Datastore rows of emitted tokens: residuals at T = 1, and what makes those of other temperatures of them."""
+    unit = temperatures.index(1.0)
+
+    def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> DatastoreRows:
+        logits = model.logits(parameters, hidden)
+        log_z = log_partition(logits, temperatures)
+        ids, p, dropped = sparse_residual(logits, targets, log_z[:, unit], entries)
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        codes, scales = quantize_keys(keys)
+        dtype = token_dtype(model.config.vocab_size)
+        return DatastoreRows(
+            quantized_keys=codes,
+            key_scales=scales,
+            residual_ids=ids.astype(dtype),
+            quantized_residuals=quantize_probabilities(p),
+            tokens=targets.astype(dtype),
+            target_log_probability=(target_logits - log_z[:, unit]).astype(jnp.float16),
+            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up, for it is a bound
+            log_power_sums=(log_z - log_z[:, unit, None] / jnp.array(temperatures, jnp.float32)).astype(jnp.float16),
+        )
+
+    return head
+
+
+class QueryRows(NamedTuple):
+    """What a search needs of some tokens."""
+
+    keys: Float[Array, "rows emb"]
+    hidden: Float[Array, "rows emb"]
+
+
+def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> QueryRows:
+    """Keys and last hidden states of emitted tokens in float32; logits are made from the latter when neighbors are known."""
+    return QueryRows(keys.astype(jnp.float32), hidden.astype(jnp.float32))
+
+
+def _first(output: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x)[:count], output)
+
+
+class Encoder:
+    """Runs the model over the windows of documents and a head over the tokens that they emit, of whose keys it may project."""
+
+    def __init__(self, model: Model, spec: WindowSpec, head: Head, projection: Float[np.ndarray, "emb dimensions"] | None = None) -> None:
+        self.spec, self.parameters = spec, model.parameters
+        self._hidden = jax.jit(model.hidden)
+
+        def select(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array, places: Array) -> Any:
+            flat_keys, flat_hidden = (x.reshape(-1, x.shape[-1]) for x in (keys, hidden))
+            some_keys = flat_keys[places] if projection is None else flat_keys[places] @ projection
+            return head(parameters, some_keys, flat_hidden[places], targets.reshape(-1)[places])
+
+        self._head = jax.jit(select)
+
+    def __call__(
+        self, documents: list[Int[np.ndarray, "_"]], counts: Counter[str] | None = None
+    ) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
+        """Yields (positions, the head's output for them): every token of the documents once, in no set order.
+
+        Adds to `counts` the windows, their tokens (context included), and the tokens computed (padding included).
+        """
+        for batch in window_rows(documents, self.spec, ROWS):
+            if counts is not None:
+                counts["windows"] += int(batch.segment_ids.max(axis=1).sum())
+                counts["window_tokens"] += int((batch.segment_ids > 0).sum())
+                counts["computed_tokens"] += batch.tokens.size
+            inputs = shift_right(batch.tokens, batch.segment_ids)
+            keys, hidden = self._hidden(self.parameters, inputs, batch.segment_ids)
+            places = np.flatnonzero(batch.emitted)
+            for start in range(0, len(places), TOKENS):
+                some = places[start : start + TOKENS]
+                padded = np.pad(some, (0, TOKENS - len(some)))
+                output = self._head(self.parameters, keys, hidden, batch.tokens, padded)
+                yield batch.positions.reshape(-1)[some], _first(output, len(some))

@@ -1,0 +1,1 @@
+"""DeepNet: the decoder, its checkpoints and its training."""

@@ -1,0 +1,262 @@
+"""Decoder-only T5 (Raffel et al. 2020 without encoder and cross-attention), as T5X's `DecoderOnlyModel` wants it.
+
+Parameter names, axis annotations and the call signature are T5X's, so that T5X can train this module and either
+side reads the other's parameters. `Decoder.hidden` gives ResMem's key phi(x): the last layer's activations
+after the pre-MLP LayerNorm and before the MLP (paper, section 4.1).
+"""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from jaxtyping import Array, Float, Int
+
+from resmem_lm.model.config import ModelConfig
+
+RELATIVE_BUCKETS = 32
+RELATIVE_MAX_DISTANCE = 128
+
+
+def relative_buckets(length: int) -> Int[np.ndarray, "length length"]:
+    """The T5 bucket of every (query, key) distance in a causal decoder: exact up to 16, then logarithmic to 128."""
+    distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
+    exact = RELATIVE_BUCKETS // 2
+    log_ratio = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(RELATIVE_MAX_DISTANCE / exact)
+    far = exact + (log_ratio * (RELATIVE_BUCKETS - exact)).astype(np.int32)
+    return np.where(distance < exact, distance, np.minimum(far, RELATIVE_BUCKETS - 1)).astype(np.int32)
+
+
+class Dense(nn.Module):
+    """A linear map without bias from the last `inputs_axes` axes to `features`; the kernel is kept as a matrix."""
+
+    features: tuple[int, ...]
+    kernel_axes: tuple[str, str]
+    dtype: Any
+    kernel_init: Any = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    inputs_axes: int = 1
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
+        kept, contracted = inputs.shape[: -self.inputs_axes], inputs.shape[-self.inputs_axes :]
+        shape = (int(np.prod(contracted)), int(np.prod(self.features)))
+        kernel = param_with_axes("kernel", self.kernel_init, shape, jnp.float32, axes=self.kernel_axes)
+        # One row a token: the product of two matrices, whose gradients XLA gives to the CPU's fast routine as well.
+        outputs = jnp.asarray(inputs, self.dtype).reshape(-1, shape[0]) @ jnp.asarray(kernel, self.dtype)
+        return outputs.reshape(*kept, *self.features)
+
+
+class LayerNorm(nn.Module):
+    """T5's LayerNorm: root-mean-square normalization with a scale, without mean or bias."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        inputs = jnp.asarray(inputs, jnp.float32)
+        mean_square = jnp.mean(jnp.square(inputs), axis=-1, keepdims=True)
+        scale = param_with_axes("scale", nn.initializers.ones, (inputs.shape[-1],), jnp.float32, axes=("embed",))
+        return jnp.asarray(inputs * jax.lax.rsqrt(mean_square + 1e-6), self.dtype) * jnp.asarray(scale, self.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with T5's relative bias; 1/sqrt(head_dim) is folded into the query's initializer."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "batch length emb"], bias: Float[Array, "#batch #heads length length"], deterministic: bool
+    ) -> Float[Array, "batch length emb"]:
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+        def query_init(*args: Any) -> Array:
+            return init(*args) / jnp.sqrt(cfg.head_dim)
+
+        heads = functools.partial(Dense, (cfg.num_heads, cfg.head_dim), ("embed", "joined_kv"), dtype)
+        query = heads(kernel_init=query_init, name="query")(inputs)
+        key = heads(kernel_init=init, name="key")(inputs)
+        value = heads(kernel_init=init, name="value")(inputs)
+        query, key, value = (with_sharding_constraint(x, ("batch", "length", "heads", "kv")) for x in (query, key, value))
+
+        # Heads before positions, and normalized after the sum: XLA on a CPU gives both products to its fast routine, and divides 64
+        # numbers of a query in place of `length`.
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        weights = jnp.einsum("bhqd,bhkd->bhqk", query, key) + bias.astype(dtype)
+        weights = jnp.exp(weights - jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1)
+        if not deterministic and cfg.dropout_rate > 0:
+            # As in T5X, one mask for all queries.
+            shape = (*weights.shape[:2], 1, weights.shape[3])
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
+            weights = weights * keep.astype(dtype) / jnp.asarray(1 - cfg.dropout_rate, dtype)
+        attended = (jnp.einsum("bhqk,bhkd->bhqd", weights, value) / total[..., None]).swapaxes(1, 2)
+        return Dense((inputs.shape[-1],), ("joined_kv", "embed"), dtype, init, inputs_axes=2, name="out")(attended)
+
+
+class Mlp(nn.Module):
+    """T5's feed-forward block: `wi`, or the gated `wi_0` and `wi_1`, then `wo`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "batch length emb"], deterministic: bool) -> Float[Array, "batch length emb"]:
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        gates = []
+        for number, activation in enumerate(cfg.mlp_activations):
+            name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{number}"
+            gate = Dense((cfg.mlp_dim,), ("embed", "mlp"), dtype, name=name)(inputs)
+            gates.append(gate if activation == "linear" else getattr(nn, activation)(gate))
+        hidden = functools.reduce(operator.mul, gates)
+        hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        hidden = with_sharding_constraint(hidden, ("batch", "length", "mlp"))
+        return Dense((inputs.shape[-1],), ("mlp", "embed"), dtype, name="wo")(hidden)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention and MLP, each behind its LayerNorm and with a residual connection."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "batch length emb"], bias: Float[Array, "#batch #heads length length"], deterministic: bool
+    ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+
+        def dropout(name: str, x: Array) -> Array:
+            return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), name=name)(x, deterministic=deterministic)
+
+        x = LayerNorm(dtype, name="pre_self_attention_layer_norm")(inputs)
+        x = SelfAttention(cfg, name="self_attention")(x, bias, deterministic)
+        x = inputs + dropout("post_self_attention_dropout", x)
+        key = LayerNorm(dtype, name="pre_mlp_layer_norm")(x)
+        return x + dropout("post_mlp_dropout", Mlp(cfg, name="mlp")(key, deterministic)), key
+
+
+class RelativePositionBias(nn.Module):
+    """One bias per head and distance bucket, shared by all layers."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, length: int) -> Float[Array, "1 heads length length"]:
+        table = param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (self.config.num_heads, RELATIVE_BUCKETS),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        return jnp.asarray(table, jnp.dtype(self.config.dtype))[:, relative_buckets(length)][None]
+
+
+class Embedding(nn.Module):
+    """Token embedding, also the output matrix where logits are tied."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.emb_dim)
+        self.embedding = param_with_axes(
+            "embedding", nn.initializers.normal(stddev=1.0), shape, jnp.float32, axes=("vocab", "embed"), module=self
+        )
+
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length emb"]:
+        return jnp.asarray(self.embedding, jnp.dtype(self.config.dtype))[tokens]
+
+    def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
+        return jnp.asarray(x, jnp.float32) @ self.embedding.T
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers, final LayerNorm and logits; float32 logits whatever the activations' dtype."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.token_embedder = Embedding(cfg)
+        self.relpos_bias = RelativePositionBias(cfg)
+        self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_layers)]
+        self.decoder_norm = LayerNorm(dtype)
+        self.output_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        if not cfg.logits_via_embedding:
+            self.logits_dense = Dense((cfg.vocab_size,), ("embed", "vocab"), jnp.float32)
+
+    def hidden(
+        self,
+        inputs: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None,
+        prefix: Int[Array, "batch length"] | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
+        """ResMem's keys, and what `logits` takes, at every position."""
+        length = inputs.shape[1]
+        allowed = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        if prefix is not None:
+            allowed = allowed | (prefix[:, None, :, None] * prefix[:, None, None, :] > 0)
+        if segment_ids is not None:
+            allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        bias = self.relpos_bias(length)
+        bias = bias + jnp.where(allowed, 0.0, -1e10).astype(bias.dtype)
+        x = self.input_dropout(self.token_embedder(inputs), deterministic=deterministic)
+        key = x
+        for layer in self.layers:
+            x, key = layer(x, bias, deterministic)
+        return key, self.output_dropout(self.decoder_norm(x), deterministic=deterministic)
+
+    def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
+        """DeepNet's f(x)."""
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(hidden) / jnp.sqrt(self.config.emb_dim)
+        return self.logits_dense(hidden)
+
+
+class Decoder(nn.Module):
+    """The module to train: T5X's outer scope `decoder/` around the stack, and T5X's call."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.decoder = DecoderStack(self.config)
+
+    def __call__(
+        self,
+        decoder_input_tokens: Int[Array, "batch length"],
+        decoder_target_tokens: Int[Array, "batch length"],
+        decoder_segment_ids: Int[Array, "batch length"] | None = None,
+        decoder_positions: Int[Array, "batch length"] | None = None,
+        decoder_causal_attention: Int[Array, "batch length"] | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits of every next token. Targets and positions are T5X's arguments; nothing here depends on them."""
+        if decode:
+            raise NotImplementedError("autoregressive decoding: ResMem only scores given text")
+        _, hidden = self.decoder.hidden(decoder_input_tokens, decoder_segment_ids, decoder_causal_attention, not enable_dropout)
+        return self.decoder.logits(hidden)
+
+    def hidden(
+        self, inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
+        """ResMem's keys phi(x), and the last hidden states for `logits`, without dropout."""
+        return self.decoder.hidden(inputs, segment_ids, None, True)
+
+    def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
+        """DeepNet's logits f(x) from hidden states."""
+        return self.decoder.logits(hidden)
+
+
+def init_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Fresh float32 parameters; they do not depend on the length of the input."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    parameters: dict[str, Any] = Decoder(config).init(jax.random.key(seed), tokens, tokens, enable_dropout=False)["params"]
+    return parameters

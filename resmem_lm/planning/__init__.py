@@ -1,0 +1,1 @@
+"""Estimates of bytes, memory and time."""

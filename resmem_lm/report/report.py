@@ -1,0 +1,128 @@
+"""results.json -> report.html, one file that needs nothing else: a page with the table, two plots and ten examples."""
+
+import base64
+import hashlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from resmem_lm.errors import UserError
+from resmem_lm.report.plots import INK, INKS, Figure, line, to_svg
+from resmem_lm.report.tables import HEADER, METHOD_TITLES, differences, percent, rows, study_rows
+from resmem_lm.workdir.stages import Record, current, stage
+from resmem_lm.workdir.storage import AnyPath, files_below, read_json, sha256, write_bytes
+
+# Shows the examples of a study that have every word of what is typed. The page's policy lets no other script run than this one.
+FILTER = """
+for (const filtered of document.querySelectorAll(".filtered")) {
+  const filter = filtered.querySelector(".filter"), input = filter.querySelector("input");
+  const examples = [...filtered.querySelectorAll(".example")].map(example => {
+    const parts = example.querySelectorAll("h3, .text, .token, .document");
+    return [example, [...parts].map(part => part.textContent.toLowerCase()).join(" ")];
+  });
+  const update = () => {
+    const words = input.value.toLowerCase().split(/\\s+/).filter(word => word);
+    for (const [example, text] of examples) example.hidden = !words.every(word => text.includes(word));
+    const shown = examples.filter(([example]) => !example.hidden).length;
+    filter.querySelector("output").textContent = `${shown} of ${examples.length}`;
+    filtered.querySelector(".list").scrollTop = 0;
+  };
+  input.addEventListener("input", update);
+  filter.hidden = false;
+  update();
+}
+"""
+
+
+@stage(name="report", after=("evaluate",), output="report.html", redo=True)
+def write_report(workdir: AnyPath) -> Record:
+    """Writes WORKDIR/report.html from results.json, studies and config.gin: the same bytes whenever these are the same.
+
+    A study of another datastore or evaluation than the work directory has now is left out, and named on standard error.
+
+    Returns:
+        The checksum of the page.
+
+    Raises:
+        UserError: results.json is missing, damaged or of another version.
+    """
+    results = read_json(workdir / "results.json")
+    if "groups" not in results["splits"]["test"]:
+        raise UserError(f"{workdir / 'results.json'} was made by another version: delete it and run `resmem evaluate`")
+    stages = current(workdir)
+    studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
+    sections = []
+    for folder in studies:
+        if f"study-{folder.name}" in stages:
+            sections.append(_study(folder))
+        else:
+            print(f"report: without the study {folder.name}, which is of other results: `resmem study {folder.name}`", file=sys.stderr)
+    script = FILTER if any(section["examples"] is not None for section in sections) else ""
+    config = workdir / "config.gin"  # written by the command `resmem`; stages called from Python have none
+    page = _template().render(
+        results=results,
+        test=results["splits"]["test"],
+        header=HEADER,
+        rows=rows(results),
+        differences=differences(results),
+        plots=_plots(results),
+        studies=sections,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        certified=math.floor(1e4 * min(m["certified"] for m in results["splits"]["test"]["methods"].values())) / 1e4,  # "at least"
+        config=config.read_text("utf-8") if config.exists() else "",
+        inks=INKS,
+    )
+    # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
+    write_bytes(workdir / "report.html", page.encode("utf-8", "replace"))
+    return {"sha256": sha256(workdir / "report.html")}
+
+
+def _study(folder: AnyPath) -> dict[str, Any]:
+    results, figure = read_json(folder / "results.json"), folder / "figure.svg"
+    header, *rows = study_rows(results)
+    plot = figure.read_text("utf-8") if figure.exists() else ""
+    told = {name: results.get(name) for name in ("title", "text", "examples")}
+    return told | {"header": header, "rows": rows, "plot": plot}
+
+
+def _template() -> Any:
+    import jinja2  # not at the top: every command imports this module, and few write a report
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "piece": _piece}
+    return environment.get_template("report.html")
+
+
+def _piece(token: str) -> str:
+    """A token with its spaces visible: many differ only in the one they begin with."""
+    return token.replace(" ", "␣")
+
+
+def _plots(results: dict[str, Any]) -> str:
+    """Test accuracy against k and against sigma, side by side in one SVG."""
+    deepnet = 100 * results["splits"]["test"]["methods"]["deepnet"]["accuracy"]
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, curve) in zip(figure.subplots(1, len(results["curves"]), sharey=True), results["curves"].items(), strict=True):
+            axes.axhline(deepnet, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1.2, label=METHOD_TITLES["deepnet"])
+            for number, (method, accuracy) in enumerate(curve["accuracy"].items()):
+                points = sorted(zip(curve["values"], [100 * value for value in accuracy], strict=True))
+                line(axes, number, [x for x, _ in points], [y for _, y in points], METHOD_TITLES[method])
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(curve["values"]), [f"{value:g}" for value in sorted(curve["values"])])
+            axes.minorticks_off()
+            axes.set_xlabel(name)
+            axes.tick_params(labelleft=True)
+            axes.set_ylabel("test accuracy, %")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+
+    return to_svg(draw)

@@ -1,0 +1,1 @@
+"""Text: sources, documents, near-duplicates, vocabulary, windows and packed rows."""

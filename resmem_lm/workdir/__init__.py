@@ -1,0 +1,1 @@
+"""Work directories: paths, stages, artifacts, storage, locks and progress."""

@@ -1,0 +1,153 @@
+"""Stages: functions that each run once for one configuration, and resume when interrupted.
+
+A finished stage is skipped. What happens when its settings or inputs have changed is its policy:
+
+    refuse    raise an error, because its output is expensive
+    extend    keep what is still valid and make the rest; changed settings are refused
+    redo      run again, because it is cheap
+"""
+
+import contextlib
+import errno
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import Generic, Literal, ParamSpec
+
+import gin
+
+from resmem_lm.errors import UserError
+from resmem_lm.workdir.lock import assert_held, locked
+from resmem_lm.workdir.run import Record, Run, digest, output_of, plain
+from resmem_lm.workdir.storage import AnyPath, children, files_below, inside, read_json, sha256, write_json
+
+P = ParamSpec("P")
+Policy = Literal["refuse", "extend", "redo"]
+
+
+@contextlib.contextmanager
+def disk_errors(where: AnyPath) -> Iterator[None]:
+    """Turn "no space left on device" into a UserError that names the place."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # NumPy reports a short write without an errno, Orbax a full disk by a status in a ValueError.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "RESOURCE_EXHAUSTED" in str(error) or " requested and " in str(error):
+            place = getattr(error, "filename", None) or where
+            raise UserError(f"no space left on the disk of {place}: free some and run the same command again; it resumes") from error
+        raise
+
+
+class Stage(Generic[P]):
+    """A stage function with its record. A call runs it, skips it or refuses; the result is the function's.
+
+    The function takes a `Run` first and keyword-only settings after it. A call also takes the path of the work directory.
+    The function returns a JSON object that identifies its output, such as a checksum: later stages record it as their input.
+    """
+
+    def __init__(self, function: Callable[P, Record], name: str, after: tuple[str, ...], policy: Policy, free: tuple[str, ...]) -> None:
+        self.function, self.name, self.after, self.policy, self.free = function, name, after, policy, free
+        self.output = output_of(name)
+        self.__doc__, self.__name__, self.__module__ = function.__doc__, function.__name__, function.__module__
+        self.signature = inspect.signature(function)
+
+    def _settings(self, run: Run, kwargs: Record) -> Record:
+        bound = self.signature.bind(run, **kwargs)
+        bound.apply_defaults()
+        return plain({key: value for key, value in list(bound.arguments.items())[1:] if key not in self.free})
+
+    def _inputs(self, run: Run) -> Record:
+        inputs = {}
+        for name in self.after:
+            record = run.record(name)
+            if not record.get("finished"):
+                raise UserError(f"{run}: {self.name} needs the stage {name}, which has not finished: run it first")
+            inputs[name] = digest(record["result"])
+        return inputs
+
+    def check(self, run: Run | AnyPath | str, **kwargs: P.kwargs) -> None:
+        """Raise UserError if this stage has begun in the work directory with other settings."""
+        run = Run(run)
+        settings, record = self._settings(run, kwargs), run.record(self.name)
+        output = run.path / self.output.paths[0]
+        # A stage that failed before it wrote anything may have failed because of a setting.
+        if self.policy == "redo" or not record or (not record["finished"] and not output.exists()):
+            return
+        old = record["settings"]
+        for key in [*settings, *old]:
+            if settings.get(key) != old.get(key):
+                raise UserError(
+                    f"{run} was made with {self.__name__}.{key} = {old.get(key)!r}, now it is {settings.get(key)!r}: "
+                    f"take another --workdir, or delete {output} and {run.record_path(self.name)}"
+                )
+
+    def __call__(self, run: Run | AnyPath | str, **kwargs: P.kwargs) -> Record:
+        """Run the stage unless it is finished; return its result."""
+        run = Run(run)
+        self.check(run, **kwargs)
+        settings = self._settings(run, kwargs)
+        with locked(run.path):
+            finished = self._finished(run, settings)
+            return self._run(run, settings, kwargs) if finished is None else finished
+
+    def _finished(self, run: Run, settings: Record) -> Record | None:
+        """Return the result if the stage need not run; raise UserError if it may not."""
+        inputs, record, path = self._inputs(run), run.record(self.name), run.record_path(self.name)
+        output = run.path / self.output.paths[0]
+        if not record:
+            if self.output.marker and children(output) and not (output / self.output.marker).exists():
+                raise UserError(f"{output} is not of a run, and {self.name} would replace it: move it, or take another --workdir")
+            return None
+        changed = [name for name in inputs if record["inputs"].get(name) != inputs[name]]
+        if changed and self.policy == "refuse":
+            raise UserError(
+                f"{output} was made from another {changed[0]} than {run} has now: take another --workdir, or delete {output} and {path}"
+            )
+        if not record["finished"] or changed or record["settings"] != settings:
+            return None
+        if not output.exists():
+            if self.policy != "redo":
+                raise UserError(f"{output} is missing although {path} says it was made: delete {path} to make it again")
+            return None
+        result: Record = record["result"]
+        return result
+
+    def _run(self, run: Run, settings: Record, kwargs: Record) -> Record:
+        path = run.record_path(self.name)
+        record = {"settings": settings, "inputs": self._inputs(run), "finished": False}
+        start = time.monotonic()
+        with disk_errors(run.path):
+            write_json(path, record)
+            result: Record = plain(self.function(run, **kwargs))  # type: ignore[arg-type]
+            assert_held(run.path)
+            facts = {"finished": True, "seconds": time.monotonic() - start, "result": result, "files": self._files(run)}
+            write_json(path, record | facts)
+        return result
+
+    def _files(self, run: Run) -> Record:
+        """Return size and checksum of the stage's files; none where a manifest has them."""
+        if self.output.manifest:
+            return {}
+        outputs = [run.path / name for name in self.output.paths]
+        found = [file for output in outputs for file in ([output] if output.is_file() else files_below(output))]
+        return {inside(file, run.path): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in found}
+
+
+def stage(
+    *, name: str, after: tuple[str, ...] = (), policy: Policy = "refuse", free: tuple[str, ...] = ()
+) -> Callable[[Callable[P, Record]], Stage[P]]:
+    """Make a function the stage `name`, which gin knows by the function's name.
+
+    Args:
+        name: of its record; `workdir.run.OUTPUTS` has what it writes.
+        after: the stages that it needs.
+        policy: see the module.
+        free: settings that do not change the output (how often to save, where to run) and may differ between runs.
+    """
+
+    def wrap(function: Callable[P, Record]) -> Stage[P]:
+        gin.register(function.__name__, module="resmem_lm", denylist=["run"])(function)
+        return Stage(function, name, after, policy, free)
+
+    return wrap

@@ -1,0 +1,236 @@
+"""Where files lie: on this machine, or in object storage (gs://, s3://, ...) through fsspec. Every path goes through here.
+
+Object storage has neither rename nor mapped files. So whatever is published is published by writing one small file last, which is atomic
+in both places; and what must be mapped, or be read by a library that knows only files, is copied here first (`local_path`).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from resmem_lm.errors import DamagedError, UserError
+
+AnyPath = Path | UPath
+CHECKSUM = "checksum"
+
+
+def to_path(name: str | AnyPath) -> AnyPath:
+    """The path that a user or a worker names; UserError if fsspec has no such storage or lacks a package for it."""
+    if not isinstance(name, str):
+        return name
+    if address := re.match(r"([a-z][a-z0-9]+):/(?!/)", name):
+        raise UserError(f"{name}: an address of {address[1]} has two slashes: {address[1]}://{name[address.end() :]}")
+    if "://" not in name:
+        return with_home(name)
+    try:
+        path = UPath(name, use_listings_cache=False)  # other processes write there too
+        path = UPath(path.fs.unstrip_protocol(path.path), use_listings_cache=False)  # s3a:// is s3://, as listings say it
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: {reason}: install the package of that storage (gcsfs for gs://, s3fs for s3://)") from None
+    return Path(path.path) if path.protocol in ("file", "local") else path
+
+
+def with_home(name: str) -> Path:
+    """The path of this machine's, a leading ~ expanded: a shell leaves it in --workdir=~/run and in quotes."""
+    return Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
+
+
+def is_local(path: AnyPath) -> bool:
+    """Whether it lies in this machine's file system."""
+    return isinstance(path, Path)
+
+
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Writes `content` so that readers see the old file or the whole new one."""
+    if not isinstance(path, Path):
+        path.write_bytes(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def with_checksum(value: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return _text(value | {CHECKSUM: hashlib.sha256(_text(value).encode()).hexdigest()}).encode()
+
+
+def write_json(path: AnyPath, value: dict[str, Any]) -> None:
+    """Writes `value`, as `write_bytes`, under a seal by which `read_json` tells whether a byte has changed since."""
+    write_bytes(path, with_checksum(value))
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """What `write_json` wrote; DamagedError if it was altered or is missing, UserError if it cannot be read now."""
+    try:
+        text = path.read_bytes().decode()
+        with_checksum = json.loads(text)
+        value = {name: content for name, content in with_checksum.items() if name != CHECKSUM}
+        whole = with_checksum.get(CHECKSUM) == hashlib.sha256(_text(value).encode()).hexdigest() and text == _text(with_checksum)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing: run the stage that writes it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): make it readable, and run the same command again") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({error}): delete it and run its stage again") from None
+    if not whole:
+        raise DamagedError(f"{path} is damaged (its seal does not fit its content): delete it and run its stage again")
+    return value
+
+
+def sha256(path: AnyPath) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        opened: Any = file  # fsspec's file too has what hashlib needs
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def remove(path: AnyPath) -> None:
+    """Removes a file, or a folder with all that it holds, if it is there."""
+    if isinstance(path, Path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)
+
+
+def files_below(folder: AnyPath) -> list[AnyPath]:
+    """Every file in a folder and its folders, in order; PermissionError if one of these cannot be read."""
+    if isinstance(folder, Path):
+        found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=_refuse_unreadable) for name in names]
+        return sorted((path for path in found if path.is_file()), key=str)
+    return [to_path(folder.fs.unstrip_protocol(name)) for name in sorted(folder.fs.find(folder.path))]
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        raise error
+
+
+def sizes(folder: AnyPath) -> dict[str, int]:
+    """Bytes of each file directly in a folder, by one listing; none if it is not there."""
+    if not isinstance(folder, Path):
+        return {name.rpartition("/")[2]: facts["size"] for name, facts in folder.fs.find(folder.path, maxdepth=1, detail=True).items()}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    return {}
+
+
+def children(folder: AnyPath, pattern: str = "*") -> list[AnyPath]:
+    """What lies directly in a folder, by name; nothing if it is not there."""
+    found: list[AnyPath] = [path for path in folder.glob(pattern)] if folder.exists() else []  # noqa: C416 - mypy joins the two kinds
+    return sorted(found, key=str)
+
+
+def inside(file: AnyPath, folder: AnyPath) -> str:
+    """The path of a file from a folder above it, with slashes."""
+    return str(file).removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
+
+
+def glob(pattern: str) -> list[AnyPath]:
+    """What a pattern in object storage names."""
+    path = to_path(pattern)
+    if isinstance(path, Path) or path.exists():
+        return [path]
+    return [to_path(path.fs.unstrip_protocol(name)) for name in sorted(path.fs.glob(path.path))]
+
+
+def upload(folder: Path, target: AnyPath, *, last: str = "") -> None:
+    """Copies the files of a local folder to `target`, those named `last` after the others."""
+    for file in sorted(files_below(folder), key=lambda file: file.name == last):
+        place = target / inside(file, folder)
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(str(file), place)
+        else:
+            place.fs.put_file(str(file), place.path)
+
+
+def download(folder: UPath, target: Path) -> None:
+    """Copies the files of a folder in object storage to `target`, a local one."""
+    for file in files_below(folder):
+        assert isinstance(file, UPath)
+        place = target / inside(file, folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.fs.get_file(file.path, str(place))
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="resmem-")
+
+
+def local_path(path: AnyPath) -> Path:
+    """The file or folder itself, or a copy of it on this machine that lives as long as the process."""
+    if isinstance(path, Path):
+        return path
+    files = [] if path.is_file() else files_below(path)
+    place = _place(path)
+    if not files:
+        return _copy(path, place / path.name)
+    for file in files:
+        _copy(file, place / inside(file, path))
+    return place
+
+
+def _place(path: AnyPath) -> Path:
+    return Path(_scratch().name, hashlib.sha256(str(path).encode()).hexdigest()[:16])
+
+
+def drop_copy(path: AnyPath) -> None:
+    """Gives back the disk space of a copy that `local_path` made."""
+    if not isinstance(path, Path):
+        shutil.rmtree(_place(path), ignore_errors=True)
+
+
+def _copy(file: AnyPath, here: Path) -> Path:
+    assert isinstance(file, UPath)
+    known = here.with_name(f".{here.name}.{file.fs.ukey(file.path)}")  # another key means another content
+    if not known.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        temporary = here.with_name(f".{here.name}.{os.urandom(4).hex()}.tmp")
+        file.fs.get_file(file.path, str(temporary))
+        temporary.replace(here)
+        known.touch()
+    return here
+
+
+@contextlib.contextmanager
+def new_directory(path: AnyPath) -> Iterator[Path]:
+    """A temporary directory that takes the place of `path` if the block succeeds, and vanishes if it does not."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
+            yield Path(scratch)
+            remove(path)
+            upload(Path(scratch), path)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

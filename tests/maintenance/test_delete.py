@@ -1,0 +1,280 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from beam_pipelines.build_index import build_index
+from resmem_lm.cli import main
+from resmem_lm.errors import UserError
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.maintenance import delete as module
+from resmem_lm.maintenance.compact import compact
+from resmem_lm.maintenance.delete import delete, renew_build
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.exact_index import ExactIndex
+from resmem_lm.memory.open_index import index_manifest, open_index
+from resmem_lm.memory.schema import ARRAYS
+from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.workdir.storage import read_json, sha256, write_json
+
+
+def ids_of(workdir, shard=1):
+    return [d["id"] for d in open_datastore(workdir / "datastore").documents(shard)]
+
+
+def rows_of(datastore, name):
+    """Global rows of a document."""
+    found = []
+    for shard, offset in zip(range(len(datastore.shards)), datastore.offsets, strict=False):
+        for d in datastore.documents(shard):
+            if d["id"] == name:
+                found += range(offset + d["first_row"], offset + d["first_row"] + d["rows"])
+    return found
+
+
+def evaluate_again(workdir):
+    for command in ("index", "evaluate"):
+        text = read_json(workdir / "stages/documents.json")["settings"]["text"]
+        assert main([command, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]) == 0
+
+
+@pytest.fixture
+def with_faiss(tiny_copy, monkeypatch):
+    """A finished run whose index has files, few as its rows are."""
+    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
+    shutil.rmtree(tiny_copy / "index")
+    (tiny_copy / "stages/index.json").unlink()
+    build_index(tiny_copy)
+    return tiny_copy
+
+
+@pytest.mark.parametrize("kind", ["faiss", "exact"])
+def test_rows_of_a_deleted_document_are_never_returned_even_for_its_own_keys(with_faiss, kind):
+    tiny_copy = with_faiss
+    before = open_datastore(tiny_copy / "datastore")
+    name = ids_of(tiny_copy)[0]
+    gone = rows_of(before, name)
+    index, first = open_index(tiny_copy, before, index_manifest(tiny_copy, before), 0)
+    index = index if kind == "faiss" else ExactIndex(before)
+    keys = before.keys(np.array(gone))
+    assert np.isin(index.search(keys, 12)[0], gone).any()
+    assert delete(tiny_copy, document=name) == {"documents": 1, "rows": len(gone)}
+
+    datastore = open_datastore(tiny_copy / "datastore")
+    index = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)[0] if kind == "faiss" else ExactIndex(datastore)
+    rows, distances = index.search(keys, 12)
+    assert first == 0
+    assert not np.isin(rows, gone).any()
+    assert (rows >= 0).all()
+    assert np.isfinite(distances).all()
+    assert datastore.live_rows == before.rows - len(gone)
+
+
+def test_more_can_be_deleted_than_faiss_proposes_and_k_neighbors_are_still_found(with_faiss):
+    tiny_copy = with_faiss
+    for name in ids_of(tiny_copy, 0) + ids_of(tiny_copy, 1) + ids_of(tiny_copy, 2)[3:]:
+        delete(tiny_copy, document=name)
+    datastore = open_datastore(tiny_copy / "datastore")
+    index, _ = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)
+    keys = datastore.keys(np.arange(50))
+    found, _ = index.search(keys, 12)
+    assert (found >= 0).all()
+    assert not datastore.is_deleted(found).any()
+
+
+def test_nothing_that_shows_a_deleted_document_stays(tiny_copy):
+    name = ids_of(tiny_copy)[0]
+    delete(tiny_copy, document=name)
+    assert not any((tiny_copy / place).exists() for place in ("neighbors", "results.json", "report.html", "stages/search.json"))
+    assert name not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+    assert verify(tiny_copy) == []
+    evaluate_again(tiny_copy)
+    datastore = open_datastore(tiny_copy / "datastore")
+    for split in ("validation", "test"):
+        assert not datastore.is_deleted(np.asarray(open_queries(tiny_copy, split).rows)).any()
+    assert read_json(tiny_copy / "results.json")["datastore"]["rows"] == datastore.live_rows
+    assert verify(tiny_copy) == []
+
+
+def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_were(tiny_copy):
+    before = open_datastore(tiny_copy / "datastore")
+    name = ids_of(tiny_copy)[1]
+    kept = np.setdiff1d(np.arange(before.rows), rows_of(before, name))
+    arrays = {array: before.take(array, kept) for array in ARRAYS}
+    untouched = before.shards[0]["folder"]
+    delete(tiny_copy, document=name)
+    evaluate_again(tiny_copy)
+    wanted = read_json(tiny_copy / "results.json")
+    assert compact(tiny_copy) == {"shards": 1, "rows_before": before.rows, "rows": len(kept)}
+    after = open_datastore(tiny_copy / "datastore", checksums=True)
+    assert after.rows == after.live_rows == len(kept)
+    for array in ARRAYS:
+        np.testing.assert_array_equal(np.asarray(after.array(array)), arrays[array])
+    assert after.shards[0]["folder"] == untouched
+    assert name not in [d["id"] for shard in range(3) for d in after.documents(shard)]
+    assert len(list((tiny_copy / "datastore").glob("shard-*.????????"))) == 3
+    evaluate_again(tiny_copy)
+    assert read_json(tiny_copy / "results.json")["splits"] == wanted["splits"]
+    assert verify(tiny_copy) == []
+    assert compact(tiny_copy)["shards"] == 0  # nothing more to do
+    assert (tiny_copy / "results.json").exists()
+
+
+def test_a_shard_all_of_whose_documents_are_deleted_compacts_to_nothing(tiny_copy):
+    for name in ids_of(tiny_copy, 0):
+        delete(tiny_copy, document=name)
+    compact(tiny_copy)
+    datastore = open_datastore(tiny_copy / "datastore", checksums=True)
+    assert datastore.shards[0]["rows"] == 0
+    assert len(np.asarray(datastore.array("quantized_keys"))) == datastore.rows
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+def test_a_source_is_a_file_or_a_folder_and_not_what_only_begins_alike(tiny_copy):
+    name = ids_of(tiny_copy)[0]
+    source = name.partition("#")[0]
+    for other in (source[:-1], source + "x", source.rpartition(".")[0]):
+        with pytest.raises(UserError, match="has no source"):
+            delete(tiny_copy, source=other)
+    rows = open_datastore(tiny_copy / "datastore").rows
+    assert delete(tiny_copy, source=source.rpartition("/")[0])["rows"] == rows
+    assert open_datastore(tiny_copy / "datastore").live_rows == 0
+
+
+@pytest.mark.parametrize("moment", ["write_json", "_remove_text", "renew_build"])
+def test_killed_at_any_moment_and_run_again_it_is_deleted(tiny_copy, monkeypatch, moment):
+    name = ids_of(tiny_copy)[0]
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if moment != "write_json" or len(calls) == 2:  # between a shard's record and the manifest
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = getattr(module, moment)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            delete(tiny_copy, document=name)
+    assert not (tiny_copy / "neighbors").exists()
+    delete(tiny_copy, document=name)
+    datastore = open_datastore(tiny_copy / "datastore")
+    assert datastore.is_deleted(np.array(rows_of(datastore, name))).all()
+    assert verify(tiny_copy) == []
+
+
+def test_text_that_a_killed_forget_has_left_is_told_and_goes_with_compact(tiny_copy, monkeypatch):
+    name = ids_of(tiny_copy)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove_text", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            delete(tiny_copy, document=name)
+    renew_build(tiny_copy)
+    (problem,) = verify(tiny_copy)
+    assert f"still has the text of {name!r}, which is deleted: run the same `resmem delete` again, or `resmem compact`" in problem
+    compact(tiny_copy)
+    assert name not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
+    names = [ids_of(tiny_copy, shard)[0] for shard in range(3)]
+    for name in names:
+        delete(tiny_copy, document=name)
+    live = open_datastore(tiny_copy / "datastore").live_rows
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = module._without_deleted
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_without_deleted", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compact(tiny_copy)
+    assert open_datastore(tiny_copy / "datastore").live_rows == live
+    assert compact(tiny_copy)["shards"] == 1
+    assert open_datastore(tiny_copy / "datastore", checksums=True).rows == live
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+def test_a_compact_that_was_killed_before_another_document_is_deleted_goes_on(tiny_copy, monkeypatch):
+    first, second = ids_of(tiny_copy, 0)[0], ids_of(tiny_copy, 1)[0]
+    delete(tiny_copy, document=first)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove_what_shows_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compact(tiny_copy)
+    delete(tiny_copy, document=second)
+    live = open_datastore(tiny_copy / "datastore").live_rows
+    assert compact(tiny_copy)["shards"] == 2
+    assert open_datastore(tiny_copy / "datastore", checksums=True).rows == live
+    evaluate_again(tiny_copy)
+    assert verify(tiny_copy) == []
+
+
+def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, monkeypatch):
+    path = shard_paths(tiny_copy, "train")[2]
+    document = read_shard(path)[0].id
+    datastore = open_datastore(tiny_copy / "datastore")
+    few = {"shards": datastore.shards[:1], "rows": datastore.shards[0]["rows"]}
+    write_json(tiny_copy / "datastore/manifest.json", datastore.manifest | few)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_bytes", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            delete(tiny_copy, document=document)
+    assert delete(tiny_copy, document=document) == {"documents": 0, "rows": 0}
+    assert document not in [d.id for d in read_shard(path)]
+    assert read_json(tiny_copy / "documents/manifest.json")["files"][path.name]["sha256"] == sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["delete", "--document=nobody"], "datastore has no document 'nobody'"),
+        (["delete", "--source=nowhere"], "datastore has no source 'nowhere'"),
+        (["delete", "--source="], "give either --document=ID or --source=..."),
+        (["delete"], "give either --document=ID or --source=..."),
+        (["delete", "--document=a", "--source=b"], "give either --document=ID or --source=..."),
+    ],
+)
+def test_what_cannot_be_deleted_is_one_line_and_nothing_is_lost(tiny_copy, capsys, command, said):
+    assert main([*command, f"--workdir={tiny_copy}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("resmem: ")
+    assert said in error
+    assert (tiny_copy / "results.json").exists()
+
+
+def test_text_goes_from_shards_that_the_datastore_does_not_remember_too(tiny_copy, tmp_path):
+    document = read_shard(shard_paths(tiny_copy, "train")[2])[0].id
+    for place in ("datastore", "index", "neighbors"):
+        shutil.rmtree(tiny_copy / place)
+    for stage in ("build", "index", "search"):
+        (tiny_copy / f"stages/{stage}.json").unlink()
+    text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
+    command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'"]
+    assert main(["build", *command, "--gin.build_datastore.shards=1"]) == 0
+    assert delete(tiny_copy, document=document) == {"documents": 0, "rows": 0}
+    assert document not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+
+
+def test_without_a_datastore_it_is_told(tmp_path, capsys):
+    for command in (["delete", "--document=a"], ["compact"]):
+        assert main([*command, f"--workdir={tmp_path}"]) == 2
+        assert "is no work directory: it has no stages/" in capsys.readouterr().err
+
+
+def test_documents_of_the_splits_that_are_not_in_the_datastore_are_unknown(tiny_copy):
+    held_out = json.loads(shard_paths(tiny_copy, "test")[0].read_text().splitlines()[0])["id"]
+    with pytest.raises(UserError, match="validation and test are not in it"):
+        delete(tiny_copy, document=held_out)

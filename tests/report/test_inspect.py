@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from resmem_lm.cli import main
+from resmem_lm.errors import UserError
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.report.inspect import format_tokens, inspect
+from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.workdir.storage import read_json
+
+
+def test_a_test_document_has_the_predictions_of_the_evaluation(tiny_run):
+    document = read_shard(shard_paths(tiny_run, "test")[0])[0]
+    told = inspect(tiny_run, document.text)
+    queries = open_queries(tiny_run, "test")
+    count = queries.document_lengths[0]
+    assert len(told) == count
+    best = np.asarray(queries.candidate_ids)[np.arange(count), np.asarray(queries.candidate_logits)[:count].argmax(1)]
+    deepnet_right = np.array([t["deepnet"] == t["token"] for t in told])
+    assert deepnet_right.mean() == pytest.approx(np.mean(best == queries.tokens[:count]))
+
+
+def test_where_the_two_differ_the_neighbors_that_weigh_most_are_shown(tiny_run):
+    told = [t for d in read_shard(shard_paths(tiny_run, "test")[0]) for t in inspect(tiny_run, d.text)]
+    changed = [t for t in told if t["neighbors"]]
+    assert changed
+    ids = {d["id"] for shard in range(3) for d in open_datastore(tiny_run / "datastore").documents(shard)}
+    for t in changed:
+        assert t["deepnet"] != t["resmem"]
+        weights = [n["weight"] for n in t["neighbors"]]
+        assert weights == sorted(weights, reverse=True)
+        assert {n["token"] for n in t["neighbors"]} == {t["resmem"]}
+        assert {n["document"] for n in t["neighbors"]} <= ids
+    assert all(not t["neighbors"] for t in told if t["deepnet"] == t["resmem"])
+
+
+def test_the_command_prints_a_line_for_each_token(tiny_run, capsys):
+    assert main(["inspect", f"--workdir={tiny_run}", "The array reads the shard."]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split() == ["token", "DeepNet", "ResMem"]
+    assert "␣array" in printed
+    assert format_tokens(inspect(tiny_run, "The array reads the shard.")) + "\n" == printed
+    assert read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]["k"] > 0
+
+
+def test_an_empty_text_and_an_unfinished_run_are_told(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="give a text"):
+        inspect(tiny_run, " ")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        inspect(tiny_run, "caf\udce9")
+    with pytest.raises(UserError, match="the stage index has not finished"):
+        inspect(tmp_path, "text")

@@ -1,0 +1,77 @@
+import collections
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmem_lm.errors import UserError
+from resmem_lm.studies.infinigram import SEPARATOR, TOKENS, Continuations, build, continuations, installed, mixture
+
+EOS = 1
+needs_package = pytest.mark.skipif(not installed(), reason="needs infini-gram: pip install 'resmem_lm[infini-gram]'")
+
+
+def longest_end(documents, context):
+    """What follows the longest end of a context that stands in the documents, by looking at every place."""
+    for length in range(len(context), -1, -1):
+        end, counts = context[len(context) - length :], collections.Counter()
+        for document in documents:
+            for place in range(len(document) - length):
+                if document[place : place + length] == end:
+                    counts[document[place + length]] += 1
+        if counts:
+            return counts
+    raise AssertionError
+
+
+@needs_package
+def test_continuations_are_those_of_the_longest_end_that_was_seen(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(3, 12, rng.integers(3, 20)), EOS) for _ in range(30)]
+    build(tmp_path / "index", documents)
+    queries = [documents[0], np.append(rng.integers(3, 12, 25), EOS)]
+    found = continuations(tmp_path / "index", EOS, queries)
+    seen = [[SEPARATOR, *document.tolist()] for document in documents]
+    contexts = [[SEPARATOR, *query[:position].tolist()] for query in queries for position in range(len(query))]
+    for number, context in enumerate(contexts):
+        counts = longest_end(seen, context)
+        shares = {int(t): float(s) for t, s in zip(found.tokens[number], found.shares[number], strict=True) if t >= 0}
+        assert len(shares) == min(TOKENS, len(counts))
+        for token, share in shares.items():
+            assert share == pytest.approx(counts[token] / sum(counts.values()))
+        assert found.sparse[number] == (len(counts) == 1)
+
+
+@needs_package
+def test_a_context_that_was_never_seen_tells_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and a relative path is one from here
+    folder = Path("index")
+    build(folder, [np.array([5, 6, EOS])] * 3)
+    found = continuations(folder, EOS, [np.array([8, 9])])
+    assert found.tokens[0, 0] == 5
+    assert (found.tokens[1] == -1).all()
+    assert not found.sparse[1]
+
+
+@needs_package
+def test_ids_that_it_cannot_hold_are_told(tmp_path):
+    with pytest.raises(UserError, match="it takes ids below 65535"):
+        build(tmp_path / "index", [np.array([5, 70_000])])
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_mixture_predicts_the_largest_of_the_sum_over_the_vocabulary(seed, lambda_, sparse_lambda):
+    rng = np.random.default_rng(seed)
+    queries, vocab = 6, 40
+    p, share = rng.dirichlet(np.ones(vocab), queries), rng.dirichlet(np.ones(vocab) / 10, queries)
+    tokens = np.argsort(-share, axis=1)[:, :TOKENS].astype(np.int32)
+    share = np.where(np.isin(np.arange(vocab), tokens), share, 0)
+    found = Continuations(tokens, np.take_along_axis(share, tokens, axis=1).astype(np.float32), rng.random(queries) < 0.5)
+    every = rng.permuted(np.tile(np.arange(vocab), (queries, 1)), axis=1)
+    candidates = np.concatenate([every, rng.integers(0, vocab, (queries, 4))], axis=1)
+    mixed = mixture(found, candidates, np.take_along_axis(p, candidates, axis=1))
+    weight = np.where(found.sparse, sparse_lambda, lambda_)[:, None]
+    total = (1 - weight) * p + weight * share
+    np.testing.assert_allclose(total[np.arange(queries), mixed.predict(lambda_, sparse_lambda)], total.max(axis=1), rtol=1e-5)

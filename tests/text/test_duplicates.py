@@ -1,0 +1,103 @@
+import itertools
+import random
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmem_lm.text.duplicates import mark_duplicates, minhash
+
+WORDS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
+
+
+def long_text(seed, words=200):
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def edited(text, edits, seed):
+    """The text with a few words replaced."""
+    words, chance = text.split(), random.Random(seed)
+    for place in chance.sample(range(len(words)), edits):
+        words[place] = f"edit{seed}"
+    return " ".join(words)
+
+
+def kept(texts, threshold=0.7):
+    return [text for text, duplicate in mark_duplicates(((text, text) for text in texts), threshold=threshold) if not duplicate]
+
+
+def jaccard(a, b):
+    """The true similarity of two texts' sets of five words in a row."""
+
+    def shingles(text):
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+    return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 1000))
+def test_of_lightly_edited_copies_the_first_stays(families, seed):
+    originals = [long_text(family) for family in families]
+    copies = [edited(text, edits=2 if number else 0, seed=seed + number) for number, text in enumerate(originals)]
+    firsts = [copies[families.index(family)] for family in dict.fromkeys(families)]
+    assert kept(copies) == firsts
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 30), st.integers(0, 1000))
+def test_estimated_similarity_is_near_the_true_one(edits, seed):
+    text = long_text(seed)
+    copy = edited(text, edits, seed)
+    assert abs(minhash(text).jaccard(minhash(copy)) - jaccard(text, copy)) < 0.2
+
+
+SMALL_TEXTS = st.lists(st.text("ab ", max_size=30), max_size=15)
+
+
+@given(SMALL_TEXTS)
+def test_a_text_is_marked_if_and_only_if_one_like_it_was_kept_before(texts):
+    before = []
+    for text, duplicate in mark_duplicates(((text, text) for text in texts), threshold=0.7):
+        signature = minhash(text)
+        assert duplicate == any(signature.jaccard(other) >= 0.7 for other in before)
+        if not duplicate:
+            before.append(signature)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.text(max_size=20), max_size=5))
+def test_of_equal_texts_one_stays_whatever_they_hold(texts):
+    assert kept([*texts, *texts], threshold=1.0) == kept(texts, threshold=1.0)
+    assert len(set(kept(texts))) == len(kept(texts))
+
+
+def test_what_is_like_a_dropped_text_only_stays():
+    first = long_text(0)
+    second = edited(first, 5, 1)
+    third = edited(second, 5, 2)
+    assert jaccard(first, third) < 0.65 < 0.75 < min(jaccard(first, second), jaccard(second, third))
+    assert kept([first, second, third]) == [first, third]
+
+
+def test_case_and_punctuation_make_no_difference():
+    assert kept(["One, two; three four - five six.", "one two three FOUR five six"]) == ["One, two; three four - five six."]
+
+
+def test_the_order_of_words_makes_a_difference():
+    texts = ["one two three four five six seven", "seven six five four three two one"]
+    assert kept(texts) == texts
+
+
+def test_texts_below_five_words_are_compared_as_a_whole():
+    assert kept(["one two", "one two three", "one two", "one"]) == ["one two", "one two three", "one"]
+
+
+def test_texts_without_words_are_compared_as_they_are():
+    assert kept(["---", "***", "---"]) == ["---", "***"]
+
+
+def test_every_label_comes_back_in_order():
+    labels = [label for label, _ in mark_duplicates(((number, "the same text") for number in range(5)), threshold=0.7)]
+    assert labels == list(range(5))
