@@ -3,12 +3,12 @@
 Beam takes this file too: --pipeline_options="--setup_file=./setup.py".
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 FOLDERS = {f"resmem_lm.{folder.replace('/', '.')}": folder for folder in ("configs", "gin", "gin/models", "gin/t5x")}
 
 setup(
-    packages=["beam_pipelines", "resmem_lm", "resmem_lm.studies", *FOLDERS],
+    packages=[*find_packages(include=["beam_pipelines", "resmem_lm*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"resmem_lm": ["*.html", "py.typed"], **{folder: ["*.gin"] for folder in FOLDERS}},
+    package_data={"resmem_lm": ["report/*.html", "py.typed"], **{folder: ["*.gin"] for folder in FOLDERS}},
 )

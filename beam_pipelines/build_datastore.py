@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from beam_pipelines.work import count, run_units
+from beam_pipelines.runner import count, run_units
 from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.memory.datastore import datastore_summary
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
@@ -26,10 +26,11 @@ from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.sources import Document
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.text.windows import WindowSpec
-from resmem_lm.workdir.artifacts import Record, damaged_files, find_record, name_of, publish, record_path, remove_orphans, require_record
+from resmem_lm.workdir.artifacts import damaged_files, find_record, name_of, publish, record_path, remove_orphans, require_record
 from resmem_lm.workdir.lock import assert_held
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors, stage
-from resmem_lm.workdir.storage import AnyPath, read_json, sha256, to_path, write_json
+from resmem_lm.workdir.storage import AnyPath, Record, read_json, sha256, write_json
 
 PROJECTED_TOKENS = 20_000  # whose keys tell the principal components
 LEAST_TEMPERATURE = 0.2  # below, powers of probabilities leave the range of float32
@@ -45,19 +46,19 @@ class ShardJob(NamedTuple):
 class EncodeShard:
     """Encodes a shard of documents and publishes it."""
 
-    def __init__(self, workdir: str, binding: Binding) -> None:
-        self.workdir, self.binding = workdir, binding
+    def __init__(self, run: Run, binding: Binding) -> None:
+        self.run, self.binding = run, binding
 
     def setup(self) -> EncodingWorker:
         """Loads the model."""
-        return EncodingWorker(to_path(self.workdir), self.binding)
+        return EncodingWorker(self.run, self.binding)
 
     def process(self, unit: ShardJob, worker: EncodingWorker) -> Iterator[str]:
         """The shard's name, when it is published."""
-        workdir, provenance = to_path(self.workdir), self.binding.to_json() | {"documents": unit.documents}
-        folder = workdir / "datastore"
+        run, provenance = self.run, self.binding.to_json() | {"documents": unit.documents}
+        folder = run.datastore
         if not find_record(folder, unit.name, provenance):  # a runner may repeat what is finished
-            documents = read_shard(workdir / "documents" / unit.documents)
+            documents = read_shard(run.documents / unit.documents)
             tokens = worker.vocabulary.encode_documents(documents)
             with disk_errors(folder), publish(folder, unit.name, provenance, FILES) as attempt:
                 _write_documents(attempt.folder / "documents.jsonl", documents, tokens)
@@ -76,9 +77,9 @@ def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndar
             first_row += len(document_tokens)
 
 
-def units_of(workdir: AnyPath, shards: int | None) -> list[ShardJob]:
+def units_of(run: Run, shards: int | None) -> list[ShardJob]:
     """The shards of documents that the datastore remembers: the first so many of the train split, and all that were added."""
-    train, added = (shard_paths(workdir, split) for split in ("train", "added"))
+    train, added = (shard_paths(run, split) for split in ("train", "added"))
     count = len(train) if shards is None else shards
     if not 1 <= count <= len(train):
         raise UserError(f"build_datastore.shards = {shards}, but the train split has {len(train)}: take 1 to {len(train)}, or None for all")
@@ -86,9 +87,9 @@ def units_of(workdir: AnyPath, shards: int | None) -> list[ShardJob]:
     return units + [ShardJob(path.name, path.name.removesuffix(".jsonl")) for path in added]
 
 
-def encode_units(workdir: AnyPath, binding: Binding, units: list[ShardJob], pipeline_options: str) -> None:
+def encode_units(run: Run, binding: Binding, units: list[ShardJob], pipeline_options: str) -> None:
     """Publishes what is not yet published of the units, and writes the manifest of all."""
-    folder = workdir / "datastore"
+    folder = run.datastore
     folder.mkdir(parents=True, exist_ok=True)
 
     def provenance(unit: ShardJob) -> Record:
@@ -113,8 +114,8 @@ def encode_units(workdir: AnyPath, binding: Binding, units: list[ShardJob], pipe
     remove_orphans(folder, [*finished.values(), *listed])
     names = [unit.name for unit in units]
     todo = [unit for unit in units if unit.name not in finished]
-    run_units("Build", todo, EncodeShard(str(workdir.absolute()), binding), pipeline_options, published=folder, names=names)
-    assert_held(workdir)
+    run_units("Build", todo, EncodeShard(run, binding), pipeline_options, published=folder, names=names)
+    assert_held(run.path)
     write_manifest(folder, binding, [finished.get(unit.name) or require_record(folder, unit.name, provenance(unit)) for unit in units])
 
 
@@ -131,9 +132,9 @@ def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> 
             write_json(path, record)
 
 
-@stage(name="build", after=("documents", "vocabulary", "train"), output="datastore", free=("pipeline_options",))
+@stage(name="build", after=("documents", "vocabulary", "train"), free=("pipeline_options",))
 def build_datastore(
-    workdir: AnyPath,
+    run: Run,
     *,
     window_length: int = 256,
     window_context: int = 64,
@@ -166,8 +167,8 @@ def build_datastore(
             f"{LEAST_TEMPERATURE}"
         )
     check_least("build_datastore", 1, entries=entries)
-    units = units_of(workdir, shards)  # refused before anything is written
-    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
+    units = units_of(run, shards)  # refused before anything is written
+    model, vocabulary = load_model(run.checkpoints), load_vocabulary(run)
     binding = Binding(
         model=model.fingerprint,
         vocabulary=vocabulary.sha256,
@@ -178,19 +179,19 @@ def build_datastore(
     if key_dimensions is not None:
         if not 1 <= key_dimensions <= model.config.emb_dim:
             raise UserError(f"build_datastore.key_dimensions = {key_dimensions}: take 1 to {model.config.emb_dim}, or None for all")
-        path = projection_path(workdir / "datastore", model.fingerprint, key_dimensions)
+        path = projection_path(run.datastore, model.fingerprint, key_dimensions)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with disk_errors(path.parent):
-                save_projection(path, principal_components(_sample_keys(workdir, model, vocabulary, binding.window), key_dimensions))
+                save_projection(path, principal_components(_sample_keys(run, model, vocabulary, binding.window), key_dimensions))
         binding = dataclasses.replace(binding, key_dimensions=key_dimensions, projection=sha256(path))
-    encode_units(workdir, binding, units, pipeline_options)
-    return datastore_summary(workdir)
+    encode_units(run, binding, units, pipeline_options)
+    return datastore_summary(run)
 
 
-def _sample_keys(workdir: AnyPath, model: Model, vocabulary: Vocabulary, window: WindowSpec) -> Float[np.ndarray, "rows emb"]:
+def _sample_keys(run: Run, model: Model, vocabulary: Vocabulary, window: WindowSpec) -> Float[np.ndarray, "rows emb"]:
     """Of some train tokens: whole documents from every shard in turn."""
-    paths, tokens, count = shard_paths(workdir, "train"), [], 0
+    paths, tokens, count = shard_paths(run, "train"), [], 0
     for number, path in enumerate(paths, start=1):
         for document in read_shard(path):
             if count * len(paths) >= PROJECTED_TOKENS * number:

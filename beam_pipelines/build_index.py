@@ -7,16 +7,17 @@ import threading
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from beam_pipelines.work import count, run_units
+from beam_pipelines.runner import count, run_units
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import Datastore, open_datastore
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_memory, largest_index, library
 from resmem_lm.memory.schema import KEY_FILES
 from resmem_lm.model.checkpoints import load_config
-from resmem_lm.workdir.artifacts import Record, find_record, folder_of, publish, remove_orphans, require_record
+from resmem_lm.workdir.artifacts import find_record, folder_of, publish, remove_orphans, require_record
 from resmem_lm.workdir.lock import assert_held
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors, stage
-from resmem_lm.workdir.storage import AnyPath, drop_copy, to_path, write_json
+from resmem_lm.workdir.storage import Record, drop_copy, write_json
 
 
 class IndexJob(NamedTuple):
@@ -37,8 +38,8 @@ class OneAtATime:
 class BuildShard:
     """Builds a shard of the index and publishes it."""
 
-    def __init__(self, workdir: str, manifest: Record, settings: Record) -> None:
-        self.workdir, self.manifest, self.settings = workdir, manifest, settings
+    def __init__(self, run: Run, manifest: Record, settings: Record) -> None:
+        self.run, self.manifest, self.settings = run, manifest, settings
 
     def setup(self) -> OneAtATime:
         """Makes the process's lock."""
@@ -46,13 +47,13 @@ class BuildShard:
 
     def process(self, unit: IndexJob, turn: OneAtATime) -> Iterator[str]:
         """The shard's name, when it is published."""
-        workdir = to_path(self.workdir)
-        part = Datastore(workdir / "datastore", self.manifest).part(unit.first, unit.shards)
+        run = self.run
+        part = Datastore(run.datastore, self.manifest).part(unit.first, unit.shards)
         provenance = source_of(part, self.settings)
         with turn.lock:
-            if not find_record(workdir / "index", unit.name, provenance):
+            if not find_record(run.index, unit.name, provenance):
                 part.check_files(*KEY_FILES)
-                with disk_errors(workdir / "index"), publish(workdir / "index", unit.name, provenance) as attempt:
+                with disk_errors(run.index), publish(run.index, unit.name, provenance) as attempt:
                     if self.settings["kind"] != "exact":
                         attempt.facts |= library(self.settings["kind"]).build(part, attempt.folder, self.settings)
                     attempt.facts["rows"] = part.rows
@@ -68,9 +69,9 @@ def source_of(part: Datastore, settings: Record) -> Record:
     return {**settings, "folders": [shard["folder"] for shard in part.shards]}
 
 
-@stage(name="index", after=("build",), output="index", extend=True, free=("pipeline_options", "memory_gib"))
+@stage(name="index", after=("build",), policy="extend", free=("pipeline_options", "memory_gib"))
 def build_index(
-    workdir: AnyPath,
+    run: Run,
     *,
     kind: Literal["faiss", "scann", "exact"] = "faiss",
     candidates: int = 300,
@@ -98,9 +99,9 @@ def build_index(
     """
     if not 0 < memory_gib < math.inf:
         raise UserError(f"build_index.memory_gib = {memory_gib}: take a number above 0")
-    datastore = open_datastore(workdir / "datastore")
+    datastore = open_datastore(run.datastore)
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
-    emb = datastore.binding.key_dimensions or load_config(workdir / "checkpoints").emb_dim
+    emb = datastore.binding.key_dimensions or load_config(run.checkpoints).emb_dim
     most = largest_index(kind, int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:
@@ -113,7 +114,7 @@ def build_index(
     for first, shards in group_shards([shard["rows"] for shard in datastore.shards], most):
         source = json.dumps(source_of(datastore.part(first, shards), settings))
         units.append(IndexJob(first, shards, f"shard-{hashlib.sha256(source.encode()).hexdigest()[:12]}"))
-    folder = workdir / "index"
+    folder = run.index
     folder.mkdir(parents=True, exist_ok=True)
 
     sources = {unit.name: source_of(datastore.part(unit.first, unit.shards), settings) for unit in units}
@@ -121,13 +122,13 @@ def build_index(
     run_units(
         "Index",
         todo,
-        BuildShard(str(workdir.absolute()), datastore.manifest, settings),
+        BuildShard(run, datastore.manifest, settings),
         pipeline_options,
         published=folder,
         names=[unit.name for unit in units],
     )
     records = [require_record(folder, name, provenance) for name, provenance in sources.items()]
-    assert_held(workdir)
+    assert_held(run.path)
     facts: Record = {"kind": kind, "candidates": candidates}
     write_json(folder / "index.json", facts | {"shards": records})
     remove_orphans(folder, records)

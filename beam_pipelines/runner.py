@@ -1,4 +1,7 @@
-"""Beam's runner: what `--pipeline_options` says, or Beam's in-process one; and the chain in which it runs work on every unit."""
+"""Work on many units, which a Beam runner processes one at a time: the one of `--pipeline_options`, or Beam's in-process runner.
+
+Beam is imported when there is work: it takes a second, and a finished work directory has none.
+"""
 
 import argparse
 import builtins
@@ -7,51 +10,133 @@ import importlib
 import logging
 import re
 import shlex
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+from unittest import mock
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.runners import common
-from apache_beam.runners.worker import sdk_worker
-from apache_beam.utils.shared import Shared
+from etils import epy
 
-from beam_pipelines.work import Work
 from resmem_lm.errors import STORAGE_CLIENTS, UserError
+from resmem_lm.workdir.progress import progress
+from resmem_lm.workdir.storage import AnyPath, children, is_local
+
+with epy.lazy_imports():
+    import apache_beam as beam
+    from apache_beam import metrics as beam_metrics
+    from apache_beam.options import pipeline_options as beam_options
+    from apache_beam.runners import common
+    from apache_beam.runners.worker import sdk_worker
+    from apache_beam.utils import shared
 
 JOB_SERVERS = ("portable", "flink", "spark", "prism")
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
+@runtime_checkable
+class Work(Protocol):
+    """What is done with every unit, in any process: a small picklable object."""
+
+    def setup(self) -> Any:
+        """Return what a process keeps for all of its units and threads (a model, a lock)."""
+
+    def process(self, unit: Any, kept: Any) -> Iterator[Any]:
+        """Process one unit, perhaps for the second time, and yield something small."""
+
+
+def run_units(label: str, units: Sequence[Any], work: Work, options: str, *, published: AnyPath, names: Sequence[str]) -> None:
+    """Run `work` on every unit, in one linear chain in which no array crosses a stage.
+
+    Args:
+        label: of the work, for the runner's pages and for progress.
+        units: small picklable values.
+        work: processes a unit and publishes what it makes.
+        options: Beam's.
+        published: the folder where the work publishes.
+        names: what is published there in the end, some of it already; progress counts it.
+
+    Raises:
+        UserError: an option that Beam does not know, or an error of a worker that the user can fix.
+    """
+    if units:
+        with _show_published(label, published, set(names)), open_pipeline(options) as pipeline:
+            source = pipeline | "Units" >> beam.Create(list(units)) | "Spread" >> beam.Reshuffle()
+            _ = source | label >> process_with(work)
+
+
+def process_with(work: Work) -> Any:
+    """Return work as a Beam transform; a process calls `setup` once."""
+    return beam.FlatMap(_process, work, shared.Shared())
+
+
+def _process(unit: Any, work: Work, kept: Any) -> Iterator[Any]:
+    yield from work.process(unit, kept.acquire(work.setup))
+
+
+def count(name: str, number: int) -> None:
+    """Add to a counter on the runner's pages, from within `Work.process`."""
+    beam_metrics.Metrics.counter("resmem", name).inc(number)
+
+
 @contextlib.contextmanager
-def open_pipeline(options: str) -> Iterator[beam.Pipeline]:
-    """A pipeline that runs when the block ends; UserError for an option that Beam does not know and for what a worker reported as one."""
+def _show_published(label: str, published: AnyPath, names: set[str]) -> Iterator[None]:
+    """Show how many of `names` are published, whichever process publishes them."""
+
+    def finished() -> int:
+        return sum(path.name.removesuffix(".json") in names for path in children(published, "*.json"))
+
+    over = threading.Event()
+    with progress(label.lower(), total=len(names), done=finished(), unit="shards") as bar:
+
+        def show() -> None:
+            with contextlib.suppress(Exception):  # an outage, as any storage's package raises it, does not hurt the work
+                bar.update(finished())
+
+        def watch() -> None:
+            while not over.wait(1.0 if is_local(published) else 15.0):
+                show()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            show()
+
+
+@contextlib.contextmanager
+def open_pipeline(options: str) -> Iterator[Any]:
+    """Yield a pipeline that runs when the block ends.
+
+    Raises:
+        UserError: an option that Beam does not know, or an error of a worker that the user can fix.
+    """
     arguments = arguments_of(options)
     try:
-        with _tracebacks_told_once(), beam.Pipeline(options=PipelineOptions(arguments)) as pipeline:
+        with _without_tracebacks(), beam.Pipeline(options=beam_options.PipelineOptions(arguments)) as pipeline:
             yield pipeline
     except Exception as error:
         if reported := _reported(str(error)):
             raise UserError(reported) from error
         if isinstance(error, NotImplementedError | ImportError) or "validations errors" in str(error) or _module(error) == "grpc":
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"--pipeline_options={options}: the runner says: {reason}: mend them, or see that its server runs") from error
+            raise UserError(f"--pipeline_options={options}: the runner reports: {reason}: correct them, or start its server") from error
         raise
 
 
 @contextlib.contextmanager
-def _tracebacks_told_once() -> Iterator[None]:
-    """Beam's worker in this process prints and logs the traceback of every exception, which the pipeline raises with it as its text."""
+def _without_tracebacks() -> Iterator[None]:
+    """Keep Beam's in-process worker from printing and logging each exception, which the pipeline raises as well."""
     loggers = [logging.getLogger(module.__name__) for module in (common, sdk_worker)]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    names = vars(sdk_worker)
-    names["print"] = lambda *_, **__: None  # found before the builtin
     try:
-        yield
+        with mock.patch.object(sdk_worker, "print", create=True):
+            yield
     finally:
-        del names["print"]
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
 
@@ -61,84 +146,67 @@ def _module(error: Exception) -> str:
 
 
 def _reported(wrapped: str) -> str | None:
-    """What a worker said that the user can mend. Beam wraps a worker's exception in its own, with the traceback as text."""
-    told = re.findall(r"^(?:RuntimeError: )?([\w.]+): (.*?)(?: \[while running.*)?$", wrapped, re.MULTILINE)
-    for name, message in told:
+    """Return a worker's error that the user can fix. Beam raises it inside its own, with the traceback as text."""
+    found = re.findall(r"^(?:RuntimeError: )?([\w.]+): (.*?)(?: \[while running.*)?$", wrapped, re.MULTILINE)
+    for name, message in found:
         if name.rpartition(".")[2] in ("UserError", "DamagedError"):
             return message
-    for name, message in told[-1:]:
+    for name, message in found[-1:]:
         kind = getattr(builtins, name, None)
         if name.partition(".")[0] in STORAGE_CLIENTS or (isinstance(kind, type) and issubclass(kind, OSError)):
-            return f"{message}: mend it and run the same command again"
+            return f"{message}: correct it and run the same command again"
     return None
 
 
 def arguments_of(options: str) -> list[str]:
-    """Beam's arguments, with the in-process runner where none is named.
+    """Return Beam's arguments, with the in-process runner where none is named.
 
-    Raises UserError for a runner or an option that Beam does not know: Beam itself would go on without it. The options of a job server
-    are its own to know; they are not checked.
+    Raises:
+        UserError: a runner or an option that Beam does not know; Beam itself would ignore it. Options of a job server are not checked.
     """
     try:
         arguments = shlex.split(options)
     except ValueError as error:
-        raise UserError(f"--pipeline_options={options}: {error}: mend the quotes") from None
+        raise UserError(f"--pipeline_options={options}: {error}: correct the quotes") from None
     if not any(argument.startswith("--runner") for argument in arguments):
         arguments.append(f"--runner={LOCAL_RUNNER}")
         if not any(argument.startswith("--direct_") for argument in arguments):
-            # Two units of work at a time: what runs on one core for one (selection, files) runs beside the products of the other.
+            # Two units at a time: what runs on one core for one (selection, files) overlaps with the matrix products of the other.
             arguments += ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
-    _check_options(arguments)
+    runner = beam_options.PipelineOptions(arguments).view_as(beam_options.StandardOptions).runner or ""
+    _check_runner(runner)
+    if not any(name in runner.lower() for name in JOB_SERVERS):
+        _check_options(arguments)
     return arguments
 
 
-def _check_options(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    runner = PipelineOptions(arguments).view_as(StandardOptions).runner or ""
-    known = {name.lower(): name for name in StandardOptions.KNOWN_RUNNER_NAMES}
+def _check_runner(runner: str) -> None:
+    known = {name.lower(): name for name in beam_options.StandardOptions.KNOWN_RUNNER_NAMES}
     if "." in runner:
+        module, _, name = runner.rpartition(".")
         try:
-            getattr(importlib.import_module(runner.rpartition(".")[0]), runner.rpartition(".")[2])
+            getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"--pipeline_options: the runner {runner} cannot be imported ({error}): install it or name another") from None
     elif runner.lower() not in known and f"{runner.lower()}runner" not in known:
         raise UserError(
             f"--pipeline_options: the runner {runner} is unknown: take one of {', '.join(sorted(known.values()))}, or its full name"
         )
-    if any(name in runner.lower() for name in JOB_SERVERS):
-        return
-    for options in _subclasses(PipelineOptions):
+
+
+def _check_options(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for options in _subclasses(beam_options.PipelineOptions):
         with contextlib.suppress(argparse.ArgumentError, NotImplementedError):  # a class may repeat an option of another
-            options._add_argparse_args(parser)  # noqa: SLF001 - how Beam's own parser asks for them
+            options._add_argparse_args(parser)  # noqa: SLF001 - as Beam's own parser does
     try:
         unknown = parser.parse_known_args(arguments)[1]
     except argparse.ArgumentError as error:
-        raise UserError(f"--pipeline_options: {error}: mend it") from None
+        raise UserError(f"--pipeline_options: {error}: correct it") from None
     if unknown:
-        raise UserError(f"--pipeline_options: Beam has no option {unknown[0]}: mend it or leave it out")
+        raise UserError(f"--pipeline_options: Beam has no option {unknown[0]}: correct it or leave it out")
 
 
 def _subclasses(cls: type) -> list[Any]:
     children: list[Any] = cls.__subclasses__()
     return [found for child in children for found in (child, *_subclasses(child))]
-
-
-class WorkFn(beam.DoFn):
-    """Work as Beam takes it; what it keeps is made once a process."""
-
-    def __init__(self, work: Work) -> None:
-        self._work, self._shared = work, Shared()
-
-    def setup(self) -> None:
-        """Makes or takes what the process keeps."""
-        self._kept = self._shared.acquire(self._work.setup)
-
-    def process(self, unit: Any) -> Iterator[Any]:
-        """What the work yields."""
-        yield from self._work.process(unit, self._kept)
-
-
-def run_chain(label: str, units: Sequence[Any], work: Work, options: str) -> None:
-    """Runs the work on every unit."""
-    with open_pipeline(options) as pipeline:
-        _ = pipeline | "Units" >> beam.Create(list(units)) | "Spread" >> beam.Reshuffle() | label >> beam.ParDo(WorkFn(work))

@@ -2,8 +2,6 @@
 
 The output is that of `resmem_lm.documents.prepare_documents`. What is taken, and into which shard, depends on each text alone: not on
 the number of workers, on the order of files, or on whether the text came from TFDS or from JSON lines.
-
-Beam is imported where it is used (beam_pipelines/work.py says why).
 """
 
 import os
@@ -11,13 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from etils import epy
+
+from beam_pipelines.runner import open_pipeline, process_with
 from resmem_lm.errors import UserError, check_least
 from resmem_lm.text.duplicates import Signatures, minhash
 from resmem_lm.text.shards import SPLITS, digest, position, read_shard, shard_content, shard_name, write_manifest
 from resmem_lm.text.sources import Document, read_records, text_files
 from resmem_lm.workdir.progress import progress
-from resmem_lm.workdir.stages import Record, disk_errors, stage
-from resmem_lm.workdir.storage import AnyPath, read_json, remove, to_path, write_bytes, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import disk_errors, stage
+from resmem_lm.workdir.storage import AnyPath, Record, read_json, remove, to_path, write_bytes, write_json
+
+with epy.lazy_imports():
+    import apache_beam as beam
 
 TFDS = "tfds:"
 COUNTS = "counts.json"
@@ -51,8 +56,6 @@ def _tfds_document(record: dict[str, Any]) -> Document:
 
 def source(text: str | list[str] | tuple[str, ...], tfds_data_dir: str) -> Callable[[Any], Any]:
     """What reads the documents of files (see `text_files`), or of "tfds:c4/en:3.1.0/train": dataset, version and split."""
-    import apache_beam as beam
-
     if not (isinstance(text, str) and text.startswith(TFDS)):
         files = [str(path.absolute()) for path in text_files(text)]
         return lambda p: p | "Files" >> beam.Create(files) | "Spread files" >> beam.Reshuffle() | "Read" >> beam.FlatMap(file_documents)
@@ -139,8 +142,6 @@ def write_shard(element: tuple[Place, Iterable[Document]], folder: str, shards: 
 
 
 def _write(placed: Any, folder: str, shards: dict[str, int]) -> None:
-    import apache_beam as beam
-
     _ = (
         placed
         | "By shard" >> beam.GroupByKey()
@@ -163,9 +164,9 @@ def _check_not_empty(split: str, counts: Counter[str], text: str | list[str] | t
         raise UserError(f"{text!r} leaves no {split} documents{like}: change sample_documents.{share}")
 
 
-@stage(name="documents", output="documents", free=("pipeline_options", "tfds_data_dir"), replaces="manifest.json")
+@stage(name="documents", free=("pipeline_options", "tfds_data_dir"))
 def sample_documents(
-    workdir: AnyPath,
+    run: Run,
     *,
     train: str | list[str] | tuple[str, ...] | None = None,
     held_out: str | list[str] | tuple[str, ...] | None = None,
@@ -200,10 +201,6 @@ def sample_documents(
     Raises:
         UserError: no text, unreadable text, a dataset that is not prepared, a split without documents, or a setting out of its range.
     """
-    import apache_beam as beam
-
-    from beam_pipelines.runner import WorkFn, open_pipeline
-
     if not train or not held_out:
         raise UserError("sample_documents.train and sample_documents.held_out: set both, or neither and prepare_documents.text")
     for name, value in (("fraction", fraction), ("validation_fraction", validation_fraction), ("duplicate_threshold", duplicate_threshold)):
@@ -213,7 +210,7 @@ def sample_documents(
     shards_of = {"train": shards, "validation": query_shards, "test": query_shards}
     # Both, before either is read.
     read_held_out, read_train = source(held_out, tfds_data_dir), source(train, tfds_data_dir)
-    folder = workdir.absolute() / "documents"
+    folder = run.documents.absolute()
     remove(folder)
     try:
         with progress("documents", total=2, unit="texts") as bar:
@@ -227,7 +224,7 @@ def sample_documents(
             place_train = PlaceTrain(str(folder), fraction, shards, duplicate_threshold, counts["validation"] + counts["test"])
             bar.update(1, "train text")
             with open_pipeline(pipeline_options) as pipeline:
-                placed = read_train(pipeline) | beam.ParDo(WorkFn(place_train))
+                placed = read_train(pipeline) | process_with(place_train)
                 _write(placed, str(folder), shards_of)
             counts += _counts(folder)
             bar.update(2)

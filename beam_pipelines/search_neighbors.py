@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from beam_pipelines.build_index import OneAtATime
-from beam_pipelines.work import count, run_units
+from beam_pipelines.runner import count, run_units
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import Queries, common, deepnet_outputs
 from resmem_lm.memory.datastore import Datastore, open_datastore
@@ -29,10 +29,11 @@ from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.shards import QUERY_SPLITS, digest, read_shard, shard_paths
 from resmem_lm.text.sources import Document
 from resmem_lm.text.vocabulary import load_vocabulary
-from resmem_lm.workdir.artifacts import Record, find_record, folder_of, publish, remove_orphans, require_record
+from resmem_lm.workdir.artifacts import find_record, folder_of, publish, remove_orphans, require_record
 from resmem_lm.workdir.lock import assert_held
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors, stage
-from resmem_lm.workdir.storage import AnyPath, drop_copy, read_json, remove, sha256, to_path, write_json
+from resmem_lm.workdir.storage import AnyPath, Record, drop_copy, read_json, remove, sha256, write_json
 
 ENCODED, PARTS = "queries", "parts"  # folders of what is kept only until all is merged
 SEARCH_BLOCK = 4096
@@ -65,7 +66,7 @@ class Lookup(NamedTuple):
 class SearchJob:
     """What every worker of a search needs."""
 
-    workdir: str
+    run: Run
     datastore: Record  # its manifest
     checksum: str  # of that
     documents: str  # of the queries' documents
@@ -75,12 +76,11 @@ class SearchJob:
 
     def open(self) -> tuple[AnyPath, Datastore]:
         """The folder of the neighbors, and the datastore."""
-        workdir = to_path(self.workdir)
-        return workdir / "neighbors", Datastore(workdir / "datastore", self.datastore)
+        return self.run.neighbors, Datastore(self.run.datastore, self.datastore)
 
     def worker(self) -> EncodingWorker:
         """The model, and an encoder of queries."""
-        return EncodingWorker(to_path(self.workdir), self.open()[1].binding, query_head)
+        return EncodingWorker(self.run, self.open()[1].binding, query_head)
 
     def sample(self, query: QueryShard) -> Int[np.ndarray, " sample"]:
         """The shard's share of the split's evenly spaced queries that are compared with exact search; none if the index is exact."""
@@ -171,11 +171,11 @@ class _OpenIndex(OneAtATime):
             if self._index is not None and self._number is not None:  # its memory and its copies, before the next is loaded
                 part, record = self._index[0].datastore, settings.index["shards"][self._number]
                 self._index = None
-                drop_copy(folder_of(neighbors.parent / "index", record))
+                drop_copy(folder_of(settings.run.index, record))
                 for shard in part.shards:
                     for name in KEY_FILES:
                         drop_copy(folder_of(datastore.folder, shard) / name)
-            index, first_row = open_index(neighbors.parent, datastore, settings.index, number)
+            index, first_row = open_index(settings.run, datastore, settings.index, number)
             index.datastore.check_files(*KEY_FILES)
             self._index, self._number = (index, first_row), number
         return self._index
@@ -305,8 +305,8 @@ def _merged(settings: SearchJob, neighbors: AnyPath, query: QueryShard, rows: st
     return merged
 
 
-@stage(name="search", after=("build", "index"), output="neighbors", extend=True, free=("pipeline_options",))
-def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, pipeline_options: str = "") -> Record:
+@stage(name="search", after=("build", "index"), policy="extend", free=("pipeline_options",))
+def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline_options: str = "") -> Record:
     """Writes WORKDIR/neighbors for the validation and the test split.
 
     Args:
@@ -322,26 +322,26 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
     """
     if recall_queries < 1:
         raise UserError(f"search.recall_queries = {recall_queries}: take 1 or more, so that the index's recall can be told")
-    fingerprint, vocabulary = load_model(workdir / "checkpoints").fingerprint, load_vocabulary(workdir)
-    datastore = open_datastore(workdir / "datastore", model=fingerprint, vocabulary=vocabulary.sha256)
+    fingerprint, vocabulary = load_model(run.checkpoints).fingerprint, load_vocabulary(run)
+    datastore = open_datastore(run.datastore, model=fingerprint, vocabulary=vocabulary.sha256)
     if not 1 <= neighbors <= datastore.live_rows:
         raise UserError(
             f"search.neighbors = {neighbors}, but the datastore has {datastore.live_rows} rows: take 1 to {datastore.live_rows}"
         )
     settings = SearchJob(
-        str(workdir.absolute()),
+        run,
         datastore.manifest,
-        sha256(workdir / "datastore" / "manifest.json"),
-        _checksum_of_queries(workdir),
-        index_manifest(workdir, datastore),
+        sha256(run.datastore / "manifest.json"),
+        _checksum_of_queries(run),
+        index_manifest(run, datastore),
         neighbors,
         recall_queries,
     )
-    folder = workdir / "neighbors"
+    folder = run.neighbors
     for name in ("", ENCODED, PARTS):
         (folder / name).mkdir(parents=True, exist_ok=True)
 
-    names = {split: [path.name.removesuffix(".jsonl") for path in shard_paths(workdir, split)] for split in QUERY_SPLITS}
+    names = {split: [path.name.removesuffix(".jsonl") for path in shard_paths(run, split)] for split in QUERY_SPLITS}
     every = [name for split in QUERY_SPLITS for name in names[split]]
     todo = [name for name in every if not find_record(folder / ENCODED, name, settings.encoded_from())]
     run_units("Encode queries", todo, EncodeQueries(settings), pipeline_options, published=folder / ENCODED, names=every)
@@ -354,7 +354,7 @@ def search(workdir: AnyPath, *, neighbors: int = 50, recall_queries: int = 500, 
     run_units("Search", lookups, SearchShard(settings), pipeline_options, published=folder / PARTS, names=parts)
     run_units("Merge", merged, MergeNeighbors(settings), pipeline_options, published=folder, names=every)
 
-    assert_held(workdir)
+    assert_held(run.path)
     facts: Record = {"datastore": settings.checksum}
     result: Record = {}
     for split in QUERY_SPLITS:
@@ -382,10 +382,10 @@ def _together(queries: list[QueryShard]) -> Iterator[tuple[QueryShard, ...]]:
         yield tuple(some)
 
 
-def _checksum_of_queries(workdir: AnyPath) -> str:
+def _checksum_of_queries(run: Run) -> str:
     """Of the documents of validation and test, which stay when others are added or deleted."""
-    files = read_json(workdir / "documents" / "manifest.json")["files"]
-    checksums = [files[path.name]["sha256"] for split in QUERY_SPLITS for path in shard_paths(workdir, split)]
+    files = read_json(run.documents / "manifest.json")["files"]
+    checksums = [files[path.name]["sha256"] for split in QUERY_SPLITS for path in shard_paths(run, split)]
     return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 

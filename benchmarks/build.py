@@ -13,6 +13,7 @@ from resmem_lm.planning.machine import peak_memory, reset_peak_memory
 from resmem_lm.text.shards import read_shard, shard_content
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.lock import locked
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import remove
 
 TOKENS = 120_000  # or a little more: whole documents; enough that a pipeline's start is a small part
@@ -21,8 +22,8 @@ TOKENS = 120_000  # or a little more: whole documents; enough that a pipeline's 
 def run(workdir: Path) -> None:
     """Prints the table."""
     binding = open_datastore(workdir / "datastore").binding
-    unit = units_of(workdir, 1)[0]
-    vocabulary, documents, count = load_vocabulary(workdir), [], 0
+    unit = units_of(Run(workdir), 1)[0]
+    vocabulary, documents, count = load_vocabulary(Run(workdir)), [], 0
     for document in read_shard(workdir / "documents" / unit.documents):
         if count < TOKENS:
             documents.append(document)
@@ -36,7 +37,7 @@ def run(workdir: Path) -> None:
         (scratch / "datastore").mkdir()
         for path in (workdir / "datastore").glob("projection*"):
             (scratch / "datastore" / path.name).symlink_to(path.absolute())
-        worker = EncodingWorker(scratch, binding)
+        worker = EncodingWorker(Run(scratch), binding)
         tokens = worker.vocabulary.encode_documents(documents)
 
         def plain() -> None:
@@ -48,7 +49,7 @@ def run(workdir: Path) -> None:
                 if not path.name.startswith("projection"):
                     remove(path)
             with contextlib.redirect_stderr(io.StringIO()), locked(scratch):
-                encode_units(scratch, binding, [unit], "")
+                encode_units(Run(scratch), binding, [unit], "")
 
         reset_peak_memory()
         times = interleaved({"plain loop": plain, "Beam": through_beam}, rounds=2)

@@ -28,6 +28,7 @@ from resmem_lm.text.packing import first_tokens
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec
+from resmem_lm.workdir.run import Run
 
 ROWS, QUERIES, K, ENTRIES = 60_000, {"validation": 15_000, "test": 90_000}, 50, 128
 DIMENSIONS = (512, 320, 256, 192)
@@ -110,7 +111,7 @@ def predictions(model: Model, memory: Memory, split: Split, sigmas: tuple[float,
 
 def run(workdir: Path) -> None:
     """Prints the table."""
-    model, vocabulary, datastore = load_model(workdir / "checkpoints"), load_vocabulary(workdir), open_datastore(workdir / "datastore")
+    model, vocabulary, datastore = load_model(workdir / "checkpoints"), load_vocabulary(Run(workdir)), open_datastore(workdir / "datastore")
     binding = datastore.binding
     compact = jax.jit(residual_head(model, binding.entries, binding.temperatures))
 
@@ -141,7 +142,7 @@ def run(workdir: Path) -> None:
 
     splits = {}
     for name, count in QUERIES.items():
-        documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, name)), count)
+        documents = first_tokens(vocabulary.encode_documents(query_documents(Run(workdir), name)), count)
         numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
         splits[name] = Split(encode_all(model, query_head, documents), np.concatenate(documents), numbers)
     as_paper = Memory(jnp.asarray(paper.keys), paper.ids, paper.values, None)

@@ -14,6 +14,7 @@ from resmem_lm.text.packing import first_tokens
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec
+from resmem_lm.workdir.run import Run
 
 TOKENS = 6000
 ENTRIES = (128, 16)
@@ -22,8 +23,8 @@ TEMPERATURES = {"three": (0.7, 1.0, 1.4), "five": (0.5, 0.7, 1.0, 1.4, 2.0)}
 
 def some_documents(workdir: Path, tokens: int) -> list[Int[np.ndarray, "_"]]:
     """Train documents of so many tokens together, the last cut."""
-    vocabulary = load_vocabulary(workdir)
-    return first_tokens((vocabulary.encode(document.text) for document in read_shard(shard_paths(workdir, "train")[-1])), tokens)
+    vocabulary = load_vocabulary(Run(workdir))
+    return first_tokens((vocabulary.encode(document.text) for document in read_shard(shard_paths(Run(workdir), "train")[-1])), tokens)
 
 
 def fast_argmax(values: Float[Array, "rows n"]) -> Int[Array, " rows"]:

@@ -19,6 +19,7 @@ from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.packing import first_tokens
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
 TOKENS, K = 8000, 50
@@ -26,10 +27,10 @@ TOKENS, K = 8000, 50
 
 def run(workdir: Path) -> None:
     """Prints the tables."""
-    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
+    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(Run(workdir))
     datastore = open_datastore(workdir / "datastore")
     index, _ = our_index(workdir, datastore)
-    documents = first_tokens(vocabulary.encode_documents(query_documents(workdir, "test")), TOKENS)
+    documents = first_tokens(vocabulary.encode_documents(query_documents(Run(workdir), "test")), TOKENS)
     targets = np.concatenate(documents)
     setting = Setting("resmem", K, 1.0, 1.0, 1.0)
     spec = datastore.binding.window

@@ -24,9 +24,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from resmem_lm.cli import import_stages
-from resmem_lm.maintenance.verify import verify
+from resmem_lm.clitenance.verify import verify
+
+import resmem_lm.commands  # noqa: F401 - registers every stage with gin
 from resmem_lm.planning.machine import processor
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import files_below, read_json
 from tests.tiny import arguments, write_corpus
 
@@ -80,7 +82,7 @@ def outcome(workdir: Path) -> dict[str, str]:
 def differences(workdir: Path, wanted: dict[str, str]) -> list[str]:
     """What is not as it should be."""
     found = outcome(workdir)
-    return [name for name in wanted if found[name] != wanted[name]] + verify(workdir)
+    return [name for name in wanted if found[name] != wanted[name]] + verify(Run(workdir))
 
 
 def running(workdir: Path) -> str:
@@ -210,12 +212,12 @@ def changed_bytes(workdir: Path, count: int, rng: random.Random) -> None:
         content[place] ^= rng.randrange(1, 256)
         whole = file.read_bytes()
         file.write_bytes(content)
-        problems = verify(workdir)
+        problems = verify(Run(workdir))
         file.write_bytes(whole)
         found += bool(problems)
         if not problems:
             print(f"  not found: byte {place} of {file}")
-    print(f"verify finds {found} of {count} changed bytes ({len(files)} files); undamaged: {len(verify(workdir))} problems")
+    print(f"verify finds {found} of {count} changed bytes ({len(files)} files); undamaged: {len(verify(Run(workdir)))} problems")
 
 
 def main() -> None:
@@ -225,7 +227,6 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    import_stages()
     rng = random.Random(options.seed)
     print(f"{processor()}; seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="resmem-faults-") as name:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from resmem_lm.text.shards import QUERY_SPLITS, query_documents, read_shard, shard_paths
 from resmem_lm.text.sources import Document
+from resmem_lm.workdir.run import Run
 
 MEMORY_SPLITS = "train", "added"
 WORDS = 13  # as Brown et al. 2020 (GPT-3), appendix C
@@ -27,9 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args().workdir
-    queries = {split: [runs(document) for document in query_documents(workdir, split)] for split in QUERY_SPLITS}
+    queries = {split: [runs(document) for document in query_documents(Run(workdir), split)] for split in QUERY_SPLITS}
     sought = {run for documents in queries.values() for some in documents for run in some}
-    memory = (document for split in MEMORY_SPLITS for shard in shard_paths(workdir, split) for document in read_shard(shard))
+    memory = (document for split in MEMORY_SPLITS for shard in shard_paths(Run(workdir), split) for document in read_shard(shard))
     found = {run for document in memory for run in runs(document) if run in sought}
     for split, documents in queries.items():
         shares = [sum(run in found for run in some) / len(some) for some in documents if some]

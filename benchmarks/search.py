@@ -30,6 +30,7 @@ from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.artifacts import folder_of
+from resmem_lm.workdir.run import Run
 
 QUERIES, K, RECALL = 2048, 50, 0.95
 EXACT_QUERIES = 256  # exact search takes long; its time is of so many queries
@@ -61,8 +62,8 @@ def size_of(save: Callable[[str], Any]) -> int:
 
 def query_keys(workdir: Path, count: int) -> Float[np.ndarray, "queries emb"]:
     """Keys of test tokens, evenly spaced."""
-    datastore, model, vocabulary = open_datastore(workdir / "datastore"), load_model(workdir / "checkpoints"), load_vocabulary(workdir)
-    documents = vocabulary.encode_documents(query_documents(workdir, "test"))[:200]
+    datastore, model, vocabulary = open_datastore(workdir / "datastore"), load_model(workdir / "checkpoints"), load_vocabulary(Run(workdir))
+    documents = vocabulary.encode_documents(query_documents(Run(workdir), "test"))[:200]
     keys = np.concatenate([rows.keys for _, rows in Encoder(model, datastore.binding.window, query_head, datastore.projection)(documents)])
     return keys[np.linspace(0, len(keys) - 1, count).astype(np.int64)]
 
@@ -75,9 +76,9 @@ def all_keys(workdir: Path) -> Float[np.ndarray, "rows emb"]:
 
 def our_index(workdir: Path, datastore: Datastore) -> tuple[Index, dict[str, Any]]:
     """The index as built, of the whole datastore, and its record."""
-    manifest = index_manifest(workdir, datastore)
+    manifest = index_manifest(Run(workdir), datastore)
     assert len(manifest["shards"]) == 1, "an index of one shard is wanted: raise build_index.memory_gib"
-    return open_index(workdir, datastore, manifest, 0)[0], manifest["shards"][0]
+    return open_index(Run(workdir), datastore, manifest, 0)[0], manifest["shards"][0]
 
 
 def ivf_pq_refine(keys: Float[np.ndarray, "rows emb"]) -> Peer:

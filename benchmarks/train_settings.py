@@ -12,14 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import resmem_lm.commands  # noqa: F401 - registers every stage with gin
 from resmem_lm import config
-from resmem_lm.cli import import_stages
 from resmem_lm.model import train_loop as training
 from resmem_lm.model.decoder import init_parameters
 from resmem_lm.model.train import train
 from resmem_lm.planning.machine import processor
 from resmem_lm.text.packing import batches, one_pass, pack, split_tokens
 from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.run import Run
 
 
 def main() -> None:
@@ -29,14 +30,13 @@ def main() -> None:
     parser.add_argument("--gin_file", action="append", required=True)
     arguments, rest = parser.parse_known_args()
     bindings = [argument.removeprefix("--gin.") for argument in rest]
-    import_stages()
     config.parse(arguments.gin_file, bindings)
     settings = config.parameters(train)
     model, steps = settings["model"], settings["steps"]
 
-    vocabulary = load_vocabulary(arguments.workdir)
+    vocabulary = load_vocabulary(Run(arguments.workdir))
     packed = {
-        split: pack(list(split_tokens(arguments.workdir, split, vocabulary)), settings["sequence_length"])
+        split: pack(list(split_tokens(Run(arguments.workdir), split, vocabulary)), settings["sequence_length"])
         for split in ("train", "validation")
     }
     rows = batches(packed["train"], batch_size=settings["batch_size"], seed=settings["seed"])

@@ -123,9 +123,9 @@ import sys, time
 start = time.perf_counter()
 import resmem_lm
 seconds = time.perf_counter() - start
-import resmem_lm.main
+import resmem_lm.cli
 try:
-    resmem_lm.main.main(["run", "--help"])
+    resmem_lm.cli.main(["run", "--help"])
 except SystemExit as end:
     assert end.code == 0
 large = {"jax", "tensorflow", "apache_beam", "flax", "numpy", "matplotlib"} & set(sys.modules)
@@ -141,7 +141,7 @@ def test_commands_on_a_finished_work_directory_load_nothing_that_only_work_needs
     code = """
 import sys
 from jax._src import xla_bridge
-from resmem_lm.main import STAGES, main
+from resmem_lm.cli import STAGES, main
 for command in STAGES.keys() - {"plan"}:
     assert main([command, *sys.argv[1:]]) == 0
 large = {"apache_beam", "faiss", "flax", "grain", "jinja2", "matplotlib", "numba", "optax", "orbax", "scann", "tensorboardX"}
@@ -155,7 +155,7 @@ assert not xla_bridge.backends_are_initialized()
 def test_the_installed_command_says_one_line_and_nothing_of_the_libraries_it_loads(tmp_path):
     command = tmp_path / "bin" / "resmem"
     command.parent.mkdir()
-    command.write_text("import sys\nfrom resmem_lm.main import script\nsys.exit(script())\n")
+    command.write_text("import sys\nfrom resmem_lm.cli import script\nsys.exit(script())\n")
     (tmp_path / "random.py").write_text("raise SystemExit('a file of the user was taken for a library')\n")
     ended = python(str(command), "run", DEMO, "--gin.ModelConfig.emb_dim='wide'", "--workdir=run", folder=tmp_path)
     assert ended.stderr == "resmem: ModelConfig.emb_dim = 'wide' is of the wrong kind: it must be int\n"
@@ -175,7 +175,7 @@ def test_the_installed_command_starts_again_with_huge_pages_unless_the_user_has_
     code = """
 import os, sys
 print(os.environ.get("GLIBC_TUNABLES"), flush=True)
-from resmem_lm.main import script
+from resmem_lm.cli import script
 script()
 """
     printed = python("-c", code, "--help", **own).stdout.splitlines()

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import resmem_lm.commands  # noqa: F401 - registers every stage with gin
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
 from beam_pipelines.search_neighbors import search
 from resmem_lm import config
-from resmem_lm.cli import import_stages
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.evaluate import evaluate
 from resmem_lm.model.config import ACTIVATIONS, DTYPES, ModelConfig
@@ -23,7 +23,6 @@ from resmem_lm.text.vocabulary import make_vocabulary
 
 REPOSITORY = Path(__file__).parent.parent
 DEMO = "configs/demo.gin"
-import_stages()  # the demo names more of them than are imported here
 STAGES = {stage.__name__: stage for stage in (prepare_documents, make_vocabulary, train, build_datastore, build_index, search, evaluate)}
 
 

@@ -7,12 +7,13 @@ import sys
 import time
 
 import pytest
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.workdir import lock
 from resmem_lm.workdir.lock import locked
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import files_below, local_path, read_json, to_path, write_json
 from tests.tiny import arguments
 
@@ -47,7 +48,7 @@ def test_a_run_in_object_storage_is_that_on_a_disk(bucket, tiny_run):
     ours, theirs = (read_json(w / "results.json") for w in (workdir, tiny_run))
     for name in ("splits", "curves", "examples", "datastore"):
         assert ours[name] == theirs[name]
-    assert verify(workdir) == []
+    assert verify(Run(workdir)) == []
     before = {str(f): f.stat().st_mtime for f in files_below(workdir) if f.name not in ("config.gin", "config.json")}
     assert main(["run", *command]) == 0  # nothing is done again
     assert {str(f): f.stat().st_mtime for f in files_below(workdir) if f.name not in ("config.gin", "config.json")} == before
@@ -63,7 +64,7 @@ def test_a_run_in_object_storage_is_that_on_a_disk(bucket, tiny_run):
     for stage in ("index", "evaluate", "report"):
         assert main([stage, *command]) == 0
     assert read_json(workdir / "results.json")["splits"] == theirs["splits"]
-    assert verify(workdir) == []
+    assert verify(Run(workdir)) == []
 
 
 def test_a_killed_command_goes_on_in_object_storage(bucket, tiny_run):
@@ -80,7 +81,7 @@ def test_a_killed_command_goes_on_in_object_storage(bucket, tiny_run):
         patch.setattr(lock, "HEARTBEAT", 0.2)  # nobody renews it
         assert main(["run", *command]) == 0
     assert read_json(workdir / "results.json")["splits"] == read_json(tiny_run / "results.json")["splits"]
-    assert verify(workdir) == []
+    assert verify(Run(workdir)) == []
 
 
 def test_a_lease_that_is_renewed_refuses_others(bucket, monkeypatch):

@@ -20,6 +20,7 @@ from resmem_lm.report.tables import METHOD_TITLES
 from resmem_lm.resmem import merge_sparse, neighbor_weights, predict
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.run import Run
 from tests.tiny import arguments, shard_folder
 
 
@@ -59,9 +60,9 @@ def test_methods_are_tuned_on_validation_and_there_the_tuned_ones_are_best(tiny_
 
 
 def test_deepnet_in_the_table_is_the_model_itself(tiny_run):
-    queries = open_queries(tiny_run, "test")
-    model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(tiny_run)
-    tokens = [vocabulary.encode(d.text) for shard in shard_paths(tiny_run, "test") for d in read_shard(shard)]
+    queries = open_queries(Run(tiny_run), "test")
+    model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(Run(tiny_run))
+    tokens = [vocabulary.encode(d.text) for shard in shard_paths(Run(tiny_run), "test") for d in read_shard(shard)]
     predictions = np.empty(sum(map(len, tokens)), np.int64)
     encoder = Encoder(model, open_datastore(tiny_run / "datastore").binding.window, query_head)
     for positions, (_, hidden) in encoder(tokens):
@@ -73,9 +74,9 @@ def test_deepnet_in_the_table_is_the_model_itself(tiny_run):
 
 def test_remark_3_2_training_tokens_as_queries_with_one_neighbor_are_all_right(tiny_run):
     """Except where two rows have one key and different tokens (the first token of every document): no method can tell them apart."""
-    model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(tiny_run)
+    model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(Run(tiny_run))
     datastore = open_datastore(tiny_run / "datastore")
-    tokens = vocabulary.encode_documents(read_shard(shard_paths(tiny_run, "train")[0]))
+    tokens = vocabulary.encode_documents(read_shard(shard_paths(Run(tiny_run), "train")[0]))
     keys = np.empty((sum(map(len, tokens)), model.config.emb_dim), np.float32)
     hidden = np.empty_like(keys)
     for positions, (some_keys, some_hidden) in Encoder(model, datastore.binding.window, query_head)(tokens):
@@ -175,5 +176,5 @@ def test_a_datastore_of_another_checkpoint_is_refused(tiny_copy, capsys):
 
 
 def test_importing_the_command_does_not_import_tensorflow():
-    code = "import sys, beam_pipelines.datastore, resmem_lm.evaluate, resmem_lm.train; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, resmem_lm.commands; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -23,6 +23,7 @@ from resmem_lm.model.train_loop import learning_rate_schedule, loss_and_metrics,
 from resmem_lm.text.packing import batches, pack
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.vocabulary import Vocabulary
+from resmem_lm.workdir.run import Run
 from tests.c4 import build_tfds, write_json_lines
 
 MISSING = [name for name in ("t5x", "seqio", "tensorflow_datasets") if importlib.util.find_spec(name) is None]
@@ -171,7 +172,7 @@ def test_the_seqio_task_and_the_beam_job_see_the_same_tokens(folder, tmp_path):
     for name, (train, held_out) in sources.items():
         run = tmp_path / name
         sample_documents(run, train=train, held_out=held_out, fraction=1.0, validation_fraction=0.5, tfds_data_dir=str(folder / "tfds"))
-        documents = [d for split in ("validation", "test") for path in shard_paths(run, split) for d in read_shard(path)]
+        documents = [d for split in ("validation", "test") for path in shard_paths(Run(run), split) for d in read_shard(path)]
         assert sorted(tuple(tokens.tolist()) for tokens in vocabulary.encode_documents(documents)) == sorted(by_task)
 
 

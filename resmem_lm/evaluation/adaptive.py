@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from jaxtyping import Array, Bool, Float, Int
 
 from resmem_lm.evaluation.calibrated import Distribution, is_first, normalized, of_target
 from resmem_lm.evaluation.candidates import Candidates, Neighbors, score
+
+with epy.lazy_imports():
+    import optax
 
 HIDDEN = 32
 STEPS, CHECK_STEPS = 800, 50
@@ -155,8 +159,6 @@ def _first_weights(features: int, seed: int) -> dict[str, Any]:
 
 
 def _optimizer() -> Any:
-    import optax  # not at the top: it takes a third of a second, and every command imports every stage
-
     return optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
 
 
@@ -164,8 +166,6 @@ def _optimizer() -> Any:
 def _advance(
     weights: dict[str, Any], state: Any, gate: Gate, some: GateFeatures, batches: Int[Array, "steps batch"]
 ) -> tuple[dict[str, Any], Any]:
-    import optax
-
     optimizer = _optimizer()
 
     def step(carry: tuple[dict[str, Any], Any], places: Int[Array, " batch"]) -> tuple[tuple[dict[str, Any], Any], None]:

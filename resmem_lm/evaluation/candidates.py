@@ -10,10 +10,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from jaxtyping import Array, Float, Int, Integer, UInt8
 
 from resmem_lm.memory.quantization import dequantize_powers
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
+
+with epy.lazy_imports():
+    from resmem_lm.memory import kernels
 
 Formula = Literal["resmem", "knnlm", "boosted", "clipped"]
 
@@ -84,12 +88,8 @@ def quantized_at(
     codes: UInt8[np.ndarray, "queries k others"],
 ) -> UInt8[np.ndarray, "queries k candidates"]:
     """The code of each row's probability of each candidate, zero where it stores none: on the way from the files."""
-    from resmem_lm.memory import (
-        kernels as loops,
-    )  # not at the top: Numba takes a quarter of a second, and every command imports every stage
-
     vocabulary = int(max(candidates.max(initial=0), ids.max(initial=0))) + 1
-    found: np.ndarray = loops.quantized_at(candidates, ids, codes, vocabulary)
+    found: np.ndarray = kernels.quantized_at(candidates, ids, codes, vocabulary)
     return found
 
 

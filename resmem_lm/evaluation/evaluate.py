@@ -16,15 +16,16 @@ from resmem_lm.evaluation.statistics import accuracy_metrics, bootstrap_interval
 from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.text.shards import QUERY_SPLITS
-from resmem_lm.workdir.stages import Record, stage
-from resmem_lm.workdir.storage import AnyPath, read_json, sha256, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import stage
+from resmem_lm.workdir.storage import Record, read_json, sha256, write_json
 
 DIFFERENCES = (("resmem_adaptive", "resmem"), ("resmem_adaptive", "knnlm"), ("resmem", "knnlm"))
 
 
-@stage(name="evaluate", after=("search", "build", "train"), output="results.json", redo=True)
+@stage(name="evaluate", after=("search", "build", "train"), policy="redo")
 def evaluate(
-    workdir: AnyPath,
+    run: Run,
     *,
     ks: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 50),
     sigmas: tuple[float, ...] | list[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -42,14 +43,14 @@ def evaluate(
     Raises:
         UserError: a temperature that the datastore has no powers' sums for, or no usable k.
     """
-    datastore = open_datastore(workdir / "datastore")
+    datastore = open_datastore(run.datastore)
     datastore.check_files(*(f"{name}.npy" for name in ("residual_ids", "quantized_residuals", "target_log_probability", "log_power_sums")))
     missing = [t for t in temperatures if t not in datastore.binding.temperatures]
     if missing:
         raise UserError(
             f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those"
         )
-    scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     if not sigmas or not lambdas or min(sigmas) <= 0 or min(lambdas) < 0:
         raise UserError(f"evaluate: needs sigmas above 0 and lambdas of 0 or more; has {sigmas}, {lambdas}")
     searched = scorers["test"].queries.rows.shape[1]
@@ -88,7 +89,7 @@ def evaluate(
             wanted |= {setting for by_name in curves.values() for settings in by_name.values() for setting in settings}
         found = scorer.predict(sorted(wanted))
         told = scorer.distributions(on_simplex)
-        results["splits"][split] = _describe_split(workdir, split, scorer, methods, found, told, scorer.adaptive(gate, sigma))
+        results["splits"][split] = _describe_split(run, split, scorer, methods, found, told, scorer.adaptive(gate, sigma))
         if split == "test":
             targets = np.asarray(scorer.queries.tokens)
             results["curves"] = {
@@ -99,14 +100,12 @@ def evaluate(
                 for axis, by_name in curves.items()
             }
             deepnet, corrected = found[methods["deepnet"]][0], found[methods["resmem"]][0]
-            results["examples"] = corrected_tokens(workdir, scorer.queries, datastore, methods["resmem"], deepnet, corrected)
+            results["examples"] = corrected_tokens(run, scorer.queries, datastore, methods["resmem"], deepnet, corrected)
     results["datastore"] = {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows}
-    index = read_json(workdir / "index" / "index.json")
+    index = read_json(run.index / "index.json")
     results["index"] = {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])}
-    results["model"] = read_json(workdir / "checkpoints" / "model.json")["config"]
-    records = {
-        name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary", "train", "build", "index", "search")
-    }
+    results["model"] = read_json(run.checkpoints / "model.json")["config"]
+    records = {name: run.record(name) for name in ("documents", "vocabulary", "train", "build", "index", "search")}
     results["documents"] = records["documents"]["result"]["documents"]
     results["seconds"] = {name: record["seconds"] for name, record in records.items()}
     results["versions"] = {"python": platform.python_version()} | {
@@ -114,8 +113,8 @@ def evaluate(
         for name in ("resmem_lm", "jax", "flax", "optax", "apache-beam", "faiss-cpu", "scann", "sentencepiece", "numpy")
         if _installed(name)
     }
-    write_json(workdir / "results.json", results)
-    return {"sha256": sha256(workdir / "results.json")}
+    write_json(run.results, results)
+    return {"sha256": sha256(run.results)}
 
 
 def _installed(name: str) -> bool:
@@ -127,7 +126,7 @@ def _installed(name: str) -> bool:
 
 
 def _describe_split(
-    workdir: AnyPath,
+    run: Run,
     split: str,
     scorer: SplitScorer,
     methods: dict[str, Setting],
@@ -155,6 +154,6 @@ def _describe_split(
         difference = right[one].astype(np.float64) - right[other]
         interval = bootstrap_interval(difference, groups)
         differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
-    facts = read_json(workdir / "neighbors" / "neighbors.json")[split]
+    facts = read_json(run.neighbors / "neighbors.json")[split]
     shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")} | {"groups": int(groups.max()) + 1}
     return shown | {"methods": described, "differences": differences}

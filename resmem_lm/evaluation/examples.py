@@ -12,8 +12,8 @@ from resmem_lm.memory.datastore import Datastore
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.text.shards import query_documents, read_shard
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record
 
 CONTEXT_TOKENS = 32
 EXAMPLES, SHOWN_NEIGHBORS = 10, 3
@@ -22,9 +22,9 @@ EXAMPLES, SHOWN_NEIGHBORS = 10, 3
 class _Texts:
     """Contexts of tokens, from the documents themselves."""
 
-    def __init__(self, workdir: AnyPath, vocabulary: Vocabulary) -> None:
+    def __init__(self, run: Run, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._documents = functools.lru_cache(maxsize=4)(lambda name: {d.id: d for d in read_shard(workdir / "documents" / name)})
+        self._documents = functools.lru_cache(maxsize=4)(lambda name: {d.id: d for d in read_shard(run.documents / name)})
 
     def context(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
         return self.vocabulary.decode(tokens[max(0, position - CONTEXT_TOKENS) : position])
@@ -46,7 +46,7 @@ def draw_tokens(pool: Int[np.ndarray, " pool"], count: int) -> Int[np.ndarray, "
 
 
 def corrected_tokens(
-    workdir: AnyPath,
+    run: Run,
     q: Queries,
     datastore: Datastore,
     setting: Setting,
@@ -59,7 +59,7 @@ def corrected_tokens(
     There may be none: what the residuals take from DeepNet's own prediction can be enough.
 
     Args:
-        workdir: of the run.
+        run: of the run.
         q: the test split's queries.
         datastore: of their neighbors.
         setting: ResMem's.
@@ -67,11 +67,11 @@ def corrected_tokens(
         corrected: ResMem's.
         chosen: which tokens; None draws EXAMPLES of all.
     """
-    vocabulary = load_vocabulary(workdir)
-    texts = _Texts(workdir, vocabulary)
+    vocabulary = load_vocabulary(run)
+    texts = _Texts(run, vocabulary)
     if chosen is None:
         chosen = draw_tokens(np.flatnonzero((deepnet != q.tokens) & (corrected == q.tokens)), EXAMPLES)
-    documents = query_documents(workdir, "test")
+    documents = query_documents(run, "test")
     first = np.concatenate([[0], np.cumsum(q.document_lengths)])
     examples = []
     for query in chosen:

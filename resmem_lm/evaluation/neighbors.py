@@ -18,7 +18,8 @@ from resmem_lm.memory.encoder import TOKENS, log_partition
 from resmem_lm.memory.sharded import ShardedArray, load_array
 from resmem_lm.model.checkpoints import Model
 from resmem_lm.workdir.artifacts import damaged_files, folder_of
-from resmem_lm.workdir.storage import AnyPath, read_json, sha256
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json, sha256
 
 BASE_CANDIDATES = 32
 
@@ -45,12 +46,12 @@ class Queries(NamedTuple):
         return np.repeat(np.argsort(np.argsort(first))[numbers], self.document_lengths)
 
 
-def open_queries(workdir: AnyPath, split: str) -> Queries:
+def open_queries(run: Run, split: str) -> Queries:
     """The cached neighbors of a split. UserError if they are damaged, or are of another datastore than there is now."""
-    folder = workdir / "neighbors"
+    folder = run.neighbors
     facts = read_json(folder / "neighbors.json")
-    mend = f"delete {folder} and {workdir / 'stages' / 'search.json'}, and run `resmem evaluate`"
-    if facts["datastore"] != sha256(workdir / "datastore" / "manifest.json"):
+    mend = f"delete {folder} and {run.record_path('search')}, and run `resmem evaluate`"
+    if facts["datastore"] != sha256(run.datastore / "manifest.json"):
         raise UserError(f"{folder} was made from another datastore: {mend}")
     for shard in facts[split]["shards"]:
         for problem in damaged_files(folder, shard, checksums=True):

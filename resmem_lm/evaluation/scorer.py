@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from jaxtyping import Array, Bool, Float, Int
 
 from resmem_lm.evaluation.adaptive import Gate, GateFeatures, distribution, gate_features
@@ -21,6 +22,9 @@ from resmem_lm.evaluation.candidates import Candidates, Formula, Neighbors, Scor
 from resmem_lm.evaluation.neighbors import Queries
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.workdir.progress import progress
+
+with epy.lazy_imports():
+    import grain
 
 BLOCK = 256
 T = TypeVar("T", bound=Any)
@@ -222,8 +226,6 @@ class SplitScorer:
                 jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
             )
             return some, candidates, neighbors
-
-        import grain  # not at the top: it takes a third of a second, and every command imports every stage
 
         # Rows are fetched by other threads while the last block is scored.
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

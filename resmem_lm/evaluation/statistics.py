@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 
 from resmem_lm.evaluation.calibrated import calibration_error
 from resmem_lm.evaluation.scorer import Predictions
-from resmem_lm.workdir.stages import Record
+from resmem_lm.workdir.storage import Record
 
 BOOTSTRAP_SAMPLES = 2000
 

@@ -2,22 +2,22 @@
 
 from collections.abc import Iterable
 
-from beam_pipelines.build_datastore import build_datastore, encode_units, units_of
+from beam_pipelines.build_datastore import encode_units, units_of
 from beam_pipelines.sample_documents import file_documents
 from resmem_lm.memory.datastore import datastore_summary, open_datastore
 from resmem_lm.text.duplicates import Signatures, minhash
 from resmem_lm.text.shards import SPLITS, position, read_shard, shard_content, shard_name, shard_paths, write_manifest
 from resmem_lm.text.sources import Document, read_documents, text_files
-from resmem_lm.workdir.artifacts import Record
 from resmem_lm.workdir.lock import locked
 from resmem_lm.workdir.progress import progress
-from resmem_lm.workdir.stages import disk_errors, finished
-from resmem_lm.workdir.storage import AnyPath, children, remove, write_bytes
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import disk_errors
+from resmem_lm.workdir.storage import Record, children, remove, write_bytes
 
 SPLITS_AND_ADDED = (*SPLITS, "added")
 
 
-def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipeline_options: str = "") -> Record:
+def append(run: Run, text: str | list[str] | tuple[str, ...], *, pipeline_options: str = "") -> Record:
     """Adds documents to a finished datastore, in shards of their own. The model is not trained on them.
 
     Documents that nearly repeat one of the work directory, of whatever split, are left out, and those of a `prepare_documents.group`
@@ -25,7 +25,7 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
     was killed goes on. `resmem index` and `resmem evaluate` then do what is new.
 
     Args:
-        workdir: of a finished datastore.
+        run: of a finished datastore.
         text: files, directories or globs, as `prepare_documents.text`.
         pipeline_options: Beam's own.
 
@@ -35,14 +35,14 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
     Raises:
         UserError: no finished datastore, unreadable text, or another command is writing into the work directory.
     """
-    with locked(workdir), disk_errors(workdir):
-        record = finished(workdir, "build")
-        documents = finished(workdir, "documents")
+    with locked(run.path), disk_errors(run.path):
+        record = run.finished("build")
+        documents = run.finished("documents")
         threshold = documents["settings"]["duplicate_threshold"]
         counts = {"added": 0, "empty": 0, "duplicate": 0, "held_out": 0}
-        fresh = _new_documents(workdir, text, documents, threshold, counts)
-        folder = workdir / "documents"
-        listed = {path.name for split in SPLITS_AND_ADDED for path in shard_paths(workdir, split)}
+        fresh = _new_documents(run, text, documents, threshold, counts)
+        folder = run.documents
+        listed = {path.name for split in SPLITS_AND_ADDED for path in shard_paths(run, split)}
         for path in children(folder, "added-*.jsonl"):  # of an append that was killed before the manifest
             if path.name not in listed:
                 remove(path)
@@ -50,21 +50,21 @@ def append(workdir: AnyPath, text: str | list[str] | tuple[str, ...], *, pipelin
             counts["added"] = len(fresh)
             number = 1 + len({name.split("-")[1] for name in listed if name.startswith("added-")})
             # Shards as large as those of the train split.
-            shards = max(1, round(len(fresh) * len(shard_paths(workdir, "train")) / documents["result"]["documents"]["train"]))
+            shards = max(1, round(len(fresh) * len(shard_paths(run, "train")) / documents["result"]["documents"]["train"]))
             names = [shard_name(f"added-{number:04d}", shard, shards) for shard in range(shards)]
             contents = {name: shard_content(fresh[shard::shards]).encode() for shard, name in enumerate(names)}
             for name, content in contents.items():
                 write_bytes(folder / name, content)
             write_manifest(folder, contents)
-        datastore = open_datastore(workdir / "datastore")
-        encode_units(workdir, datastore.binding, units_of(workdir, record["settings"]["shards"]), pipeline_options)
-        described = datastore_summary(workdir)
-        build_datastore.renew(workdir, described)
+        datastore = open_datastore(run.datastore)
+        encode_units(run, datastore.binding, units_of(run, record["settings"]["shards"]), pipeline_options)
+        described = datastore_summary(run)
+        run.update_result("build", described)
         return counts | {"rows": described["rows"]}
 
 
 def _new_documents(
-    workdir: AnyPath, text: str | list[str] | tuple[str, ...], documents: Record, threshold: float, counts: Record
+    run: Run, text: str | list[str] | tuple[str, ...], documents: Record, threshold: float, counts: Record
 ) -> list[Document]:
     """Of the text, what repeats neither another part of it nor a document of the work directory."""
     read: Iterable[Document]
@@ -89,7 +89,7 @@ def _new_documents(
                 signatures.add(signature)
                 fresh.append(document)
     known: set[int] = set()
-    paths = [path for split in SPLITS_AND_ADDED for path in shard_paths(workdir, split)]
+    paths = [path for split in SPLITS_AND_ADDED for path in shard_paths(run, split)]
     with progress("compare", total=len(paths), unit="shards of documents") as bar:
         for number, path in enumerate(paths):
             for document in read_shard(path):

@@ -4,18 +4,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from resmem_lm.maintenance.delete import _check_gone, _remove_text, _remove_what_shows_rows, renew_build
-from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.maintenance.delete import _check_gone, _remove_text, _remove_what_shows_rows
+from resmem_lm.memory.datastore import Datastore, datastore_summary, open_datastore
 from resmem_lm.memory.schema import ARRAYS, FILES, document_line
-from resmem_lm.workdir.artifacts import Record, folder_of, name_of, publish, record_path, remove_orphans
+from resmem_lm.workdir.artifacts import folder_of, name_of, publish, record_path, remove_orphans
 from resmem_lm.workdir.lock import assert_held, locked
-from resmem_lm.workdir.stages import disk_errors, finished
-from resmem_lm.workdir.storage import AnyPath, drop_copy, read_json, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import disk_errors
+from resmem_lm.workdir.storage import Record, drop_copy, read_json, write_json
 
 COPY_ROWS = 2**16
 
 
-def compact(workdir: AnyPath) -> Record:
+def compact(run: Run) -> Record:
     """Writes every shard of the datastore that has deleted rows anew without them. `resmem index` then makes what held them again.
 
     Returns:
@@ -24,13 +25,13 @@ def compact(workdir: AnyPath) -> Record:
     Raises:
         UserError: the datastore is not finished or damaged, or another command is writing into the work directory.
     """
-    with locked(workdir), disk_errors(workdir):
-        finished(workdir, "build")
-        folder = workdir / "datastore"
+    with locked(run.path), disk_errors(run.path):
+        run.finished("build")
+        folder = run.datastore
         datastore = open_datastore(folder)
         before, records, written = datastore.rows, [], 0
         for shard, record in enumerate(datastore.shards):
-            _finish_deletion(workdir, datastore, shard)
+            _finish_deletion(run, datastore, shard)
             on_disk = read_json(record_path(folder, record))
             if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
                 record = on_disk  # a compact that was killed had written it
@@ -38,21 +39,21 @@ def compact(workdir: AnyPath) -> Record:
                 record, written = _without_deleted(datastore, shard), written + 1
             records.append(record)
         if written or records != datastore.shards:
-            _remove_what_shows_rows(workdir)
+            _remove_what_shows_rows(run)
         rows = sum(record["rows"] for record in records)
-        assert_held(workdir)
+        assert_held(run.path)
         write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})
         remove_orphans(folder, records)
         for old in {folder_of(folder, record) for record in datastore.shards} - {folder_of(folder, record) for record in records}:
             _check_gone(old)
-        renew_build(workdir)
+        run.update_result("build", datastore_summary(run))
     return {"shards": written, "rows_before": before, "rows": rows}
 
 
-def _finish_deletion(workdir: AnyPath, datastore: Datastore, shard: int) -> None:
+def _finish_deletion(run: Run, datastore: Datastore, shard: int) -> None:
     """Removes the text that a killed `delete` has left: without their rows the documents could not be found again."""
     if ids := datastore.deleted_documents(shard):
-        _remove_text(workdir, {datastore.shards[shard]["provenance"]["documents"]}, ids.__contains__)
+        _remove_text(run, {datastore.shards[shard]["provenance"]["documents"]}, ids.__contains__)
 
 
 def _without_deleted(datastore: Datastore, shard: int) -> Record:

@@ -16,9 +16,10 @@ from resmem_lm.memory.sharded import load_array
 from resmem_lm.model.checkpoints import load_config, load_model
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
-from resmem_lm.workdir.artifacts import Record, damaged_files, name_of, record_path
+from resmem_lm.workdir.artifacts import damaged_files, name_of, record_path
 from resmem_lm.workdir.progress import progress
-from resmem_lm.workdir.storage import AnyPath, children, drop_copy, files_below, inside, read_json, sha256
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, children, drop_copy, files_below, inside, read_json, sha256
 
 ROWS = 2**15  # at a time
 RUN = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}
@@ -36,20 +37,20 @@ UNFINISHED_DELETION = "run the same `resmem delete` again, or `resmem compact`"
 PARTLY_WRITTEN = re.compile(r"\.tmp(/|$)|(^|/)\.lock$")  # in a path within the work directory
 
 
-def verify(workdir: AnyPath) -> list[str]:
+def verify(run: Run) -> list[str]:
     """A line for each problem, with what to do about it; none if all is well.
 
     Sizes and checksums of every file, finite numbers, ids within the vocabulary, residuals that are those of their token, and each
     document's tokens once, against the documents' text. Files that no record knows are told, except those of a run that was killed.
     """
-    return list(_problems(workdir))
+    return list(_problems(run))
 
 
-def _problems(workdir: AnyPath) -> Iterator[str]:
-    if not (workdir / "stages").exists():
-        raise UserError(f"{workdir} is no work directory: it has no stages/")
+def _problems(run: Run) -> Iterator[str]:
+    if not run.stages.exists():
+        raise UserError(f"{run} is no work directory: it has no stages/")
     known = {".lock"}
-    stages = children(workdir / "stages", "*.json")
+    stages = children(run.stages, "*.json")
     with progress("verify", total=len(stages), unit="stages") as bar:
         for number, path in enumerate(stages):
             name = path.name.removesuffix(".json")
@@ -58,23 +59,23 @@ def _problems(workdir: AnyPath) -> Iterator[str]:
             try:
                 record = read_json(path)
                 known |= set(record.get("files", {}))
-                damaged = list(_stage_files(workdir, name, record))
+                damaged = list(_stage_files(run, name, record))
                 yield from damaged
                 if record.get("finished") and name in CHECKS and not damaged:
-                    yield from CHECKS[name](workdir, known)
+                    yield from CHECKS[name](run, known)
             except UserError as error:
                 yield str(error)
             except (KeyError, TypeError, ValueError, OSError) as error:
-                yield f"{workdir}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {_command(name)}` again"
+                yield f"{run}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {_command(name)}` again"
         bar.update(len(stages))
     unfinished: set[str] = set()  # folders of stages that go on when they are run again
     for name, outputs in OUTPUTS.items():
-        path = workdir / "stages" / f"{name}.json"
+        path = run.record_path(name)
         with contextlib.suppress(UserError):
             if not path.exists() or not read_json(path).get("finished"):
                 unfinished |= outputs
-    for file in files_below(workdir):
-        place = inside(file, workdir)
+    for file in files_below(run.path):
+        place = inside(file, run.path)
         if place.startswith("derived/"):  # work directories of their own, which studies made
             continue
         if place not in known and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(place):
@@ -86,10 +87,10 @@ def _command(stage: str) -> str:
     return RUN.get(stage, stage.replace("study-", "study "))
 
 
-def _stage_files(workdir: AnyPath, name: str, record: Record) -> Iterator[str]:
+def _stage_files(run: Run, name: str, record: Record) -> Iterator[str]:
     command = _command(name)
     for place, expected in record.get("files", {}).items():
-        path = workdir / place
+        path = run.path / place
         what = (
             "is missing"
             if not path.exists()
@@ -101,13 +102,13 @@ def _stage_files(workdir: AnyPath, name: str, record: Record) -> Iterator[str]:
         )
         if what:
             checkpoint = re.match(r"checkpoints/checkpoint_\d+", place)  # of which Orbax reads all or nothing
-            gone = workdir / checkpoint[0] if checkpoint else "it"
-            again = f"delete {gone} and {workdir / 'stages' / (name + '.json')}, and run `resmem {command}` again"
+            gone = run.path / checkpoint[0] if checkpoint else "it"
+            again = f"delete {gone} and {run.record_path(name)}, and run `resmem {command}` again"
             yield f"{path} {what}: {again if name != 'config' else 'any command writes it again'}"
 
 
-def _documents(workdir: AnyPath, known: set[str]) -> Iterator[str]:
-    folder = workdir / "documents"
+def _documents(run: Run, known: set[str]) -> Iterator[str]:
+    folder = run.documents
     known.add("documents/manifest.json")
     for name, expected in read_json(folder / "manifest.json")["files"].items():
         known.add(f"documents/{name}")
@@ -116,32 +117,32 @@ def _documents(workdir: AnyPath, known: set[str]) -> Iterator[str]:
             yield f"{path} is missing or was altered: copy it from where this directory came from, or make the whole anew (resmem train)"
 
 
-def _vocabulary(workdir: AnyPath, known: set[str]) -> Iterator[str]:
-    wanted = read_json(workdir / "stages" / "vocabulary.json")["result"]["sha256"]
-    if load_vocabulary(workdir).sha256 != wanted:
-        yield f"{workdir / 'vocabulary'} is another than its record says: make the whole anew (resmem train)"
+def _vocabulary(run: Run, known: set[str]) -> Iterator[str]:
+    wanted = run.record("vocabulary")["result"]["sha256"]
+    if load_vocabulary(run).sha256 != wanted:
+        yield f"{run.vocabulary} is another than its record says: make the whole anew (resmem train)"
 
 
-def _train(workdir: AnyPath, known: set[str]) -> Iterator[str]:
-    if load_model(workdir / "checkpoints").fingerprint != read_json(workdir / "stages" / "train.json")["result"]["fingerprint"]:
-        yield f"{workdir / 'checkpoints'} holds another model than its record says: copy it again, or make the whole anew (resmem train)"
+def _train(run: Run, known: set[str]) -> Iterator[str]:
+    if load_model(run.checkpoints).fingerprint != run.record("train")["result"]["fingerprint"]:
+        yield f"{run.checkpoints} holds another model than its record says: copy it again, or make the whole anew (resmem train)"
 
 
-def _know(workdir: AnyPath, known: set[str], folder: str, records: list[Record]) -> None:
+def _know(run: Run, known: set[str], folder: str, records: list[Record]) -> None:
     for record in records:
         known.add(f"{folder}/{name_of(record)}.json")
         known |= {f"{folder}/{record['folder']}/{name}" for name in record["files"]}
 
 
-def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+def _datastore(run: Run, known: set[str]) -> Iterator[str]:
     known.add("datastore/manifest.json")
-    vocabulary = load_vocabulary(workdir)
-    folder = workdir / "datastore"
+    vocabulary = load_vocabulary(run)
+    folder = run.datastore
     manifest = read_json(folder / "manifest.json")
-    _know(workdir, known, "datastore", manifest["shards"])
+    _know(run, known, "datastore", manifest["shards"])
     datastore = Datastore(folder, manifest)
     if datastore.binding.key_dimensions is not None:
-        known.add(inside(projection_path(folder, datastore.binding.model, datastore.binding.key_dimensions), workdir))
+        known.add(inside(projection_path(folder, datastore.binding.model, datastore.binding.key_dimensions), run.path))
     damaged = list(datastore.damaged(checksums=True))
     yield from damaged
     for record in manifest["shards"]:
@@ -156,16 +157,16 @@ def _datastore(workdir: AnyPath, known: set[str]) -> Iterator[str]:
     datastore = open_datastore(folder)
     if sum(shard["rows"] for shard in datastore.shards) != manifest["rows"]:
         yield f"{folder / 'manifest.json'} does not add up: its shards have {datastore.rows} rows, it says {manifest['rows']}"
-    if read_json(workdir / "stages" / "build.json")["result"]["manifest"] != sha256(folder / "manifest.json"):
+    if run.record("build")["result"]["manifest"] != sha256(folder / "manifest.json"):
         yield f"{folder / 'manifest.json'} is another than its stage's record says: run the command again that was writing it"
-    vocab_size = load_config(workdir / "checkpoints").vocab_size
+    vocab_size = load_config(run.checkpoints).vocab_size
     for shard, record in enumerate(datastore.shards):
         part = datastore.part(shard, 1)
-        if left := _text_of_deleted(workdir, part):
-            text = workdir / "documents" / record["provenance"]["documents"]
+        if left := _text_of_deleted(run, part):
+            text = run.documents / record["provenance"]["documents"]
             yield f"{text} still has the text of {left}, which is deleted: {UNFINISHED_DELETION}"
             continue
-        for problem in (*_rows(part, vocab_size), *_tokens(workdir, part, vocabulary)):
+        for problem in (*_rows(part, vocab_size), *_tokens(run, part, vocabulary)):
             yield f"{folder / record['folder']}: {problem}; {rebuild_hint(folder, record)}"
         for name in ARRAYS:
             drop_copy(folder / record["folder"] / f"{name}.npy")
@@ -198,17 +199,17 @@ def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
             return
 
 
-def _text_of_deleted(workdir: AnyPath, part: Datastore) -> str:
+def _text_of_deleted(run: Run, part: Datastore) -> str:
     """The id of a document that was deleted and whose text is there."""
     ids = part.deleted_documents(0)
-    documents = read_shard(workdir / "documents" / part.shards[0]["provenance"]["documents"]) if ids else []
+    documents = read_shard(run.documents / part.shards[0]["provenance"]["documents"]) if ids else []
     return next((repr(document.id) for document in documents if document.id in ids), "")
 
 
-def _tokens(workdir: AnyPath, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:
+def _tokens(run: Run, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:
     """Whether a shard has each document's tokens once, as the text has them."""
     entries, next_row = part.documents(0), 0
-    documents = {d.id: d for d in read_shard(workdir / "documents" / part.shards[0]["provenance"]["documents"])}
+    documents = {d.id: d for d in read_shard(run.documents / part.shards[0]["provenance"]["documents"])}
     tokens = part.shard_arrays("tokens")[0]
     deleted = {first for first, rows in part.shards[0].get("deleted", []) if rows}
     if len({entry["id"] for entry in entries}) < len(entries):
@@ -231,34 +232,34 @@ def _tokens(workdir: AnyPath, part: Datastore, vocabulary: Vocabulary) -> Iterat
         yield f"its documents have {next_row} rows together, the arrays {part.rows}"
 
 
-def _index(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+def _index(run: Run, known: set[str]) -> Iterator[str]:
     known.add("index/index.json")
-    records = read_json(workdir / "index" / "index.json")["shards"]
-    _know(workdir, known, "index", records)
-    mend_it = f"delete {workdir / 'index'} and {workdir / 'stages' / 'index.json'}, and run `resmem index`"
+    records = read_json(run.index / "index.json")["shards"]
+    _know(run, known, "index", records)
+    mend_it = f"delete {run.index} and {run.record_path('index')}, and run `resmem index`"
     for record in records:
-        for problem in damaged_files(workdir / "index", record, checksums=True):
+        for problem in damaged_files(run.index, record, checksums=True):
             yield f"{problem}: {mend_it}"
-        read_json(record_path(workdir / "index", record))
-    index_manifest(workdir, open_datastore(workdir / "datastore"))
+        read_json(record_path(run.index, record))
+    index_manifest(run, open_datastore(run.datastore))
 
 
-def _neighbors(workdir: AnyPath, known: set[str]) -> Iterator[str]:
+def _neighbors(run: Run, known: set[str]) -> Iterator[str]:
     known.add("neighbors/neighbors.json")
-    facts = read_json(workdir / "neighbors" / "neighbors.json")
-    mend_it = f"delete {workdir / 'neighbors'} and {workdir / 'stages' / 'search.json'}, and run `resmem evaluate`"
+    facts = read_json(run.neighbors / "neighbors.json")
+    mend_it = f"delete {run.neighbors} and {run.record_path('search')}, and run `resmem evaluate`"
     records = [record for split in QUERY_SPLITS for record in facts[split]["shards"]]
-    _know(workdir, known, "neighbors", records)
-    if facts["datastore"] != sha256(workdir / "datastore" / "manifest.json"):
-        yield f"{workdir / 'neighbors'} was made from another datastore: run `resmem evaluate`"
-    rows = read_json(workdir / "datastore" / "manifest.json")["rows"]
+    _know(run, known, "neighbors", records)
+    if facts["datastore"] != sha256(run.datastore / "manifest.json"):
+        yield f"{run.neighbors} was made from another datastore: run `resmem evaluate`"
+    rows = read_json(run.datastore / "manifest.json")["rows"]
     for record in records:
-        damaged = list(damaged_files(workdir / "neighbors", record, checksums=True))
+        damaged = list(damaged_files(run.neighbors, record, checksums=True))
         yield from (f"{problem}: {mend_it}" for problem in damaged)
-        read_json(record_path(workdir / "neighbors", record))
-        found = np.zeros(0) if damaged else load_array(workdir / "neighbors" / record["folder"] / "rows.npy")
+        read_json(record_path(run.neighbors, record))
+        found = np.zeros(0) if damaged else load_array(run.neighbors / record["folder"] / "rows.npy")
         if found.size and not -1 <= found.min() <= found.max() < rows:
-            yield f"{workdir / 'neighbors' / record['folder']}/rows.npy names rows that the datastore has not: {mend_it}"
+            yield f"{run.neighbors / record['folder']}/rows.npy names rows that the datastore has not: {mend_it}"
 
 
 CHECKS = {

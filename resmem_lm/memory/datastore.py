@@ -18,6 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from jaxtyping import Bool, Float, Int, Shaped
 
 from resmem_lm.errors import UserError
@@ -27,8 +28,12 @@ from resmem_lm.memory.schema import COUNTERS, FORMAT, Binding
 from resmem_lm.memory.sharded import ShardedArray, load_array
 from resmem_lm.resmem import at_temperature
 from resmem_lm.text.windows import WindowSpec
-from resmem_lm.workdir.artifacts import Record, damaged_files, folder_of, record_path
-from resmem_lm.workdir.storage import AnyPath, read_json, sha256
+from resmem_lm.workdir.artifacts import damaged_files, folder_of, record_path
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import AnyPath, Record, read_json, sha256
+
+with epy.lazy_imports():
+    import numba
 
 
 def rebuild_hint(folder: AnyPath, record: Record) -> str:
@@ -125,8 +130,6 @@ class Datastore:
     @functools.cached_property
     def key_parts(self) -> tuple[Any, Any]:
         """The keys' codes and the bits of their scales by shard, as `resmem_lm.loops` takes them."""
-        import numba
-
         parts = ([np.asarray(part) for part in self.shard_arrays(name)] for name in ("quantized_keys", "key_scales"))
         codes, scales = next(parts), [part.view(np.uint16) for part in next(parts)]
         for part in (*codes, *scales):
@@ -218,9 +221,9 @@ def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str
     return datastore
 
 
-def datastore_summary(workdir: AnyPath) -> Record:
+def datastore_summary(run: Run) -> Record:
     """The result of the stage `build`."""
-    folder = workdir / "datastore"
+    folder = run.datastore
     datastore = open_datastore(folder)
     counts = {name: sum(shard["counts"][name] for shard in datastore.shards) for name in COUNTERS}
     return {"manifest": sha256(folder / "manifest.json"), "rows": datastore.live_rows, "bytes": datastore.bytes, "counts": counts}

@@ -12,19 +12,19 @@ from resmem_lm.memory.projection import projection_of
 from resmem_lm.memory.schema import COUNTERS, Binding
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
-from resmem_lm.workdir.storage import AnyPath
+from resmem_lm.workdir.run import Run
 
 
 class EncodingWorker:
     """What a worker process keeps for all of its shards."""
 
-    def __init__(self, workdir: AnyPath, binding: Binding, head: Head | None = None) -> None:
-        self.vocabulary: Vocabulary = load_vocabulary(workdir)
-        self.model = load_model(workdir / "checkpoints")
+    def __init__(self, run: Run, binding: Binding, head: Head | None = None) -> None:
+        self.vocabulary: Vocabulary = load_vocabulary(run)
+        self.model = load_model(run.checkpoints)
         if (self.model.fingerprint, self.vocabulary.sha256) != (binding.model, binding.vocabulary):
-            raise UserError(f"{workdir}: the checkpoint or the vocabulary changed while it was in use: build the datastore again")
+            raise UserError(f"{run}: the checkpoint or the vocabulary changed while it was in use: build the datastore again")
         head = head or residual_head(self.model, binding.entries, binding.temperatures)
-        self.encoder = Encoder(self.model, binding.window, head, projection_of(workdir / "datastore", binding))
+        self.encoder = Encoder(self.model, binding.window, head, projection_of(run.datastore, binding))
 
 
 def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, source: str) -> dict[str, int]:

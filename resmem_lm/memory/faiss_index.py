@@ -8,13 +8,16 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-import faiss
 import numpy as np
+from etils import epy
 from jaxtyping import Float, Int
 
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.memory.index import SMALL, Tree
-from resmem_lm.workdir.artifacts import Record
+from resmem_lm.workdir.storage import Record
+
+with epy.lazy_imports():
+    import faiss
 
 FILE = "index.faiss"
 BLOCK = 2**13  # keys added at a time, few enough that memory is used again; a multiple of 8, as bits are packed
@@ -35,7 +38,7 @@ def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
     return Tree(lists, min(lists, max(16, lists // 40)), min(rows, sample), rounds=10)
 
 
-def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTransform:
+def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> "faiss.IndexPreTransform":
     """An empty index with the lists and codes that a sample of at least 16 keys gives; always the same ones for the same sample."""
     dimensions, rotated = sample.shape[1], _whole(sample.shape[1])
     index = faiss.IndexIVFPQFastScan(faiss.IndexFlatL2(rotated), rotated, lists, rotated // CODE_DIMENSIONS, CODE_BITS)
@@ -49,7 +52,7 @@ def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> faiss.IndexPreTr
     return whole
 
 
-def probe_radius(index: faiss.IndexPreTransform, sample: Float[np.ndarray, "rows emb"], neighbors: int) -> float:
+def probe_radius(index: "faiss.IndexPreTransform", sample: Float[np.ndarray, "rows emb"], neighbors: int) -> float:
     """How far the center of a list may be, over the distance of the nearest one, for COVERED of the neighbors to be in such lists.
 
     Rows of the sample stand for queries, and `neighbors` is how many of a query's neighbors the sample has on average.
@@ -69,14 +72,14 @@ def _whole(dimensions: int) -> int:
     return dimensions + -dimensions % CODE_DIMENSIONS
 
 
-def add(index: faiss.IndexPreTransform, blocks: Iterable[Float[np.ndarray, "rows emb"]]) -> None:
+def add(index: "faiss.IndexPreTransform", blocks: Iterable[Float[np.ndarray, "rows emb"]]) -> None:
     """Adds keys, some BLOCK at a time."""
     parts(index)[1].pq.sync_transposed_centroids()  # with which codes of three dimensions are found in three fifths of the time
     for keys in blocks:
         index.add(keys)
 
 
-def write(index: faiss.IndexPreTransform, folder: Path) -> None:
+def write(index: "faiss.IndexPreTransform", folder: Path) -> None:
     """Writes index.faiss; OSError where the disk is full, which faiss's own writer tells otherwise."""
     with (folder / FILE).open("wb") as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
@@ -97,18 +100,18 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     return {"leaves": found.leaves, "leaves_to_search": found.searched, "probe_radius": probe_radius}
 
 
-def parts(index: faiss.IndexPreTransform) -> tuple[faiss.VectorTransform, faiss.IndexIVFPQFastScan]:
+def parts(index: "faiss.IndexPreTransform") -> "tuple[faiss.VectorTransform, faiss.IndexIVFPQFastScan]":
     """What turns keys, and the lists; both are gone when the index is."""
     return index.chain.at(0), faiss.downcast_index(index.index)
 
 
 def nearest_codes(
-    ivf: faiss.IndexIVFPQFastScan,
+    ivf: "faiss.IndexIVFPQFastScan",
     rotated: Float[np.ndarray, "queries whole"],
     lists: Int[np.ndarray, "queries lists"],
     squared: Float[np.ndarray, "queries lists"],
     wanted: int,
-    selector: faiss.IDSelector | None = None,
+    selector: "faiss.IDSelector | None" = None,
 ) -> Int[np.ndarray, "queries wanted"]:
     """The rows whose codes are nearest in each query's lists, of those that are selected; -1 where there are fewer.
 

@@ -10,9 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epy
 from jaxtyping import Float, Int
 
 from resmem_lm.memory.datastore import Datastore
+
+with epy.lazy_imports():
+    from resmem_lm.memory import kernels
 
 QUERY_BLOCK = 1024  # queries that a thread looks up at a time, at most
 SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
@@ -57,12 +61,8 @@ def rank_candidates(
     datastore: Datastore, queries: Float[np.ndarray, "queries emb"], candidates: Int[np.ndarray, "queries n"], k: int
 ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
     """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
-    from resmem_lm.memory import (
-        kernels as loops,
-    )  # not at the top: Numba takes a quarter of a second, and every command imports every stage
-
     rows = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
-    found = loops.distances(queries, *datastore.key_parts, datastore.offsets, rows)
+    found = kernels.distances(queries, *datastore.key_parts, datastore.offsets, rows)
     # Floats from 0 on are in the order of their bits; places behind these put equal ones in the order of rows.
     order = found.view(np.int32).astype(np.int64) << 32 | np.arange(rows.shape[1])
     order.partition(k - 1, axis=1)

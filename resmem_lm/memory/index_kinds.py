@@ -1,14 +1,15 @@
 """The kinds of index, and how many rows one shard of each may have."""
 
-import importlib
 from typing import Any
+
+from resmem_lm.memory import faiss_index, scann_index
 
 
 def library(kind: str) -> Any:
     """The module of a kind of index, with `tree`, `build`, `Searcher`, `index_bytes` and `index_memory`; faiss's for an exact one, whose
     search is shared among workers likewise.
     """
-    return importlib.import_module("resmem_lm.scann_index" if kind == "scann" else "resmem_lm.faiss_index")
+    return scann_index if kind == "scann" else faiss_index
 
 
 def group_shards(shard_rows: list[int], most: int) -> list[tuple[int, int]]:

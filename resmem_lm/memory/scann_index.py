@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.memory.index import SMALL, Tree
-from resmem_lm.workdir.artifacts import Record
+from resmem_lm.workdir.storage import Record
 
 
 class Searcher:

@@ -18,11 +18,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epy
 from jaxtyping import Array, Float, Int
 
 from resmem_lm.errors import UserError
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.workdir.storage import AnyPath, local_path, read_json, write_json
+
+with epy.lazy_imports():
+    import orbax.checkpoint as ocp
+    import tensorstore
+    from flax import serialization, traverse_util
+
+    from resmem_lm.model import decoder
 
 STATE = "state"
 
@@ -47,23 +55,17 @@ class Model:
         self, parameters: dict[str, Any], inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
         """`Decoder.hidden`; the parameters are an argument so that jit does not copy them into its programs."""
-        from resmem_lm.model.decoder import Decoder
-
-        outputs: Any = Decoder(self.config).apply({"params": parameters}, inputs, segment_ids, method="hidden")
+        outputs: Any = decoder.Decoder(self.config).apply({"params": parameters}, inputs, segment_ids, method="hidden")
         return outputs[0], outputs[1]
 
     def logits(self, parameters: dict[str, Any], hidden: Float[Array, "tokens emb"]) -> Float[Array, "tokens vocab"]:
         """`Decoder.logits`."""
-        from resmem_lm.model.decoder import Decoder
-
-        logits: Any = Decoder(self.config).apply({"params": parameters}, hidden, method="logits")
+        logits: Any = decoder.Decoder(self.config).apply({"params": parameters}, hidden, method="logits")
         return jax.numpy.asarray(logits)
 
 
 def checkpoint_manager(directory: Path, *, keep: int = 2) -> Any:
     """Orbax's manager of the checkpoints in `directory`, under T5X's names."""
-    import orbax.checkpoint as ocp
-
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, step_prefix="checkpoint")
     return ocp.CheckpointManager(directory.absolute(), options=options, item_names=(STATE,))
 
@@ -105,13 +107,9 @@ def read_parameters(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or has not the names and shapes of `config`.
     """
-    from flax.traverse_util import flatten_dict, unflatten_dict
-
-    from resmem_lm.model.decoder import init_parameters
-
     try:
         shapes, load = (_older_form if (checkpoint / "checkpoint").is_file() else _orbax_form)(checkpoint)
-        wanted = flatten_dict(jax.eval_shape(lambda: init_parameters(config, 0)), sep="/")
+        wanted = traverse_util.flatten_dict(jax.eval_shape(lambda: decoder.init_parameters(config, 0)), sep="/")
         _check_names(checkpoint, shapes, {name: leaf.shape for name, leaf in wanted.items()})
         loaded = load()
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -119,7 +117,7 @@ def read_parameters(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is damaged or no checkpoint of T5X ({reason}): copy or train it again") from error
     device = jax.local_devices()[0]
     parameters = {name: jax.device_put(np.asarray(loaded[name], np.float32), device) for name in wanted}
-    nested: dict[str, Any] = unflatten_dict(parameters, sep="/")
+    nested: dict[str, Any] = traverse_util.unflatten_dict(parameters, sep="/")
     return nested
 
 
@@ -149,13 +147,10 @@ Load = Callable[[], dict[str, Any]]
 
 
 def _orbax_form(checkpoint: Path) -> tuple[Shapes, Load]:
-    import flax.traverse_util
-    import orbax.checkpoint as ocp
-
     folder = (checkpoint / STATE).absolute()
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(folder).tree["target"]
-    shapes = {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
     def load() -> dict[str, Any]:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -164,7 +159,7 @@ def _orbax_form(checkpoint: Path) -> tuple[Shapes, Load]:
         restored = handler.restore(
             folder, args=ocp.args.PyTreeRestore({"target": target}, restore_args={"target": arguments}, partial_restore=True)
         )
-        flat: dict[str, Any] = flax.traverse_util.flatten_dict(restored["target"], sep="/")
+        flat: dict[str, Any] = traverse_util.flatten_dict(restored["target"], sep="/")
         return flat
 
     return shapes, load
@@ -172,13 +167,9 @@ def _orbax_form(checkpoint: Path) -> tuple[Shapes, Load]:
 
 def _older_form(checkpoint: Path) -> tuple[Shapes, Load]:
     """Small arrays stand in the msgpack file; for the others it says which zarr folder beside it holds them."""
-    import flax.serialization
-    import flax.traverse_util
-    import tensorstore
-
-    content = flax.serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())
+    content = serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())
     tree = content["optimizer"]["target"]
-    stored = flax.traverse_util.flatten_dict(tree, is_leaf=lambda _, value: "kvstore" in value, sep="/")
+    stored = traverse_util.flatten_dict(tree, is_leaf=lambda _, value: "kvstore" in value, sep="/")
     shapes = {name: tuple(value["metadata"]["shape"] if isinstance(value, dict) else value.shape) for name, value in stored.items()}
 
     def load_one(value: Any) -> Any:

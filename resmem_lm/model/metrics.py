@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from etils import epy
+
+with epy.lazy_imports():
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
 
 class Metrics:
@@ -20,7 +22,7 @@ class Metrics:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Adds the scalars of a step."""
         for name, value in scalars.items():
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
         self._events.flush()
 
 
@@ -28,8 +30,10 @@ class Metrics:
 def metrics(folder: Path, *, begin: int) -> Iterator[Metrics]:
     """A file of events in `folder`. TensorBoard drops what an interrupted run wrote after step `begin`."""
     folder.mkdir(parents=True, exist_ok=True)
-    events = EventsWriter(str(folder / "events"))
-    events.write_event(Event(wall_time=time.time(), step=begin + 1, session_log=SessionLog(status=SessionLog.START)))
+    events = event_file_writer.EventsWriter(str(folder / "events"))
+    events.write_event(
+        event_pb2.Event(wall_time=time.time(), step=begin + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+    )
     try:
         yield Metrics(events)
     finally:

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 
 from resmem_lm.errors import UserError, check_least
+from resmem_lm.model import train_loop
 from resmem_lm.model.checkpoints import checkpoint_manager, load_model, save_config
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.text.packing import batches, first_tokens, one_pass, pack, split_tokens
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
-from resmem_lm.workdir.stages import Record, stage
-from resmem_lm.workdir.storage import AnyPath, download, remove, upload
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import stage
+from resmem_lm.workdir.storage import Record, download, remove, upload
 
 
 def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
@@ -29,11 +31,9 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
 COPIED_LAST = "_CHECKPOINT_METADATA"  # of Orbax, in every checkpoint
 
 
-@stage(
-    name="train", after=("documents", "vocabulary"), output="checkpoints", free=("checkpoint_steps", "validation_tokens"), beside="metrics"
-)
+@stage(name="train", after=("documents", "vocabulary"), free=("checkpoint_steps", "validation_tokens"))
 def train(
-    workdir: AnyPath,
+    run: Run,
     *,
     model: ModelConfig,
     steps: int,
@@ -69,11 +69,7 @@ def train(
     Raises:
         UserError: a vocabulary larger than the model's, a number out of its range, or a batch that the devices cannot share evenly.
     """
-    from resmem_lm.model import (
-        train_loop as training,
-    )  # not at the top: it brings Flax, Optax and Orbax, and every command imports this module
-
-    vocabulary = load_vocabulary(workdir)
+    vocabulary = load_vocabulary(run)
     check_vocabulary(vocabulary, model)
     check_least("train", 1, steps=steps, batch_size=batch_size, sequence_length=sequence_length)
     check_least("train", 1, constant_steps=constant_steps, checkpoint_steps=checkpoint_steps)
@@ -82,45 +78,45 @@ def train(
     if batch_size % devices:
         raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
 
-    schedule = training.learning_rate_schedule(
+    schedule = train_loop.learning_rate_schedule(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
-    adafactor = training.optimizer(schedule)
-    update, sums = training.compiled_update(model, adafactor, seed), training.compiled_sums(model)
-    rows = batches(pack(list(split_tokens(workdir, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
-    held_out = first_tokens(split_tokens(workdir, "validation", vocabulary), validation_tokens)
+    adafactor = train_loop.optimizer(schedule)
+    update, sums = train_loop.compiled_update(model, adafactor, seed), train_loop.compiled_sums(model)
+    rows = batches(pack(list(split_tokens(run, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
+    held_out = first_tokens(split_tokens(run, "validation", vocabulary), validation_tokens)
     validation = one_pass(pack(held_out, sequence_length), batch_size=batch_size) if held_out else []
 
     def validate(parameters: Any) -> dict[str, float]:
-        return training.means([sums(parameters, batch) for batch in validation]) if validation else {}
+        return train_loop.means([sums(parameters, batch) for batch in validation]) if validation else {}
 
-    with _local(workdir) as (here, saved):
+    with _local(run) as (here, saved):
         directory = here / "checkpoints"
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:
-            begin, parameters, state = training.restore_or_init(manager, model, adafactor, seed)
-            training.loop(here, manager, saved, update, parameters, state, rows, validate, schedule, begin, steps, checkpoint_steps)
+            begin, parameters, state = train_loop.restore_or_init(manager, model, adafactor, seed)
+            train_loop.loop(here, manager, saved, update, parameters, state, rows, validate, schedule, begin, steps, checkpoint_steps)
         return {"fingerprint": load_model(directory).fingerprint}
 
 
 @contextlib.contextmanager
-def _local(workdir: AnyPath) -> Iterator[tuple[Path, Callable[[], None]]]:
+def _local(run: Run) -> Iterator[tuple[Path, Callable[[], None]]]:
     """The work directory on this machine, and what to call when a checkpoint has been saved in it.
 
     Orbax needs a folder here: in object storage, checkpoints are copied from there at the beginning and to there when saved.
     """
-    if isinstance(workdir, Path):
-        yield workdir, lambda: None
+    if isinstance(run.path, Path):
+        yield run.path, lambda: None
         return
     with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
         here = Path(scratch)
-        for checkpoint in workdir.glob(f"checkpoints/checkpoint_*/{COPIED_LAST}"):  # without it, of a copy that was cut short
+        for checkpoint in run.path.glob(f"checkpoints/checkpoint_*/{COPIED_LAST}"):  # without it, of a copy that was cut short
             download(checkpoint.parent, here / "checkpoints" / checkpoint.parent.name)
 
         def saved() -> None:
             for name in ("checkpoints", "metrics"):
-                upload(here / name, workdir / name, last=COPIED_LAST)
-            for old in (workdir / "checkpoints").glob("checkpoint_*"):
+                upload(here / name, run.path / name, last=COPIED_LAST)
+            for old in run.checkpoints.glob("checkpoint_*"):
                 if not (here / "checkpoints" / old.name).exists():
                     remove(old)
 

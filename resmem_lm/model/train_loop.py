@@ -8,21 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
+from etils import epy
 from jaxtyping import Array, Float
 
 from resmem_lm.model.checkpoints import STATE
 from resmem_lm.model.config import ModelConfig
-from resmem_lm.model.decoder import Decoder, init_parameters
 from resmem_lm.model.metrics import metrics
 from resmem_lm.text.packing import Batch
 from resmem_lm.workdir.progress import progress
 
+with epy.lazy_imports():
+    import optax
+    import orbax.checkpoint as ocp
+
+    from resmem_lm.model import decoder
+
 Z_LOSS = 1e-4
 
 
-def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> optax.Schedule:
+def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> "optax.Schedule":
     """Constant for `constant_steps`, then inverse square root decay (paper, appendix C), and to 0 in the last `cooldown_steps`."""
 
     def schedule(step: Any) -> Any:
@@ -32,7 +36,7 @@ def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: 
     return schedule
 
 
-def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+def optimizer(schedule: "optax.Schedule") -> "optax.GradientTransformation":
     """Adafactor (Shazeer and Stern 2018) with T5X's constants."""
     return optax.adafactor(
         schedule,
@@ -49,7 +53,7 @@ def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """T5X's loss, a sum over tokens of cross-entropy + 1e-4 log(Z)^2, and sums for the metrics."""
-    logits: Any = Decoder(config).apply(
+    logits: Any = decoder.Decoder(config).apply(
         {"params": parameters},
         batch["decoder_input_tokens"],
         batch["decoder_target_tokens"],
@@ -94,7 +98,7 @@ def shardings() -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
     return replicated, by_row
 
 
-def compiled_update(model: ModelConfig, adafactor: optax.GradientTransformation, seed: int) -> Any:
+def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation", seed: int) -> Any:
     """One step of training, data parallel over the local devices.
 
     It takes parameters, state, batch and number of the step, and returns the first two and the metrics.
@@ -126,7 +130,7 @@ def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int)
     """The step of the newest checkpoint, or 0, with parameters and optimizer state of then."""
 
     def init() -> tuple[Any, Any]:
-        parameters = init_parameters(model, seed)
+        parameters = decoder.init_parameters(model, seed)
         return parameters, adafactor.init(parameters)
 
     sharding, _ = shardings()
@@ -143,7 +147,7 @@ def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int)
 
 
 def loop(
-    workdir: Path,
+    folder: Path,
     manager: Any,
     saved: Callable[[], None],
     update: Any,
@@ -151,7 +155,7 @@ def loop(
     state: Any,
     rows: Any,
     validate: Callable[[Any], dict[str, float]],
-    schedule: optax.Schedule,
+    schedule: "optax.Schedule",
     begin: int,
     steps: int,
     checkpoint_steps: int,
@@ -162,7 +166,7 @@ def loop(
     """
     log_steps = max(1, min(50, steps // 10))
     with (
-        metrics(workdir / "metrics", begin=begin) as writer,
+        metrics(folder / "metrics", begin=begin) as writer,
         progress("train", total=steps, done=begin, unit="steps") as bar,
     ):
         recent: list[Any] = []

@@ -32,7 +32,8 @@ from resmem_lm.planning.sizes import (
 from resmem_lm.text import docstrings
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.sources import Document
-from resmem_lm.workdir.storage import AnyPath, local_path, read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import local_path
 
 Number = int | float
 
@@ -68,9 +69,9 @@ class Plan(NamedTuple):
     rates: dict[str, Rate]
 
 
-@gin.register(module="resmem_lm", denylist=["workdir", "settings", "text_stages"])
+@gin.register(module="resmem_lm", denylist=["run", "settings", "text_stages"])
 def plan(
-    workdir: AnyPath | None = None,
+    run: Run | None = None,
     settings: Any = None,
     text_stages: Any = (),
     *,
@@ -90,7 +91,7 @@ def plan(
     """Prints and returns what the experiment of `settings` takes. Rates that are not given are measured here, in minutes.
 
     Args:
-        workdir: its documents and vocabulary are made if they are not there, and counted; None needs `rows` and `queries`.
+        run: its documents and vocabulary are made if they are not there, and counted; None needs `rows` and `queries`.
         settings: of every stage, by the names of their functions.
         text_stages: the stages that make documents and vocabulary.
         rows: tokens in the datastore.
@@ -125,7 +126,7 @@ def plan(
     shards = settings["build_datastore"]["shards"]
     if shards is not None and shards < 1:
         raise UserError(f"build_datastore.shards = {shards}: take 1 or more, or None for all")
-    counts, counted = _counts(workdir, settings, text_stages, rows, queries, documents, bytes_per_token)
+    counts, counted = _counts(run, settings, text_stages, rows, queries, documents, bytes_per_token)
 
     memory = int((settings["build_index"]["memory_gib"] if memory_gib is None else memory_gib) * 2**30)
     kind = settings["build_index"]["kind"]
@@ -143,12 +144,12 @@ def plan(
     wanted = {name for name, rate in given.items() if rate is None and (name != "train_tokens_per_second" or "train" in settings)}
     costs = Costs()
     if wanted:
-        vocabulary = local_path(workdir / "vocabulary" / "vocabulary.model") if workdir else None
-        costs = measure(settings, _some_text(workdir), vocabulary, wanted)
+        vocabulary = local_path(run.vocabulary / "vocabulary.model") if run else None
+        costs = measure(settings, _some_text(run), vocabulary, wanted)
     files = sizes(settings, counts, index_rows=index_rows, checkpoint=checkpoint_bytes(settings))
     times, rates = _times(settings, counts, files, index_rows, costs, given)
-    if workdir and counted:
-        records = {name: read_json(workdir / "stages" / f"{name}.json") for name in ("documents", "vocabulary")}
+    if run and counted:
+        records = {name: run.record(name) for name in ("documents", "vocabulary")}
         times = {name: (record["seconds"], 1) for name, record in records.items()} | times
     memories = _memory(settings, counts, index_rows, costs)
     stages = {
@@ -161,7 +162,7 @@ def plan(
 
 
 def _counts(
-    workdir: AnyPath | None,
+    run: Run | None,
     settings: StageSettings,
     text_stages: Any,
     rows: Number | None,
@@ -171,10 +172,10 @@ def _counts(
 ) -> tuple[Counts, bool]:
     """Amounts of text, and whether all were counted."""
     counts = None
-    if workdir:
+    if run:
         for stage in text_stages:
-            stage(workdir, **settings[stage.__name__])
-        counts = count(workdir, settings)
+            stage(run, **settings[stage.__name__])
+        counts = count(run, settings)
         if not (rows or queries or documents):
             return counts, True
         rows, queries = rows or counts.rows, queries or counts.all_queries
@@ -185,10 +186,10 @@ def _counts(
     return assume(settings, rows=int(rows), queries=int(queries), documents=int(documents), bytes_per_token=bytes_per_token), False
 
 
-def _some_text(workdir: AnyPath | None) -> list[Document]:
+def _some_text(run: Run | None) -> list[Document]:
     """Text to measure on: that of the work directory, or docstrings."""
-    if workdir:
-        documents = (document for path in shard_paths(workdir, "train") for document in read_shard(path))
+    if run:
+        documents = (document for path in shard_paths(run, "train") for document in read_shard(path))
     else:
         documents = (Document(*pair) for pair in docstrings.documents(duplicate_threshold=1.0))
     found, characters = [], 0

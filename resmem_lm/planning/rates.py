@@ -156,10 +156,10 @@ class _Rehearsal:
         if "train_tokens_per_second" in wanted:
             self._train()
         if wanted & {"tokens_per_second", *QUERY_RATES}:
-            workdir = self._build()
+            run = self._build()
             if wanted & set(QUERY_RATES):
-                build_index.function(workdir, **self.settings["build_index"] | {"pipeline_options": "", "memory_gib": 1024.0})
-                self._search(workdir, wanted)
+                build_index.function(run, **self.settings["build_index"] | {"pipeline_options": "", "memory_gib": 1024.0})
+                self._search(run, wanted)
         if wanted & {"index_rows_per_second", "queries_per_second"} and self.settings["build_index"]["kind"] != "exact":
             self.say("measure index")
             index = self.settings["build_index"]
@@ -169,13 +169,13 @@ class _Rehearsal:
 
     def _workdir(self, name: str, tokens: dict[str, list[int]], shared: Path) -> Path:
         """A work directory with shards of so many tokens, which has everything else of `shared`."""
-        workdir = self.folder / name
-        shutil.rmtree(workdir, ignore_errors=True)  # of an earlier run of the same size
-        (workdir / "documents").mkdir(parents=True)
+        run = self.folder / name
+        shutil.rmtree(run, ignore_errors=True)  # of an earlier run of the same size
+        run.documents.mkdir(parents=True)
         texts = itertools.cycle(self.pool)
         for split, shards in tokens.items():
             for shard, wanted in enumerate(shards):
-                with (workdir / "documents" / shard_name(split, shard, len(shards))).open("w", encoding="utf-8") as file:
+                with (run.documents / shard_name(split, shard, len(shards))).open("w", encoding="utf-8") as file:
                     number = 0
                     while wanted > 0:
                         text, length = next(texts)
@@ -184,16 +184,16 @@ class _Rehearsal:
                         file.write(json.dumps(Document(f"{split} {shard} {number}", text)._asdict()) + "\n")
                         wanted, number = wanted - length, number + 1
         for path in itertools.chain(shared.iterdir(), (shared / "documents").glob("train-*")):
-            if path != shared / "documents" and not (workdir / path.relative_to(shared)).exists():
-                (workdir / path.relative_to(shared)).symlink_to(path)
-        write_manifest(workdir / "documents")
-        return workdir
+            if path != shared / "documents" and not (run / path.relative_to(shared)).exists():
+                (run / path.relative_to(shared)).symlink_to(path)
+        write_manifest(run.documents)
+        return run
 
     def _seconds(self, stage: str, function: Callable[..., Any], workdir: Path, **settings: Any) -> float:
-        self.say(f"measure {stage}: {workdir.name}")
+        self.say(f"measure {stage}: {run.name}")
         reset_peak_memory()
         start = time.monotonic()
-        function(workdir, **settings)
+        function(run, **settings)
         seconds = time.monotonic() - start
         self.costs.memory[stage] = peak_memory()
         return seconds
@@ -205,9 +205,9 @@ class _Rehearsal:
         step = settings["batch_size"] * settings["sequence_length"]
 
         def run(steps: int) -> float:
-            workdir = self._workdir(f"train-{steps}", {"train": [2 * step]}, self.shared)
-            (workdir / "checkpoints").unlink()
-            return self._seconds("train", train.function, workdir, **settings | {"steps": steps, "checkpoint_steps": steps})
+            run = self._workdir(f"train-{steps}", {"train": [2 * step]}, self.shared)
+            (run.checkpoints).unlink()
+            return self._seconds("train", train.function, run, **settings | {"steps": steps, "checkpoint_steps": steps})
 
         once, each, last = _line(run, 1, 64)
         self.costs.train = Cost(once, each / step)
@@ -226,21 +226,20 @@ class _Rehearsal:
 
         def run(batches: int) -> float:
             tokens = [batches * ROWS * self.window.stride] * 2
-            workdir = self._workdir(f"build-{batches}", {"train": tokens, "validation": [1], "test": [1]}, self.shared)
-            seconds = self._seconds("build", build_datastore.function, workdir, **settings)
+            run = self._workdir(f"build-{batches}", {"train": tokens, "validation": [1], "test": [1]}, self.shared)
+            seconds = self._seconds("build", build_datastore.function, run, **settings)
             computed[batches] = sum(
-                window_tokens(self.vocabulary.encode_documents(read), self.window)
-                for read in map(read_shard, shard_paths(workdir, "train"))
+                window_tokens(self.vocabulary.encode_documents(read), self.window) for read in map(read_shard, shard_paths(run, "train"))
             )
             return seconds
 
         once, each, last = _line(run, 1, 64)
         few, many = computed[1], computed[last]
         self.costs.build = Cost(max(0.0, once + each - few * each * (last - 1) / (many - few)), each * (last - 1) / (many - few))
-        workdir = self.folder / f"build-{last}"
-        datastore = open_datastore(workdir / "datastore")
-        self.costs.checksum = least(lambda: open_datastore(workdir / "datastore", checksums=True)) / datastore.bytes
-        return workdir
+        run = self.folder / f"build-{last}"
+        datastore = open_datastore(run.datastore)
+        self.costs.checksum = least(lambda: open_datastore(run.datastore, checksums=True)) / datastore.bytes
+        return run
 
     def _search(self, shared: Path, wanted: set[str]) -> None:
         settings, datastore = self.settings["search"], open_datastore(shared / "datastore")
@@ -265,12 +264,12 @@ class _Rehearsal:
         workdirs = {}
 
         def run(queries: int) -> float:
-            workdir = workdirs[queries] = self._workdir(f"search-{queries}", {split: [queries] for split in QUERY_SPLITS}, shared)
+            run = workdirs[queries] = self._workdir(f"search-{queries}", {split: [queries] for split in QUERY_SPLITS}, shared)
             seconds = self._seconds(
-                "search", search.function, workdir, **settings | {"neighbors": k, "recall_queries": 1, "pipeline_options": ""}
+                "search", search.function, run, **settings | {"neighbors": k, "recall_queries": 1, "pipeline_options": ""}
             )
             computed[queries] = sum(
-                window_tokens(self.vocabulary.encode_documents(read_shard(shard_paths(workdir, split)[0])), self.window)
+                window_tokens(self.vocabulary.encode_documents(read_shard(shard_paths(run, split)[0])), self.window)
                 for split in QUERY_SPLITS
             )
             return seconds - searched * len(QUERY_SPLITS) * queries
@@ -285,7 +284,7 @@ class _Rehearsal:
     def _evaluate(self, few: Path, many: Path, queries: int) -> None:
         mixed = self.folder / "mixed"
         shutil.copytree(few, mixed, symlinks=True)
-        facts = {workdir: read_json(workdir / "neighbors" / "neighbors.json") for workdir in (few, many)}
+        facts = {workdir: read_json(run.neighbors / "neighbors.json") for run in (few, many)}
         for record in facts[many]["validation"]["shards"]:
             shutil.copytree(many / "neighbors" / record["folder"], mixed / "neighbors" / record["folder"])
         write_json(mixed / "neighbors" / "neighbors.json", facts[few] | {"validation": facts[many]["validation"]})
@@ -293,11 +292,11 @@ class _Rehearsal:
 
         def run(workdir: Path) -> float:
             for name in ("documents", "vocabulary", "train", "build", "index", "search"):
-                write_json(workdir / "stages" / f"{name}.json", {"finished": True, "seconds": 0, "result": {"documents": {}}})
-            return self._seconds("evaluate", evaluate.function, workdir, **self.settings["evaluate"])
+                write_json(run.record_path(f"{name}"), {"finished": True, "seconds": 0, "result": {"documents": {}}})
+            return self._seconds("evaluate", evaluate.function, run, **self.settings["evaluate"])
 
         # The first compiles, which the others are spared.
-        first, *seconds = [run(workdir) for workdir in (few, few, mixed, many)]
+        first, *seconds = [run(run) for run in (few, few, mixed, many)]
         each = [max(longer - shorter, 1e-3) / (queries - FEW_QUERIES) for shorter, longer in itertools.pairwise(seconds)]
         self.costs.validation = Cost(max(0.0, first - FEW_QUERIES * sum(each)), each[0])
         self.costs.test = Cost(0.0, each[1])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epy
 
 from beam_pipelines.search_neighbors import GROUPS
 from resmem_lm.evaluation.candidates import choose_candidates
@@ -22,7 +23,11 @@ from resmem_lm.planning.rates import bytes_of, save_fresh_checkpoint, window_tok
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, files_below, inside, with_checksum
+
+with epy.lazy_imports():
+    from resmem_lm.model import decoder
 
 StageSettings = dict[str, dict[str, Any]]
 
@@ -72,9 +77,9 @@ def model_of(settings: StageSettings) -> ModelConfig:
     return model
 
 
-def count(workdir: AnyPath, settings: StageSettings) -> Counts:
+def count(run: Run, settings: StageSettings) -> Counts:
     """Counts the text of a work directory whose documents and vocabulary are made."""
-    vocabulary, window = load_vocabulary(workdir), window_of(settings)
+    vocabulary, window = load_vocabulary(run), window_of(settings)
 
     def counted(paths: list[AnyPath]) -> Split:
         documents = [document for path in paths for document in read_shard(path)]
@@ -84,15 +89,15 @@ def count(workdir: AnyPath, settings: StageSettings) -> Counts:
         lines = (document_line(d.id, first, rows) for d, first, rows in zip(documents, first_rows, lengths, strict=False))
         return Split(len(documents), sum(lengths), window_tokens(tokens, window), sum(map(len, lines)))
 
-    train = [counted([path]) for path in shard_paths(workdir, "train")]
+    train = [counted([path]) for path in shard_paths(run, "train")]
     chosen = settings["build_datastore"]["shards"]
     return Counts(
         shards=tuple(train if chosen is None else train[:chosen]),
-        queries={split: counted(shard_paths(workdir, split)) for split in QUERY_SPLITS},
-        query_shards=sum(len(shard_paths(workdir, split)) for split in QUERY_SPLITS),
+        queries={split: counted(shard_paths(run, split)) for split in QUERY_SPLITS},
+        query_shards=sum(len(shard_paths(run, split)) for split in QUERY_SPLITS),
         train_tokens=sum(shard.tokens for shard in train),
-        document_bytes=bytes_of(workdir / "documents"),
-        vocabulary_bytes=bytes_of(workdir / "vocabulary"),
+        document_bytes=bytes_of(run.documents),
+        vocabulary_bytes=bytes_of(run.vocabulary),
     )
 
 
@@ -135,9 +140,7 @@ def key_dimensions(settings: StageSettings) -> int:
 
 def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] | list[float], dimensions: int) -> dict[str, int]:
     """Bytes of one row in each of the datastore's arrays."""
-    from resmem_lm.model.decoder import init_parameters  # not at the top: it brings Flax, and every command imports this module
-
-    parameters = jax.eval_shape(lambda: init_parameters(model, 0))
+    parameters = jax.eval_shape(lambda: decoder.init_parameters(model, 0))
     head = residual_head(Model(model, parameters), entries, tuple(temperatures))
     key, hidden = (jax.ShapeDtypeStruct((1, width), jnp.float32) for width in (dimensions, model.emb_dim))
     row = jax.eval_shape(head, parameters, key, hidden, jax.ShapeDtypeStruct((1,), jnp.int32))
@@ -209,13 +212,13 @@ def checkpoint_bytes(settings: StageSettings) -> int:
         return one * min(saves, KEPT_CHECKPOINTS) + bytes_of(directory) - one
 
 
-def file_bytes(workdir: AnyPath) -> dict[str, int]:
+def file_bytes(run: Run) -> dict[str, int]:
     """Bytes of each kind of file of a finished run, as `sizes` names them."""
     found: dict[str, int] = {}
-    for path in files_below(workdir):
-        kind = inside(path, workdir).split("/")[0]
+    for path in files_below(run.path):
+        kind = inside(path, run.path).split("/")[0]
         if kind in ("datastore", "neighbors", "index"):
-            record, is_array = path.suffix == ".json" and path.parent == workdir / kind, kind != "index"
+            record, is_array = path.suffix == ".json" and path.parent == run.path / kind, kind != "index"
             kind += "/*.json" if record else f"/{path.name}" if is_array else ""
         found[kind] = found.get(kind, 0) + path.stat().st_size
     return found

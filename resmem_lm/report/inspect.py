@@ -14,13 +14,13 @@ from resmem_lm.model.checkpoints import load_model
 from resmem_lm.resmem import merge_sparse, neighbor_weights, predict
 from resmem_lm.text.shards import read_shard
 from resmem_lm.text.vocabulary import load_vocabulary
-from resmem_lm.workdir.stages import finished
-from resmem_lm.workdir.storage import AnyPath, read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json
 
 CONTEXT_TOKENS, SHOWN_NEIGHBORS = 12, 3
 
 
-def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
+def inspect(run: Run, text: str) -> list[dict[str, Any]]:
     """Each token of the text: what it is, what DeepNet and ResMem say, and, where they differ, the neighbors that weigh most.
 
     ResMem has the hyperparameters that `evaluate` chose, over the whole vocabulary.
@@ -35,16 +35,16 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
     except UnicodeEncodeError:  # a shell's bytes that are not UTF-8 come as surrogates
         raise UserError("resmem inspect: the text is not UTF-8: convert it, such as with iconv") from None
     for stage in ("index", "evaluate"):
-        finished(workdir, stage)
-    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
-    datastore = open_datastore(workdir / "datastore", model=model.fingerprint, vocabulary=vocabulary.sha256)
-    chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
+        run.finished(stage)
+    model, vocabulary = load_model(run.checkpoints), load_vocabulary(run)
+    datastore = open_datastore(run.datastore, model=model.fingerprint, vocabulary=vocabulary.sha256)
+    chosen = read_json(run.results)["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     setting = Setting.of("resmem", chosen)
     tokens = vocabulary.encode(text)
     encoded = list(Encoder(model, datastore.binding.window, query_head, datastore.projection)([tokens]))
     order = np.argsort(np.concatenate([positions for positions, _ in encoded]))
     keys, hidden = (np.concatenate(arrays)[order] for arrays in zip(*(rows for _, rows in encoded), strict=True))
-    rows, distances = search_shards(workdir, datastore, keys, setting.k)
+    rows, distances = search_shards(run, datastore, keys, setting.k)
 
     logits = model.logits(model.parameters, jnp.asarray(hidden)) / setting.temperature
     base = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
@@ -58,7 +58,7 @@ def inspect(workdir: AnyPath, text: str) -> list[dict[str, Any]]:
 
     def neighbor(row: int, weight: float, distance: float) -> dict[str, Any]:
         shard, name, position = datastore.locate(row)
-        documents = read_shard(workdir / "documents" / datastore.shards[shard]["provenance"]["documents"])
+        documents = read_shard(run.documents / datastore.shards[shard]["provenance"]["documents"])
         its = vocabulary.encode(next(document.text for document in documents if document.id == name))
         return {
             "document": name,

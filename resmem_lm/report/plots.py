@@ -5,6 +5,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epy
+
+with epy.lazy_imports():
+    from matplotlib import figure as figure_module
+    from matplotlib import style
+
 INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
 INKS = {0: "#1f2328", 1: "#0067a5", 2: "#00805e", 3: "#c2410c", 4: "#7c3aed", 5: "#79066a", 9: "#e3e6ea"}  # on a light page
 # Of each line: marker, its size, dashes. So a line is known without its color, and those that agree lie on each other and stay visible:
@@ -15,10 +21,6 @@ Figure = Any  # matplotlib's, which is imported when something is drawn
 
 def to_svg(draw: Callable[[Figure], None]) -> str:
     """What `draw` draws into an empty figure: the same text whenever it draws the same."""
-    # Imported here, because it takes half a second, and every command imports every stage.
-    from matplotlib import style
-    from matplotlib.figure import Figure as MatplotlibFigure
-
     options = {
         "svg.hashsalt": "resmem_lm",  # ids that stay the same
         "svg.fonttype": "none",
@@ -29,7 +31,7 @@ def to_svg(draw: Callable[[Figure], None]) -> str:
     }
     image = io.StringIO()
     with style.context(["default", options]):  # "default", because a user's matplotlibrc must not show in the page
-        figure = MatplotlibFigure(figsize=(10, 3.8), layout="constrained")
+        figure = figure_module.Figure(figsize=(10, 3.8), layout="constrained")
         draw(figure)
         metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
         figure.savefig(image, format="svg", transparent=True, metadata=metadata)

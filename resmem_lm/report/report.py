@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from etils import epy
+
 from resmem_lm.errors import UserError
 from resmem_lm.report.plots import INK, INKS, Figure, line, to_svg
 from resmem_lm.report.tables import HEADER, METHOD_TITLES, differences, percent, rows, study_rows
-from resmem_lm.workdir.stages import Record, current, stage
-from resmem_lm.workdir.storage import AnyPath, files_below, read_json, sha256, write_bytes
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import stage
+from resmem_lm.workdir.storage import AnyPath, Record, files_below, read_json, sha256, write_bytes
+
+with epy.lazy_imports():
+    import jinja2
 
 # Shows the examples of a study that have every word of what is typed. The page's policy lets no other script run than this one.
 FILTER = """
@@ -35,8 +41,8 @@ for (const filtered of document.querySelectorAll(".filtered")) {
 """
 
 
-@stage(name="report", after=("evaluate",), output="report.html", redo=True)
-def write_report(workdir: AnyPath) -> Record:
+@stage(name="report", after=("evaluate",), policy="redo")
+def write_report(run: Run) -> Record:
     """Writes WORKDIR/report.html from results.json, studies and config.gin: the same bytes whenever these are the same.
 
     A study of another datastore or evaluation than the work directory has now is left out, and named on standard error.
@@ -47,11 +53,11 @@ def write_report(workdir: AnyPath) -> Record:
     Raises:
         UserError: results.json is missing, damaged or of another version.
     """
-    results = read_json(workdir / "results.json")
+    results = read_json(run.results)
     if "groups" not in results["splits"]["test"]:
-        raise UserError(f"{workdir / 'results.json'} was made by another version: delete it and run `resmem evaluate`")
-    stages = current(workdir)
-    studies = sorted({path.parent for path in files_below(workdir / "studies") if path.name == "results.json"}, key=str)
+        raise UserError(f"{run.results} was made by another version: delete it and run `resmem evaluate`")
+    stages = run.current()
+    studies = sorted({path.parent for path in files_below(run.studies) if path.name == "results.json"}, key=str)
     sections = []
     for folder in studies:
         if f"study-{folder.name}" in stages:
@@ -59,7 +65,7 @@ def write_report(workdir: AnyPath) -> Record:
         else:
             print(f"report: without the study {folder.name}, which is of other results: `resmem study {folder.name}`", file=sys.stderr)
     script = FILTER if any(section["examples"] is not None for section in sections) else ""
-    config = workdir / "config.gin"  # written by the command `resmem`; stages called from Python have none
+    config = run.config  # written by the command `resmem`; stages called from Python have none
     page = _template().render(
         results=results,
         test=results["splits"]["test"],
@@ -75,8 +81,8 @@ def write_report(workdir: AnyPath) -> Record:
         inks=INKS,
     )
     # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
-    write_bytes(workdir / "report.html", page.encode("utf-8", "replace"))
-    return {"sha256": sha256(workdir / "report.html")}
+    write_bytes(run.report, page.encode("utf-8", "replace"))
+    return {"sha256": sha256(run.report)}
 
 
 def _study(folder: AnyPath) -> dict[str, Any]:
@@ -88,8 +94,6 @@ def _study(folder: AnyPath) -> dict[str, Any]:
 
 
 def _template() -> Any:
-    import jinja2  # not at the top: every command imports this module, and few write a report
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

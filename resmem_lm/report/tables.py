@@ -1,7 +1,12 @@
-"""results.json -> the table, as text."""
+"""results.json and the results of studies -> tables, as text."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 METHOD_TITLES = {
     "deepnet": "DeepNet",
@@ -14,26 +19,27 @@ METHOD_TITLES = {
     "resmem_calibrated": "Calibrated ResMem",
     "resmem_adaptive": "Adaptive ResMem",
 }
+HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "ECE", "hyperparameters"]
 
 
 def percent(value: float) -> str:
-    """0.1234 -> 12.34."""
+    """Return 0.1234 as 12.34."""
     return f"{100 * value:.2f}"
 
 
 def interval(values: Sequence[float] | None) -> str:
-    """[12.34, 13.45], or - where there is none."""
+    """Return an interval as [12.34, 13.45]; - if there is none."""
     return f"[{percent(values[0])}, {percent(values[1])}]" if values else "-"
 
 
 def hyperparameters(values: dict[str, int | float]) -> str:
-    """k 50, sigma 1, T 1, lambda 1."""
+    """Return hyperparameters as "k 50, sigma 1, T 1, lambda 1"."""
     names = {"k": "k", "sigma": "sigma", "temperature": "T", "lambda": "lambda"}
     return ", ".join(f"{names[key]} {value:g}" for key, value in values.items())
 
 
 def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
-    """One row a method: name, accuracy, its interval, TPR, FPR, gain, its interval, perplexity, calibration error, hyperparameters."""
+    """Return one row per method, with the columns of `HEADER`."""
     found = []
     for name, title in METHOD_TITLES.items():
         m = results["splits"][split]["methods"][name]
@@ -46,28 +52,30 @@ def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
     return found
 
 
-HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "ECE", "hyperparameters"]
+def aligned(header: list[str], lines: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """Return a table for a terminal; `right` aligns all columns but the first to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, title in enumerate(header):
+        table.add_column(title, justify="right" if right and number else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    text = io.StringIO()
+    Console(file=text, width=10_000, markup=False, highlight=False, emoji=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def aligned(header: list[str], lines: list[list[str]]) -> list[str]:
-    """A table's lines for a terminal."""
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *lines)]
-    return [text[0], "-" * len(text[0]), *text[1:]]
-
-
-def table(results: dict[str, Any]) -> str:
-    """The table of all methods on the test split, aligned for a terminal."""
+def format_results(results: dict[str, Any]) -> str:
+    """Return the table of all methods on the test split, with the differences between them."""
     test = results["splits"]["test"]
     facts = (
         f"{test['tokens']:,} tokens of {test['documents']} documents; {results['datastore']['rows']:,} datastore rows; "
         f"{results['index']['kind']} index, recall@k {test['recall_at_k']:.3f}; hyperparameters chosen on validation"
     )
-    return "\n".join(["", *aligned(HEADER, rows(results)), facts, *differences(results)])
+    return "\n".join(["", aligned(HEADER, rows(results)), facts, *differences(results)])
 
 
 def differences(results: dict[str, Any], split: str = "test") -> list[str]:
-    """How much more accurate the methods are than each other, a line each."""
+    """Return one line per pair of methods: the difference of their accuracies, with its interval."""
     return [
         f"{METHOD_TITLES[d['method']]} over {METHOD_TITLES[d['over']]}: {100 * d['accuracy']:+.2f} {interval(d['accuracy_ci95'])}"
         for d in results["splits"][split]["differences"]
@@ -75,10 +83,18 @@ def differences(results: dict[str, Any], split: str = "test") -> list[str]:
 
 
 def study_rows(results: dict[str, Any]) -> list[list[str]]:
-    """A study's table as text, its header first."""
+    """Return a study's table as text, its header first."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     header = list(results["rows"][0]) if results["rows"] else []
     return [header, *([cell(row[name]) for name in header] for row in results["rows"])]
+
+
+def format_study(results: dict[str, Any]) -> str:
+    """Return a study's title and table; for examples, only their number."""
+    if "examples" in results:
+        return "\n".join(["", results["title"], "", f"{len(results['examples']):,} examples", ""])
+    header, *lines = study_rows(results)
+    return "\n".join(["", results["title"], "", aligned(header, lines), ""])

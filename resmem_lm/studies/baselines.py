@@ -20,8 +20,8 @@ from resmem_lm.studies.infinigram import Continuations, Mixture
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.text.shards import QUERY_SPLITS, query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, is_local, local_path, read_json, remove, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, is_local, local_path, read_json, remove, write_json
 
 FORMULAS: dict[str, Formula] = {"knn": "knnlm", "knnlm": "knnlm", "resmem_paper": "resmem", "resmem": "resmem"}
 FREQUENCIES = (10, 100, 1000, 10_000, 100_000)
@@ -32,7 +32,7 @@ DRAWN = ("kNN-LM", "ResMem", "Adaptive ResMem")
 
 @study(name="baselines")
 def study_baselines(
-    workdir: AnyPath, *, lambdas: tuple[float, ...] | list[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    run: Run, *, lambdas: tuple[float, ...] | list[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ) -> Record:
     """Test accuracy of every method, of all tokens and of some: by frequency in the datastore, nearest distance, DeepNet's confidence.
 
@@ -46,18 +46,18 @@ def study_baselines(
     """
     if not lambdas or not all(0 <= lambda_ <= 1 for lambda_ in lambdas):
         raise UserError(f"study_baselines.lambdas = {lambdas}: take one or more numbers, from 0 to 1")
-    datastore = open_datastore(workdir / "datastore")
-    scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    datastore = open_datastore(run.datastore)
+    scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
     targets, groups = np.asarray(test.queries.tokens), test.queries.groups
-    right, sigma = _predicted(workdir, test)
+    right, sigma = _predicted(run, test)
     adapted = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)
     right[METHOD_TITLES["resmem_adaptive"]] = adapted.predictions == targets
     notes = "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its rows are left out."
-    if not is_local(workdir):
+    if not is_local(run.path):
         notes = "infini-gram reads local files only, and the work directory lies in object storage: its rows are left out."
     elif infinigram.installed():
-        alone, mixed, chosen = _infinigram(workdir, datastore, scorers, sorted(lambdas))
+        alone, mixed, chosen = _infinigram(run, datastore, scorers, sorted(lambdas))
         right |= {"infini-gram": alone, "infini-gram with DeepNet": mixed}
         notes = f"infini-gram with DeepNet: lambda {chosen[0]:g}, and {chosen[1]:g} where one continuation only was seen (validation)."
 
@@ -88,12 +88,12 @@ def study_baselines(
         "Test accuracy by the frequency of the true token in the datastore, by the distance of the nearest neighbor (fifths), and by "
         f"DeepNet's probability of its prediction. Gain over DeepNet on all tokens, with 95% intervals: {gains}. {notes}"
     )
-    return write_study(workdir, "baselines", title="Baselines, and where they differ (section 3.2)", text=text, rows=rows, draw=draw)
+    return write_study(run, "baselines", title="Baselines, and where they differ (section 3.2)", text=text, rows=rows, draw=draw)
 
 
-def _predicted(workdir: AnyPath, test: SplitScorer) -> tuple[dict[str, Bool[np.ndarray, " tokens"]], float]:
+def _predicted(run: Run, test: SplitScorer) -> tuple[dict[str, Bool[np.ndarray, " tokens"]], float]:
     """Which tokens each method of the results gets right, by its title; and ResMem's sigma."""
-    methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
+    methods = read_json(run.results)["splits"]["test"]["methods"]
     settings = {METHOD_TITLES[name]: Setting.of(formula, methods[name]["hyperparameters"]) for name, formula in FORMULAS.items()}
     settings = {METHOD_TITLES["deepnet"]: DEEPNET} | settings
     found = test.predict(sorted(set(settings.values())))
@@ -132,11 +132,11 @@ def _groups(test: SplitScorer, datastore: Datastore) -> Iterator[tuple[str, str,
 
 
 def _infinigram(
-    workdir: AnyPath, datastore: Datastore, scorers: dict[str, SplitScorer], lambdas: list[float]
+    run: Run, datastore: Datastore, scorers: dict[str, SplitScorer], lambdas: list[float]
 ) -> tuple[Bool[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"], tuple[float, float]]:
     """Which test tokens the infinity-gram model gets right, alone and with DeepNet, and the two weights chosen on validation."""
-    vocabulary, folder = load_vocabulary(workdir), local_path(workdir) / "derived" / "baselines" / "infini-gram"
-    checksum = read_json(workdir / "stages" / "build.json")["result"]["manifest"]
+    vocabulary, folder = load_vocabulary(run), local_path(run.path) / "derived" / "baselines" / "infini-gram"
+    checksum = run.record("build")["result"]["manifest"]
     made = folder / "made.json"
     if not made.exists() or read_json(made) != {"datastore": checksum}:
         remove(folder)
@@ -146,7 +146,7 @@ def _infinigram(
     def mixed(split: str) -> tuple[Continuations, Mixture]:
         q = scorers[split].queries
         log_z = np.asarray(q.log_partition)[:, scorers[split].unit_number]
-        found = infinigram.continuations(folder, vocabulary.eos_id, vocabulary.encode_documents(query_documents(workdir, split)))
+        found = infinigram.continuations(folder, vocabulary.eos_id, vocabulary.encode_documents(query_documents(run, split)))
         return found, infinigram.mixture(found, np.asarray(q.candidate_ids), np.exp(np.asarray(q.candidate_logits) - log_z[:, None]))
 
     (_, validation), targets = mixed("validation"), scorers["validation"].queries.tokens

@@ -28,8 +28,8 @@ from resmem_lm.report.tables import hyperparameters, interval
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.text.shards import QUERY_SPLITS, position, read_shard, shard_paths
 from resmem_lm.workdir.artifacts import find_record, folder_of, publish
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, read_json, remove, sha256, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, read_json, remove, sha256, write_json
 
 FOLDER, ENCODED = "derived/datastore-size", "queries"
 COMPARED = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
@@ -58,11 +58,11 @@ def fraction_of(datastore: Datastore, fraction: float) -> Datastore:
     return Datastore(datastore.folder, datastore.manifest | {"shards": shards})
 
 
-def _encode(workdir: AnyPath, worker: EncodingWorker, split: str, provenance: Record) -> dict[str, ShardedArray]:
+def _encode(run: Run, worker: EncodingWorker, split: str, provenance: Record) -> dict[str, ShardedArray]:
     """Keys and hidden states of a split's tokens, a shard of documents at a time as in the search."""
-    folder, records = workdir / FOLDER / ENCODED, []
+    folder, records = run.path / FOLDER / ENCODED, []
     folder.mkdir(parents=True, exist_ok=True)
-    for path in shard_paths(workdir, split):
+    for path in shard_paths(run, split):
         name = path.name.removesuffix(".jsonl")
         if not find_record(folder, name, provenance):
             tokens = worker.vocabulary.encode_documents(read_shard(path))
@@ -72,9 +72,9 @@ def _encode(workdir: AnyPath, worker: EncodingWorker, split: str, provenance: Re
     return {file.removesuffix(".npy"): ShardedArray([load_array(folder_of(folder, record) / file) for record in records]) for file in FILES}
 
 
-def _search(workdir: AnyPath, part: Datastore, model: Model, cached: Queries, encoded: dict[str, ShardedArray]) -> Queries:
+def _search(run: Run, part: Datastore, model: Model, cached: Queries, encoded: dict[str, ShardedArray]) -> Queries:
     """A split's queries with their neighbors in a part of the datastore."""
-    rows, distances = search_shards(workdir, part, np.asarray(encoded["keys"]), cached.rows.shape[1])
+    rows, distances = search_shards(run, part, np.asarray(encoded["keys"]), cached.rows.shape[1])
     neighbor_tokens = part.take("tokens", np.maximum(rows, 0))
     described = deepnet_outputs(model, part, np.asarray(encoded["hidden"]), cached.tokens, neighbor_tokens)
     arrays = [rows, distances, neighbor_tokens, *(np.concatenate(blocks) for blocks in zip(*described, strict=True))]
@@ -91,7 +91,7 @@ def _recall(part: Datastore, keys: ShardedArray, rows: ShardedArray, sample: int
 
 @study(name="datastore-size", after=("search", "build", "train", "index"))
 def study_datastore_size(
-    workdir: AnyPath,
+    run: Run,
     *,
     fractions: tuple[float, ...] | list[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     ks: tuple[int, ...] | list[int] = (8, 50),
@@ -120,8 +120,8 @@ def study_datastore_size(
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(f"{name}.fractions = {fractions}: take numbers above 0 and up to 1")
     check_least(name, 1, recall_queries=recall_queries)
-    datastore = open_datastore(workdir / "datastore")
-    cached = {split: open_queries(workdir, split) for split in QUERY_SPLITS}
+    datastore = open_datastore(run.datastore)
+    cached = {split: open_queries(run, split) for split in QUERY_SPLITS}
     searched = cached["test"].rows.shape[1]
     usable = [k for k in ks if 1 <= k <= searched]
     known = [temperature for temperature in temperatures if temperature in datastore.binding.temperatures]
@@ -132,7 +132,7 @@ def study_datastore_size(
         )
     paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
     files = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
-    provenance: Record = {what: sha256(workdir / file) for what, file in files.items()}
+    provenance: Record = {what: sha256(run.path / file) for what, file in files.items()}
     tried: Record = {
         "methods": list(COMPARED),
         "ks": usable,
@@ -144,16 +144,14 @@ def study_datastore_size(
 
     @functools.cache
     def encoded() -> tuple[Model, dict[str, dict[str, ShardedArray]]]:
-        worker = EncodingWorker(workdir, datastore.binding, query_head)
-        return worker.model, {split: _encode(workdir, worker, split, provenance) for split in QUERY_SPLITS}
+        worker = EncodingWorker(run, datastore.binding, query_head)
+        return worker.model, {split: _encode(run, worker, split, provenance) for split in QUERY_SPLITS}
 
     def gains(fraction: float) -> Record:
         model, queries = encoded()
         part = fraction_of(datastore, fraction)
         scorers = {
-            split: SplitScorer(
-                f"{split}, {fraction:.4g} of the datastore", _search(workdir, part, model, cached[split], queries[split]), part
-            )
+            split: SplitScorer(f"{split}, {fraction:.4g} of the datastore", _search(run, part, model, cached[split], queries[split]), part)
             for split in QUERY_SPLITS
         }
         validation, test = scorers["validation"], scorers["test"]
@@ -180,7 +178,7 @@ def study_datastore_size(
 
     rows: list[Record] = []
     for fraction in sorted(set(fractions)):
-        path = workdir / FOLDER / f"fraction-{fraction!r}.json"
+        path = run.path / FOLDER / f"fraction-{fraction!r}.json"
         with contextlib.suppress(DamagedError):  # also where it is not there
             done = read_json(path)
             if done["provenance"] == provenance and done["tried"] == tried:
@@ -189,7 +187,7 @@ def study_datastore_size(
         row = gains(fraction)
         write_json(path, {"provenance": provenance, "tried": tried, "row": row})
         rows.append(row)
-    remove(workdir / FOLDER / ENCODED)
+    remove(run.path / FOLDER / ENCODED)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -205,4 +203,4 @@ def study_datastore_size(
         "Calibrated ResMem with those chosen on validation for each part; Adaptive ResMem with ResMem's sigma and a gate fitted there too. "
         f"Recall@k, against exact search in the same part, is of {min(recall_queries, len(cached['test'].tokens)):,} test tokens."
     )
-    return write_study(workdir, "datastore-size", title="Size of the datastore (Figure 3a)", text=text, rows=rows, draw=draw)
+    return write_study(run, "datastore-size", title="Size of the datastore (Figure 3a)", text=text, rows=rows, draw=draw)

@@ -12,8 +12,8 @@ from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.report.tables import METHOD_TITLES, interval
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.text.shards import QUERY_SPLITS
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, read_json
 
 TITLES: dict[Formula, str] = {"resmem": "ResMem", "knnlm": "kNN-LM"}
 
@@ -37,7 +37,7 @@ def choose(right: dict[Setting, int], both: dict[Setting, int], deepnet: int, to
 
 @study(name="decomposition")
 def study_decomposition(
-    workdir: AnyPath,
+    run: Run,
     *,
     ks: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 50),
     sigmas: tuple[float, ...] | list[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -57,8 +57,8 @@ def study_decomposition(
     Raises:
         UserError: nothing usable to try.
     """
-    datastore = open_datastore(workdir / "datastore")
-    scorers = {split: SplitScorer(split, open_queries(workdir, split), datastore) for split in QUERY_SPLITS}
+    datastore = open_datastore(run.datastore)
+    scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     usable = [k for k in ks if 1 <= k <= scorers["test"].queries.rows.shape[1]]
     known = [temperature for temperature in temperatures if temperature in datastore.binding.temperatures]
     if not (usable and known and sigmas and min(sigmas) > 0 and lambdas and min(lambdas) >= 0 and min(lambdas) < 1):
@@ -97,11 +97,11 @@ def study_decomposition(
         for (formula, rule), setting in chosen.items()
         if setting
     ]
-    methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
+    methods = read_json(run.results)["splits"]["test"]["methods"]
     for name, rule in (("resmem_calibrated", "least perplexity"), ("resmem_adaptive", "fitted")):
         rows.append(row(METHOD_TITLES[name], rule, methods[name], methods[name]["hyperparameters"]))
     text = (
         "Tokens that DeepNet gets wrong and the method right (TPR), the reverse (FPR), and their difference, on test; hyperparameters are "
         "chosen on validation, by the largest gain or by the largest TPR among those with a small FPR, or as the last two say."
     )
-    return write_study(workdir, "decomposition", title="What is corrected and what is spoilt (Table 2)", text=text, rows=rows, draw=None)
+    return write_study(run, "decomposition", title="What is corrected and what is spoilt (Table 2)", text=text, rows=rows, draw=None)

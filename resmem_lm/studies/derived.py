@@ -9,44 +9,42 @@ from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
 from beam_pipelines.search_neighbors import search
 from resmem_lm.evaluation.evaluate import evaluate
-from resmem_lm.workdir.stages import Record, finished
-from resmem_lm.workdir.storage import AnyPath, files_below, inside, read_json, remove, write_bytes, write_json
-
-OUTPUTS = {"documents": ("documents",), "vocabulary": ("vocabulary",), "train": ("checkpoints", "metrics"), "build": ("datastore",)}
+from resmem_lm.workdir.run import Run, output_of
+from resmem_lm.workdir.storage import Record, files_below, inside, read_json, remove, write_bytes, write_json
 
 
-def derive(workdir: AnyPath, name: str, stages: tuple[str, ...]) -> AnyPath:
+def derive(run: Run, name: str, stages: tuple[str, ...]) -> Run:
     """WORKDIR/derived/NAME, with copies of what these stages wrote. One that was made from other results is made anew.
 
     Args:
-        workdir: of a finished run.
+        run: of a finished run.
         name: of the derived one, such as "model-size/emb-64".
         stages: those in common: "documents", "vocabulary", "train", "build".
 
     Raises:
-        UserError: one of the stages has not finished in `workdir`.
+        UserError: one of the stages has not finished in `run`.
     """
-    target = workdir / "derived" / name
-    records = {stage: finished(workdir, stage) for stage in stages}
-    places = {stage: target / "stages" / f"{stage}.json" for stage in stages}
+    target = Run(run.derived / name)
+    records = {stage: run.finished(stage) for stage in stages}
+    places = {stage: target.record_path(stage) for stage in stages}
     changed = any(place.exists() and read_json(place) != records[stage] for stage, place in places.items())
     # `build --append` adds documents, of which their stage's record does not tell.
-    ours, copied = (folder / "documents" / "manifest.json" for folder in (workdir, target))
+    ours, copied = (some.documents / "manifest.json" for some in (run, target))
     if changed or ("documents" in stages and copied.exists() and read_json(copied) != read_json(ours)):
-        remove(target)
+        remove(target.path)
     for stage, place in places.items():
         if place.exists():
             continue
-        for output in OUTPUTS[stage]:
-            for file in files_below(workdir / output):
-                write_bytes(target / inside(file, workdir), file.read_bytes())
+        for output in output_of(stage).paths:
+            for file in files_below(run.path / output):
+                write_bytes(target.path / inside(file, run.path), file.read_bytes())
         write_json(place, records[stage])
     return target
 
 
-def settings_of(workdir: AnyPath, stage: str) -> Record:
+def settings_of(run: Run, stage: str) -> Record:
     """With what a finished stage was run, as JSON has it."""
-    settings: Record = finished(workdir, stage)["settings"]
+    settings: Record = run.finished(stage)["settings"]
     return settings
 
 
@@ -55,16 +53,16 @@ def checkpoint_steps(steps: int) -> int:
     return max(1, min(1000, steps // 4))
 
 
-def build_and_evaluate(workdir: AnyPath, target: AnyPath, **build: Any) -> Record:
+def build_and_evaluate(run: Run, target: Run, **build: Any) -> Record:
     """Builds, indexes, searches and evaluates in a derived work directory as in the finished run; returns its results.
 
     Args:
-        workdir: the finished run.
+        run: the finished run.
         target: the derived one, with documents, vocabulary and checkpoint.
         build: settings of `build_datastore` that differ from those of the run.
     """
-    build_datastore(target, **settings_of(workdir, "build") | build)
-    build_index(target, **settings_of(workdir, "index"))
-    search(target, **settings_of(workdir, "search"))
-    evaluate(target, **settings_of(workdir, "evaluate"))
-    return read_json(target / "results.json")
+    build_datastore(target, **settings_of(run, "build") | build)
+    build_index(target, **settings_of(run, "index"))
+    search(target, **settings_of(run, "search"))
+    evaluate(target, **settings_of(run, "evaluate"))
+    return read_json(target.results)

@@ -9,12 +9,12 @@ from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, read_json
 
 
 @study(name="examples")
-def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> Record:
+def study_examples(run: Run, *, examples: int = 300, near: int = 5) -> Record:
     """Test tokens that DeepNet gets wrong and ResMem right, drawn at random among those whose token is nearly DeepNet's.
 
     ResMem has the hyperparameters that `evaluate` chose.
@@ -29,8 +29,8 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
     check_least("study_examples", 1, examples=examples)
     if not 2 <= near <= BASE_CANDIDATES:
         raise UserError(f"study_examples.near = {near}: take 2 to {BASE_CANDIDATES} (a token that DeepNet gets wrong is not its first)")
-    datastore, queries = open_datastore(workdir / "datastore"), open_queries(workdir, "test")
-    chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
+    datastore, queries = open_datastore(run.datastore), open_queries(run, "test")
+    chosen = read_json(run.results)["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     setting = Setting.of("resmem", chosen)
     scorer = SplitScorer("test", queries, datastore)
     found = scorer.predict(sorted({DEEPNET, setting}))
@@ -45,7 +45,7 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
     shown: list[Record] = [
         example | {"rank": ranks[int(query)], "probability": float(np.exp(value))}
         for query, value, example in zip(
-            drawn, log_probability, corrected_tokens(workdir, queries, datastore, setting, deepnet, corrected, drawn), strict=True
+            drawn, log_probability, corrected_tokens(run, queries, datastore, setting, deepnet, corrected, drawn), strict=True
         )
     ]
     rows: list[Record] = [
@@ -69,4 +69,4 @@ def study_examples(workdir: AnyPath, *, examples: int = 300, near: int = 5) -> R
         "hyperparameters chosen on validation; the neighbors are those that add most to the token, and the weights of all k sum to 1."
     )
     title = "Wrong but near: examples (Figure 2)"
-    return write_study(workdir, "examples", title=title, text=text, rows=rows, draw=None, examples=shown)
+    return write_study(run, "examples", title=title, text=text, rows=rows, draw=None, examples=shown)

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epy
 from jaxtyping import Bool, Float, Int
 
 from resmem_lm.errors import UserError
 from resmem_lm.workdir.progress import progress
+
+with epy.lazy_imports():
+    from infini_gram import engine as engine_module
 
 SEPARATOR = 2**16 - 1  # infini-gram's, before each document
 CONTEXT = 64  # tokens of the end of a context that are looked up; longer repetitions decide nothing else
@@ -61,9 +65,7 @@ def build(folder: Path, documents: Iterable[Int[np.ndarray, "_"]]) -> None:
 
 def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, "_"]]) -> Continuations:
     """What follows the context of every token of some documents, in order; a document's beginning is part of the context."""
-    from infini_gram.engine import InfiniGramEngine
-
-    engine: Any = InfiniGramEngine(index_dir=str(folder), eos_token_id=eos, load_to_ram=True)
+    engine: Any = engine_module.InfiniGramEngine(index_dir=str(folder), eos_token_id=eos, load_to_ram=True)
     count = sum(map(len, documents))
     tokens, shares = np.full((count, TOKENS), -1, np.int32), np.zeros((count, TOKENS), np.float32)
     sparse = np.zeros(count, bool)

@@ -6,17 +6,20 @@ import sys
 from collections.abc import Sequence
 
 import jax
+from etils import epy
 
 from resmem_lm.errors import UserError
 from resmem_lm.model.config import ModelConfig
-from resmem_lm.model.decoder import init_parameters
 from resmem_lm.model.train import train
 from resmem_lm.report.plots import Figure, line
 from resmem_lm.report.tables import interval
 from resmem_lm.studies.derived import build_and_evaluate, checkpoint_steps, derive, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir.stages import Record, current
-from resmem_lm.workdir.storage import AnyPath, read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, read_json
+
+with epy.lazy_imports():
+    from resmem_lm.model import decoder
 
 LINES = {"deepnet": "DeepNet", "resmem_paper": "ResMem (paper)", "resmem": "ResMem", "resmem_adaptive": "Adaptive ResMem"}
 
@@ -29,7 +32,7 @@ def resized(model: ModelConfig, width: int) -> ModelConfig:
 
 def count_parameters(model: ModelConfig) -> int:
     """Of the whole model, embedding included."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_parameters(model, 0))))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: decoder.init_parameters(model, 0))))
 
 
 def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int, accuracy: float) -> str:
@@ -52,7 +55,7 @@ def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int,
 
 
 @study(name="model-size")
-def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = (64, 256)) -> Record:
+def study_model_size(run: Run, *, widths: tuple[int, ...] | list[int] = (64, 256)) -> Record:
     """Test accuracy of DeepNet and ResMem for the run's model and for others, trained, indexed and evaluated alike.
 
     Each is a work directory of its own, WORKDIR/derived/model-size/emb-WIDTH, with a datastore as large as the run's.
@@ -65,23 +68,23 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
     """
     if not widths or min(widths) < 1:
         raise UserError(f"study_model_size.widths = {widths}: take one or more widths, of 1 or more")
-    settings = settings_of(workdir, "train")
+    settings = settings_of(run, "train")
     if "steps" not in settings:
         raise UserError(
-            f"{workdir} took its checkpoint from elsewhere, and the study model-size trains other models as that one was: "
+            f"{run} took its checkpoint from elsewhere, and the study model-size trains other models as that one was: "
             "take the --workdir of a run that trained its own, without CHECKPOINT"
         )
-    if "evaluate" not in current(workdir):
-        raise UserError(f"{workdir}: the evaluation is of another datastore than this one: run `resmem index` and `resmem evaluate` first")
+    if "evaluate" not in run.current():
+        raise UserError(f"{run}: the evaluation is of another datastore than this one: run `resmem index` and `resmem evaluate` first")
     own = ModelConfig(**settings["model"])
-    found = [(own, read_json(workdir / "results.json"))]
+    found = [(own, read_json(run.results))]
     others = sorted(set(widths) - {own.emb_dim})
     for number, width in enumerate(others, start=1):
         print(f"model-size: emb {width} ({number} of {len(others)})", file=sys.stderr, flush=True)
-        derived, model = derive(workdir, f"model-size/emb-{width}", ("documents", "vocabulary")), resized(own, width)
+        derived, model = derive(run, f"model-size/emb-{width}", ("documents", "vocabulary")), resized(own, width)
         train(derived, **settings | {"model": model, "checkpoint_steps": checkpoint_steps(settings["steps"])})
-        dimensions = settings_of(workdir, "build")["key_dimensions"]
-        found.append((model, build_and_evaluate(workdir, derived, key_dimensions=dimensions and min(dimensions, width))))
+        dimensions = settings_of(run, "build")["key_dimensions"]
+        found.append((model, build_and_evaluate(run, derived, key_dimensions=dimensions and min(dimensions, width))))
 
     found.sort(key=lambda pair: count_parameters(pair[0]))
     parameters = [count_parameters(model) for model, _ in found]
@@ -119,4 +122,4 @@ def study_model_size(workdir: AnyPath, *, widths: tuple[int, ...] | list[int] = 
         "chosen on validation, to which the gain belongs. Equals a DeepNet of: the size at which the DeepNet line, linear in the logarithm "
         "of the size, reaches ResMem's accuracy, as a multiple of the model's own."
     )
-    return write_study(workdir, "model-size", title="Size of the model (Figure 3b, Table 1)", text=text, rows=rows, draw=draw)
+    return write_study(run, "model-size", title="Size of the model (Figure 3b, Table 1)", text=text, rows=rows, draw=draw)

@@ -19,8 +19,8 @@ from resmem_lm.report.plots import INK, Figure, line
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.studies.derived import derive, settings_of
 from resmem_lm.studies.study import study, write_study
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, read_json, remove
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, read_json, remove
 
 
 class Kept(NamedTuple):
@@ -57,21 +57,21 @@ def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], en
     )
 
 
-def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datastore:
+def with_entries(run: Run, datastore: Datastore, entries: int) -> Datastore:
     """The datastore's rows with so many entries or more, made once in WORKDIR/derived/residual-size; one that was interrupted goes on."""
     mend = f"take study_residual_size.sizes up to {datastore.binding.entries}"
     if datastore.live_rows < datastore.rows:
         raise UserError(f"{datastore.folder} has rows of deleted documents, whose text is gone: run `resmem compact` first, or {mend}")
-    derived, settings = derive(workdir, "residual-size", ("documents", "vocabulary", "train")), settings_of(workdir, "build")
-    record = derived / "stages" / "build.json"
+    derived, settings = derive(run, "residual-size", ("documents", "vocabulary", "train")), settings_of(run, "build")
+    record = derived.record_path("build")
     held = read_json(record)["settings"] if record.exists() else {}
     if held.get("entries", 0) >= entries and held == settings | {"entries": held["entries"]}:
         entries = held["entries"]
     else:
-        for place in (derived / "datastore", record):
+        for place in (derived.datastore, record):
             remove(place)
     build_datastore(derived, **settings | {"entries": entries})
-    made = open_datastore(derived / "datastore")
+    made = open_datastore(derived.datastore)
     # Neighbors are cached by row: rows in another order would put other tokens there.
     if not np.array_equal(np.asarray(made.array("tokens")), np.asarray(datastore.array("tokens"))):
         raise UserError(f"{made.folder} has other rows than {datastore.folder}: delete {derived} and run the study again, or {mend}")
@@ -79,7 +79,7 @@ def with_entries(workdir: AnyPath, datastore: Datastore, entries: int) -> Datast
 
 
 @study(name="residual-size")
-def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) -> Record:
+def study_residual_size(run: Run, *, sizes: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) -> Record:
     """Test accuracy with the largest entries of each residual only, at the paper's k, sigma, T and lambda.
 
     Where more entries are asked for than the datastore holds, its rows are made again with so many, in WORKDIR/derived/residual-size.
@@ -90,15 +90,15 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
     Raises:
         UserError: no usable size, or rows that can no more be made again because documents were deleted.
     """
-    datastore = open_datastore(workdir / "datastore")
-    vocabulary = read_json(workdir / "checkpoints" / "model.json")["config"]["vocab_size"]
+    datastore = open_datastore(run.datastore)
+    vocabulary = read_json(run.checkpoints / "model.json")["config"]["vocab_size"]
     usable = sorted({size for size in sizes if 1 <= size <= vocabulary})
     if not usable:
         raise UserError(f"study_residual_size.sizes = {sizes}: take numbers from 1 to {vocabulary}")
     if usable[-1] > datastore.binding.entries:
-        datastore = with_entries(workdir, datastore, usable[-1])
-    queries = open_queries(workdir, "test")
-    chosen = read_json(workdir / "results.json")["splits"]["test"]["methods"]["resmem_paper"]["hyperparameters"]
+        datastore = with_entries(run, datastore, usable[-1])
+    queries = open_queries(run, "test")
+    chosen = read_json(run.results)["splits"]["test"]["methods"]["resmem_paper"]["hyperparameters"]
     fixed = sum(
         array.itemsize * int(np.prod(array.shape[1:]))
         for name in ARRAYS
@@ -109,13 +109,13 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
     rows: list[Record] = []
     for size in usable:
         scorer = SplitScorer("test", queries, datastore, entries=size)
-        run = jax.jit(predict_with, static_argnames=("k", "sigma", "lambda_", "unit"))
+        predict = jax.jit(predict_with, static_argnames=("k", "sigma", "lambda_", "unit"))
         right, sure = 0, 0
         for some, candidates, neighbors in scorer.blocks(f"{size} entries"):
             places = np.arange(some.start, some.stop)
             dropped = largest_dropped(datastore, np.maximum(queries.rows[places], 0), size)
             padded = np.pad(dropped, ((0, len(candidates.ids) - len(places)), (0, 0)))
-            kept = run(
+            kept = predict(
                 candidates, neighbors, jnp.asarray(padded), chosen["k"], float(chosen["sigma"]), float(chosen["lambda"]), scorer.unit_number
             )
             right += int(np.sum(np.asarray(kept.predictions)[: len(places)] == queries.tokens[some]))
@@ -145,4 +145,4 @@ def study_residual_size(workdir: AnyPath, *, sizes: tuple[int, ...] | list[int] 
         "ResMem with the paper's hyperparameters, its rows cut to their largest entries. Certified: the share of tokens whose prediction "
         "is proved to be that of all entries, in the datastore's codes, because the winner leads by more than what was dropped can change."
     )
-    return write_study(workdir, "residual-size", title="Size of the residual (appendix C)", text=text, rows=rows, draw=draw)
+    return write_study(run, "residual-size", title="Size of the residual (appendix C)", text=text, rows=rows, draw=draw)

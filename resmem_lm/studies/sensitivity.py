@@ -16,8 +16,8 @@ from resmem_lm.report.plots import INK, Figure, line
 from resmem_lm.report.tables import hyperparameters
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.text.shards import QUERY_SPLITS
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record, read_json
 
 AXES = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda_"}
 # Names in results.json, and in the table and the plot.
@@ -37,7 +37,7 @@ def _varied(setting: Setting, axis: str, value: int | float) -> Setting:
 
 @study(name="sensitivity")
 def study_sensitivity(
-    workdir: AnyPath,
+    run: Run,
     *,
     ks: tuple[int, ...] | list[int] = (1, 2, 4, 8, 16, 32, 50),
     sigmas: tuple[float, ...] | list[float] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -64,11 +64,11 @@ def study_sensitivity(
         zero = name in ("lambdas", "boosts")
         if not some or min(some) < 0 or (min(some) == 0 and not zero):
             raise UserError(f"study_sensitivity.{name} = {some}: take one or more numbers, {'0 or more' if zero else 'above 0'}")
-    datastore = open_datastore(workdir / "datastore")
-    queries = {split: open_queries(workdir, split) for split in QUERY_SPLITS}
+    datastore = open_datastore(run.datastore)
+    queries = {split: open_queries(run, split) for split in QUERY_SPLITS}
     test = SplitScorer("test", queries["test"], datastore)
     targets, searched = np.asarray(test.queries.tokens), test.queries.rows.shape[1]
-    methods = read_json(workdir / "results.json")["splits"]["test"]["methods"]
+    methods = read_json(run.results)["splits"]["test"]["methods"]
     values: dict[str, list[int] | list[float]] = {
         "k": sorted({k for k in ks if k <= searched}),
         "sigma": sorted(sigmas),
@@ -130,4 +130,4 @@ def study_sensitivity(
         "ResMem has neither T nor lambda; its gate is fitted anew on validation for each k (the nearest of the neighbors) and sigma."
     )
     text += " Calibrated ResMem's lambda is a factor in the logits, and not to be compared with the others'." if form == "boosted" else ""
-    return write_study(workdir, "sensitivity", title="Sensitivity (Figures 5 and 6)", text=text, rows=rows, draw=draw)
+    return write_study(run, "sensitivity", title="Sensitivity (Figures 5 and 6)", text=text, rows=rows, draw=draw)

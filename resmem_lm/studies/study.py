@@ -3,23 +3,22 @@
 import csv
 import io
 from collections.abc import Callable
-from typing import ParamSpec
 
 from resmem_lm.report.plots import Figure, to_svg
-from resmem_lm.workdir.stages import Record, Stage, stage
-from resmem_lm.workdir.storage import AnyPath, sha256, write_bytes, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import Stage, stage
+from resmem_lm.workdir.storage import Record, sha256, write_bytes, write_json
 
-P = ParamSpec("P")
 NEEDS = ("search", "build", "train", "evaluate")
 
 
-def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[P, Record]], Stage[P]]:
+def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[..., Record]], Stage]:
     """Makes a function the study `name`: a stage that writes WORKDIR/studies/NAME and is done again when its settings or inputs change."""
-    return stage(name=f"study-{name}", output=f"studies/{name}/results.json", beside=f"studies/{name}", after=after, redo=True)
+    return stage(name=f"study-{name}", after=after, policy="redo")
 
 
 def write_study(
-    workdir: AnyPath,
+    run: Run,
     name: str,
     *,
     title: str,
@@ -31,7 +30,7 @@ def write_study(
     """Writes results.json, table.csv and figure.svg; returns the checksum of the numbers.
 
     Args:
-        workdir: of the study.
+        run: of the study.
         name: of the study.
         title: of its section, with the paper's figure or table.
         text: what is to be seen, in a paragraph.
@@ -39,7 +38,7 @@ def write_study(
         draw: draws into an empty figure; None for no plot.
         examples: shown in the report in place of the table, to be searched.
     """
-    folder = workdir / "studies" / name
+    folder = run.studies / name
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]) if rows else [])
     writer.writeheader()

@@ -31,8 +31,8 @@ from resmem_lm.errors import UserError, check_least
 from resmem_lm.report.plots import INK, Figure, line
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir.progress import progress
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import Record
 
 PREDICTORS = ("DeepNet", "nearest neighbor", "ResMem")
 
@@ -99,7 +99,7 @@ def predicted(method: str, n: int, d: int, bound: float) -> float:
 
 @study(name="theory", after=())
 def study_theory(
-    workdir: AnyPath,
+    run: Run,
     *,
     sizes: tuple[int, ...] | list[int] = (100, 300, 1000, 3000, 10_000, 30_000),
     dimensions: tuple[int, ...] | list[int] = (2, 4, 8),
@@ -182,4 +182,4 @@ def study_theory(
         "predictions are derived in resmem_lm/studies/theory.py; the formula of the paper's Theorem 5.3 could not be verified, and nothing "
         "is compared with it."
     )
-    return write_study(workdir, "theory", title="Linear regression (section 5)", text=text, rows=rows, draw=draw)
+    return write_study(run, "theory", title="Linear regression (section 5)", text=text, rows=rows, draw=draw)

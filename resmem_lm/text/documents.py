@@ -13,8 +13,9 @@ from resmem_lm.text.duplicates import mark_duplicates
 from resmem_lm.text.shards import SPLITS, position, shard_content, shard_name, write_manifest
 from resmem_lm.text.sources import EMBEDDED, Document, read_documents
 from resmem_lm.workdir.progress import progress
-from resmem_lm.workdir.stages import Record, stage
-from resmem_lm.workdir.storage import AnyPath, new_directory
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import stage
+from resmem_lm.workdir.storage import Record, new_directory
 
 
 def assign_splits(documents: Iterable[Document], *, validation_fraction: float, test_fraction: float) -> Iterator[tuple[str, Document]]:
@@ -47,9 +48,9 @@ def assign_splits(documents: Iterable[Document], *, validation_fraction: float, 
         yield split, document
 
 
-@stage(name="documents", output="documents", replaces="manifest.json")
+@stage(name="documents")
 def prepare_documents(
-    workdir: AnyPath,
+    run: Run,
     *,
     text: str | list[str] | tuple[str, ...] = EMBEDDED,
     group: str | None = None,
@@ -97,7 +98,7 @@ def prepare_documents(
             if not duplicate:
                 yield document
 
-    with new_directory(workdir / "documents") as folder:
+    with new_directory(run.documents) as folder:
         shards_of = {split: shards if split == "train" else 1 for split in SPLITS}
         with contextlib.ExitStack() as opened:
             files = {

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 import numpy as np
+from etils import epy
 from jaxtyping import Int
 
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.vocabulary import Vocabulary
-from resmem_lm.workdir.storage import AnyPath
+from resmem_lm.workdir.run import Run
+
+with epy.lazy_imports():
+    import grain
 
 
 class Batch(TypedDict):
@@ -23,9 +27,9 @@ class Batch(TypedDict):
     decoder_segment_ids: Int[np.ndarray, "batch length"]
 
 
-def split_tokens(workdir: AnyPath, split: str, vocabulary: Vocabulary) -> Iterator[Int[np.ndarray, " tokens"]]:
+def split_tokens(run: Run, split: str, vocabulary: Vocabulary) -> Iterator[Int[np.ndarray, " tokens"]]:
     """The tokens of every document of a split."""
-    for shard in shard_paths(workdir, split):
+    for shard in shard_paths(run, split):
         yield from vocabulary.encode_documents(read_shard(shard))
 
 
@@ -66,9 +70,6 @@ def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: 
 
     Rows are shuffled anew for each pass over them.
     """
-    # Imported here, because it takes a third of a second, and every command imports every stage.
-    import grain
-
     rows = grain.MapDataset.range(packed.shape[1])
     order = rows.seed(seed).shuffle().repeat().batch(batch_size)
     return order.map(lambda row_ids: _batch(packed[:, row_ids]))

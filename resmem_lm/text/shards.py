@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from resmem_lm.errors import UserError
 from resmem_lm.text.sources import Document
-from resmem_lm.workdir.stages import Record
-from resmem_lm.workdir.storage import AnyPath, children, read_json, sha256, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, sha256, write_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -27,9 +27,9 @@ def shard_name(split: str, shard: int, shards: int) -> str:
     return f"{split}-{shard:05d}-of-{shards:05d}.jsonl"
 
 
-def shard_paths(workdir: AnyPath, split: str) -> list[AnyPath]:
+def shard_paths(run: Run, split: str) -> list[AnyPath]:
     """The shards of a split in WORKDIR/documents, in order; of the split "added" those that were added later."""
-    folder = workdir / "documents"
+    folder = run.documents
     return [folder / name for name in read_json(folder / "manifest.json")["files"] if name.startswith(f"{split}-")]
 
 
@@ -66,6 +66,6 @@ def write_manifest(folder: AnyPath, changed: dict[str, bytes] | None = None) -> 
 QUERY_SPLITS = ("validation", "test")
 
 
-def query_documents(workdir: AnyPath, split: str) -> list[Document]:
+def query_documents(run: Run, split: str) -> list[Document]:
     """The documents whose tokens are a split's queries, in order."""
-    return [document for shard in shard_paths(workdir, split) for document in read_shard(shard)]
+    return [document for shard in shard_paths(run, split) for document in read_shard(shard)]

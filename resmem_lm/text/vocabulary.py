@@ -11,8 +11,9 @@ from jaxtyping import Int
 from resmem_lm.errors import UserError
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.sources import Document
-from resmem_lm.workdir.stages import Record, stage
-from resmem_lm.workdir.storage import AnyPath, local_path, sha256, to_path, write_bytes
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.stages import stage
+from resmem_lm.workdir.storage import AnyPath, Record, local_path, sha256, to_path, write_bytes
 
 # Longer lines are passed over by the trainer (its limit is 4,192 bytes).
 TRAINING_LINE_CHARACTERS = 1000
@@ -50,13 +51,13 @@ class Vocabulary:
         return [self._processor.id_to_piece(int(i)).replace("▁", " ") if i < self.size else f"<{i}>" for i in ids]
 
 
-def load_vocabulary(workdir: AnyPath) -> Vocabulary:
+def load_vocabulary(run: Run) -> Vocabulary:
     """The vocabulary of a work directory."""
-    return Vocabulary(workdir / "vocabulary" / "vocabulary.model")
+    return Vocabulary(run.vocabulary / "vocabulary.model")
 
 
-def _training_lines(workdir: AnyPath) -> Iterator[str]:
-    for shard in shard_paths(workdir, "train"):
+def _training_lines(run: Run) -> Iterator[str]:
+    for shard in shard_paths(run, "train"):
         for document in read_shard(shard):
             for line in document.text.splitlines():
                 for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
@@ -78,8 +79,8 @@ def draw_lines(lines: Iterable[str], count: int) -> list[str]:
     return drawn
 
 
-@stage(name="vocabulary", after=("documents",), output="vocabulary")
-def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4096, training_lines: int = 100_000) -> Record:
+@stage(name="vocabulary", after=("documents",))
+def make_vocabulary(run: Run, *, model: str | None = None, size: int = 4096, training_lines: int = 100_000) -> Record:
     """Writes WORKDIR/vocabulary/vocabulary.model.
 
     Args:
@@ -92,7 +93,7 @@ def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4
     """
     if size < 1 or training_lines < 1:
         raise UserError(f"make_vocabulary.size = {size}, training_lines = {training_lines}: take 1 or more of each")
-    target = workdir / "vocabulary" / "vocabulary.model"
+    target = run.vocabulary / "vocabulary.model"
     if model is not None:
         Vocabulary(to_path(model))
         write_bytes(target, to_path(model).read_bytes())
@@ -100,7 +101,7 @@ def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4
         trained = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(draw_lines(_training_lines(workdir), training_lines)),
+                sentence_iterator=iter(draw_lines(_training_lines(run), training_lines)),
                 model_writer=trained,
                 vocab_size=size,
                 pad_id=0,
@@ -116,5 +117,5 @@ def make_vocabulary(workdir: AnyPath, *, model: str | None = None, size: int = 4
             reason = str(error).rpartition("] ")[2].split(" or decrease ")[0]
             raise UserError(f"make_vocabulary.size = {size} does not suit this text: {reason}") from None
         write_bytes(target, trained.getvalue())
-    vocabulary = load_vocabulary(workdir)
+    vocabulary = load_vocabulary(run)
     return {"sha256": vocabulary.sha256, "size": vocabulary.size}

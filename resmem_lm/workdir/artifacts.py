@@ -13,12 +13,9 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from resmem_lm.errors import DamagedError, UserError
-from resmem_lm.workdir.storage import AnyPath, children, read_json, remove, sha256, sizes, upload, write_json
-
-Record = dict[str, Any]
+from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, remove, sha256, sizes, upload, write_json
 
 
 class Attempt:

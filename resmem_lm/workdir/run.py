@@ -9,9 +9,7 @@ import json
 from typing import Any
 
 from resmem_lm.errors import UserError
-from resmem_lm.workdir.storage import AnyPath, children, read_json, sha256, to_path, write_json
-
-Record = dict[str, Any]
+from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, sha256, to_path, write_json
 
 
 @dataclasses.dataclass(frozen=True)

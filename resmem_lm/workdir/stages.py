@@ -12,16 +12,16 @@ import errno
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from typing import Generic, Literal, ParamSpec
+from typing import Any, Literal
 
 import gin
 
 from resmem_lm.errors import UserError
 from resmem_lm.workdir.lock import assert_held, locked
-from resmem_lm.workdir.run import Record, Run, digest, output_of, plain
-from resmem_lm.workdir.storage import AnyPath, children, files_below, inside, read_json, sha256, write_json
+from resmem_lm.workdir.run import Run, digest, output_of, plain
+from resmem_lm.workdir.storage import AnyPath, Record, children, files_below, inside, sha256, write_json
 
-P = ParamSpec("P")
+Function = Callable[..., Record]
 Policy = Literal["refuse", "extend", "redo"]
 
 
@@ -39,14 +39,14 @@ def disk_errors(where: AnyPath) -> Iterator[None]:
         raise
 
 
-class Stage(Generic[P]):
+class Stage:
     """A stage function with its record. A call runs it, skips it or refuses; the result is the function's.
 
     The function takes a `Run` first and keyword-only settings after it. A call also takes the path of the work directory.
     The function returns a JSON object that identifies its output, such as a checksum: later stages record it as their input.
     """
 
-    def __init__(self, function: Callable[P, Record], name: str, after: tuple[str, ...], policy: Policy, free: tuple[str, ...]) -> None:
+    def __init__(self, function: Function, name: str, after: tuple[str, ...], policy: Policy, free: tuple[str, ...]) -> None:
         self.function, self.name, self.after, self.policy, self.free = function, name, after, policy, free
         self.output = output_of(name)
         self.__doc__, self.__name__, self.__module__ = function.__doc__, function.__name__, function.__module__
@@ -66,7 +66,7 @@ class Stage(Generic[P]):
             inputs[name] = digest(record["result"])
         return inputs
 
-    def check(self, run: Run | AnyPath | str, **kwargs: P.kwargs) -> None:
+    def check(self, run: Run | AnyPath | str, **kwargs: Any) -> None:
         """Raise UserError if this stage has begun in the work directory with other settings."""
         run = Run(run)
         settings, record = self._settings(run, kwargs), run.record(self.name)
@@ -82,7 +82,7 @@ class Stage(Generic[P]):
                     f"take another --workdir, or delete {output} and {run.record_path(self.name)}"
                 )
 
-    def __call__(self, run: Run | AnyPath | str, **kwargs: P.kwargs) -> Record:
+    def __call__(self, run: Run | AnyPath | str, **kwargs: Any) -> Record:
         """Run the stage unless it is finished; return its result."""
         run = Run(run)
         self.check(run, **kwargs)
@@ -119,7 +119,7 @@ class Stage(Generic[P]):
         start = time.monotonic()
         with disk_errors(run.path):
             write_json(path, record)
-            result: Record = plain(self.function(run, **kwargs))  # type: ignore[arg-type]
+            result: Record = plain(self.function(run, **kwargs))
             assert_held(run.path)
             facts = {"finished": True, "seconds": time.monotonic() - start, "result": result, "files": self._files(run)}
             write_json(path, record | facts)
@@ -134,9 +134,7 @@ class Stage(Generic[P]):
         return {inside(file, run.path): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in found}
 
 
-def stage(
-    *, name: str, after: tuple[str, ...] = (), policy: Policy = "refuse", free: tuple[str, ...] = ()
-) -> Callable[[Callable[P, Record]], Stage[P]]:
+def stage(*, name: str, after: tuple[str, ...] = (), policy: Policy = "refuse", free: tuple[str, ...] = ()) -> Callable[[Function], Stage]:
     """Make a function the stage `name`, which gin knows by the function's name.
 
     Args:
@@ -146,7 +144,7 @@ def stage(
         free: settings that do not change the output (how often to save, where to run) and may differ between runs.
     """
 
-    def wrap(function: Callable[P, Record]) -> Stage[P]:
+    def wrap(function: Function) -> Stage:
         gin.register(function.__name__, module="resmem_lm", denylist=["run"])(function)
         return Stage(function, name, after, policy, free)
 

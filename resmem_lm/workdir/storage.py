@@ -21,6 +21,7 @@ from upath import UPath
 from resmem_lm.errors import DamagedError, UserError
 
 AnyPath = Path | UPath
+Record = dict[str, Any]  # a JSON object
 CHECKSUM = "checksum"
 
 

@@ -13,6 +13,7 @@ from beam_pipelines.runner import LOCAL_RUNNER
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 from tests.tiny import arguments, shard_folder
 
@@ -96,8 +97,8 @@ def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
 
 def _encode_again(workdir):
     """A second attempt at every shard, as a runner that repeats a bundle makes it."""
-    encode = pipeline.EncodeShard(str(workdir), open_datastore(workdir / "datastore").binding)
-    worker, units = encode.setup(), pipeline.units_of(workdir, None)
+    encode = pipeline.EncodeShard(Run(str(workdir)), open_datastore(workdir / "datastore").binding)
+    worker, units = encode.setup(), pipeline.units_of(Run(workdir), None)
     assert [name for unit in units for name in encode.process(unit, worker)] == SHARDS
 
 

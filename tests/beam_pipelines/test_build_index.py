@@ -4,12 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance.append import append
 
 from beam_pipelines.build_index import build_index
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.append import append
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.open_index import index_manifest, open_index
+from resmem_lm.workdir.run import Run
 from tests.tiny import index_memory_gib, shard_folder, write_corpus
 
 
@@ -37,10 +38,10 @@ def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kin
     found = build_index(unindexed, kind=kind, memory_gib=index_memory_gib(unindexed, fit, kind))
     datastore = open_datastore(unindexed / "datastore")
     assert [shard["rows"] for shard in found["shards"]] == [datastore.part(*group).rows for group in groups]
-    manifest = index_manifest(unindexed, datastore)
+    manifest = index_manifest(Run(unindexed), datastore)
     assert sorted(shard["folder"] for shard in manifest["shards"]) == folders(unindexed)
     for number, (first, _) in enumerate(groups):
-        index, first_row = open_index(unindexed, datastore, manifest, number)
+        index, first_row = open_index(Run(unindexed), datastore, manifest, number)
         keys = index.datastore.keys(np.arange(30))
         rows, distances = index.search(keys, 1)
         assert first_row == datastore.offsets[first]
@@ -60,13 +61,13 @@ def test_only_what_holds_new_shards_is_made_again(unindexed, tmp_path):
     build_index(unindexed, memory_gib=memory_gib)
     before = folders(unindexed)
     write_corpus(tmp_path / "more.jsonl", documents=70)
-    assert append(unindexed, str(tmp_path / "more.jsonl"))["added"] > 0
+    assert append(Run(unindexed), str(tmp_path / "more.jsonl"))["added"] > 0
     with pytest.raises(UserError, match="made from another datastore: run `resmem index`"):
-        index_manifest(unindexed, open_datastore(unindexed / "datastore"))
+        index_manifest(Run(unindexed), open_datastore(unindexed / "datastore"))
     build_index(unindexed, memory_gib=memory_gib)
     assert len(before) == 3
     assert set(before) < set(folders(unindexed))
-    index_manifest(unindexed, open_datastore(unindexed / "datastore"))
+    index_manifest(Run(unindexed), open_datastore(unindexed / "datastore"))
 
 
 def test_what_a_killed_run_left_is_taken_over_or_away(unindexed):

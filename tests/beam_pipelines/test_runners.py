@@ -11,9 +11,8 @@ from botocore.exceptions import ClientError
 from beam_pipelines import runner
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
-from beam_pipelines.runner import LOCAL_RUNNER, arguments_of
+from beam_pipelines.runner import LOCAL_RUNNER, arguments_of, run_units
 from beam_pipelines.search_neighbors import search
-from beam_pipelines.work import run_units
 from resmem_lm.cli import main
 from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.evaluation.neighbors import open_queries, recall
@@ -24,6 +23,7 @@ from resmem_lm.memory.schema import ARRAYS, COUNTERS
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 from tests.tiny import arguments
 
@@ -57,7 +57,7 @@ def neighbors(workdir):
     return {
         (split, name): np.asarray(array)
         for split in ("validation", "test")
-        for name, array in open_queries(workdir, split)._asdict().items()
+        for name, array in open_queries(Run(workdir), split)._asdict().items()
     }
 
 
@@ -137,10 +137,10 @@ def test_eight_shards_of_the_index_find_the_same_50_as_one_exact_index(eight_sha
     assert len(build_index(workdir, kind=kind)["shards"]) == 8
     facts = search(workdir, neighbors=50)
     for split in ("validation", "test"):
-        queries = open_queries(workdir, split)
-        model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(workdir)
+        queries = open_queries(Run(workdir), split)
+        model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(Run(workdir))
         keys = np.empty((len(queries.tokens), model.config.emb_dim), np.float32)
-        tokens = vocabulary.encode_documents(query_documents(workdir, split))
+        tokens = vocabulary.encode_documents(query_documents(Run(workdir), split))
         for positions, encoded in Encoder(model, datastore.binding.window, query_head)(tokens):
             keys[positions] = encoded.keys
         wanted_rows, wanted_distances = ExactIndex(datastore).search(keys, 50)

@@ -10,6 +10,7 @@ from beam_pipelines.sample_documents import sample_documents
 from resmem_lm.errors import UserError
 from resmem_lm.text.duplicates import minhash
 from resmem_lm.text.shards import position, read_shard, shard_paths
+from resmem_lm.workdir.run import Run
 from tests.c4 import build_tfds, write_json_lines
 
 HAS_TFDS = importlib.util.find_spec("tensorflow_datasets") is not None
@@ -29,7 +30,7 @@ def sample(c4, workdir, **settings):
 
 
 def documents_of(workdir, split):
-    return [document for path in shard_paths(workdir, split) for document in read_shard(path)]
+    return [document for path in shard_paths(Run(workdir), split) for document in read_shard(path)]
 
 
 def texts(c4, split):

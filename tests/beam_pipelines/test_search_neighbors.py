@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance.append import append
 
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
@@ -9,17 +10,19 @@ from beam_pipelines.runner import LOCAL_RUNNER
 from beam_pipelines.search_neighbors import group_numbers, search
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
-from resmem_lm.maintenance.append import append
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.text.sources import Document
 from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 from tests.tiny import index_memory_gib, write_corpus
 
 
 def arrays(workdir):
-    return {(split, name): np.asarray(array) for split in QUERY_SPLITS for name, array in open_queries(workdir, split)._asdict().items()}
+    return {
+        (split, name): np.asarray(array) for split in QUERY_SPLITS for name, array in open_queries(Run(workdir), split)._asdict().items()
+    }
 
 
 def assert_same(found, expected):
@@ -101,13 +104,13 @@ def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimen
 
 def test_queries_that_a_killed_search_left_are_not_taken_for_those_of_other_documents(unsearched, monkeypatch):
     kill_when_queries_are_encoded(unsearched, monkeypatch)
-    (path,) = shard_paths(unsearched, "test")
+    (path,) = shard_paths(Run(unsearched), "test")
     content = shard_content(read_shard(path)[1:]).encode()
     path.write_bytes(content)
     write_manifest(unsearched / "documents", {path.name: content})
     search(unsearched, neighbors=12)
-    lengths = open_queries(unsearched, "test").document_lengths
-    assert lengths.tolist() == [len(tokens) for tokens in load_vocabulary(unsearched).encode_documents(read_shard(path))]
+    lengths = open_queries(Run(unsearched), "test").document_lengths
+    assert lengths.tolist() == [len(tokens) for tokens in load_vocabulary(Run(unsearched)).encode_documents(read_shard(path))]
 
 
 def test_documents_of_a_group_have_one_number_and_others_their_own():
@@ -150,9 +153,9 @@ def test_what_a_killed_search_had_published_is_kept(tiny_copy):
 def test_neighbors_among_added_rows_are_found_when_index_and_search_run_again(tiny_copy, tmp_path):
     before, rows = arrays(tiny_copy), open_datastore(tiny_copy / "datastore").rows
     write_corpus(tmp_path / "more.jsonl", documents=90)
-    append(tiny_copy, str(tmp_path / "more.jsonl"))
+    append(Run(tiny_copy), str(tmp_path / "more.jsonl"))
     with pytest.raises(UserError, match="made from another datastore"):
-        open_queries(tiny_copy, "test")
+        open_queries(Run(tiny_copy), "test")
     build_index(tiny_copy, **settings_of(tiny_copy, "index"))
     search(tiny_copy, **settings_of(tiny_copy, "search"))
     after = arrays(tiny_copy)

@@ -10,6 +10,7 @@ from resmem_lm.evaluation.candidates import Candidates, Neighbors
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.workdir.run import Run
 
 QUERIES, K, VOCAB = 40, 6, 20
 
@@ -85,7 +86,7 @@ def test_where_there_is_nothing_to_learn_it_stays_deepnet():
 
 
 def test_fresh_weights_are_deepnet_on_a_run(tiny_run):
-    scorer = SplitScorer("test", open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore"))
+    scorer = SplitScorer("test", open_queries(Run(tiny_run), "test"), open_datastore(tiny_run / "datastore"))
     some, documents = scorer.known(1.0, 10**6)
     assert len(documents) == len(scorer.queries.tokens)
     third, _ = scorer.known(1.0, len(documents) // 3)

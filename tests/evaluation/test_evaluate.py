@@ -10,6 +10,7 @@ from resmem_lm.evaluation.statistics import accuracy_metrics, bootstrap_interval
 from resmem_lm.evaluation.tuning import calibrate, tune
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.report.tables import interval
+from resmem_lm.workdir.run import Run
 
 PAPER = Setting("resmem", 12, 1.0, 1.0, 1.0)
 
@@ -64,7 +65,7 @@ def test_tuning_takes_the_most_right_of_each_kind_and_the_first_of_equals():
 
 def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
     datastore = open_datastore(tiny_run / "datastore")
-    scorer = SplitScorer("validation", open_queries(tiny_run, "validation"), datastore)
+    scorer = SplitScorer("validation", open_queries(Run(tiny_run), "validation"), datastore)
     counts = scorer.count_correct([1, 12], [0.5, 4.0], [1.0, 1.4], {"resmem": [0.5, 1.0], "knnlm": [0.5, 1.0]})
     assert len(counts) == 2 * 2 * 2 * 2 * 2
     found = scorer.predict(list(counts))
@@ -77,7 +78,7 @@ def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
 
 def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):
     datastore = open_datastore(tiny_run / "datastore")
-    scorer = SplitScorer("test", open_queries(tiny_run, "test"), datastore)
+    scorer = SplitScorer("test", open_queries(Run(tiny_run), "test"), datastore)
     settings = [Setting("resmem", 12, 1.0, 1.0, 0.0), Setting("knnlm", 12, 1.0, 1.0, 0.0), Setting("knnlm", 1, 1.0, 1.0, 1.0)]
     found = scorer.predict(settings)
     q = scorer.queries
@@ -88,7 +89,7 @@ def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):
 
 
 def test_distributions_have_the_predictions_of_their_formula_and_the_losses_of_the_sweep(tiny_run):
-    scorer = SplitScorer("test", open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore"))
+    scorer = SplitScorer("test", open_queries(Run(tiny_run), "test"), open_datastore(tiny_run / "datastore"))
     losses = scorer.log_losses([0.5, 4.0], [1.0, 1.4], {"knnlm": [0.0, 0.5], "boosted": [0.0, 4.0], "clipped": [0.5]})
     assert len(losses) == 2 * 2 * 5
     told = scorer.distributions([*losses, *losses])  # one may be asked for twice

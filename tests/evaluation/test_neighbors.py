@@ -10,6 +10,7 @@ from resmem_lm.evaluation.candidates import Setting
 from resmem_lm.evaluation.neighbors import Queries, open_queries, recall, truncate_neighbors
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 
@@ -18,7 +19,7 @@ def test_recall_counts_what_was_found_in_any_order():
 
 
 def test_the_nearest_of_a_search_are_a_search_for_fewer(tiny_run):
-    datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(tiny_run, "test")
+    datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(Run(tiny_run), "test")
     whole = SplitScorer("test", queries, datastore)
     for k in (1, 5, 12):
         few = truncate_neighbors(queries, k)
@@ -52,7 +53,7 @@ def test_neighbors_of_another_version_are_told_with_the_mend(tiny_copy):
         del shard["files"]["document_groups.npy"]
     write_json(tiny_copy / "neighbors/neighbors.json", facts)
     with pytest.raises(UserError, match="made by another version, without document_groups: delete"):
-        open_queries(tiny_copy, "test")
+        open_queries(Run(tiny_copy), "test")
 
 
 def test_damaged_neighbors_are_named_with_the_mend(tiny_copy):
@@ -62,9 +63,9 @@ def test_damaged_neighbors_are_named_with_the_mend(tiny_copy):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UserError, match=rf"{name}.npy was altered: .* run `resmem evaluate`"):
-            open_queries(tiny_copy, "test")
+            open_queries(Run(tiny_copy), "test")
         path.write_bytes(content)
     facts = tiny_copy / "neighbors/neighbors.json"
     write_json(facts, read_json(facts) | {"datastore": "0" * 64})
     with pytest.raises(UserError, match="made from another datastore"):
-        open_queries(tiny_copy, "test")
+        open_queries(Run(tiny_copy), "test")

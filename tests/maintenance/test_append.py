@@ -3,18 +3,19 @@ import shutil
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance import append as module
+from resmem_lm.clitenance.append import append
+from resmem_lm.clitenance.delete import delete
+from resmem_lm.clitenance.verify import verify
 
 from beam_pipelines import build_datastore as datastore_module
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance import append as module
-from resmem_lm.maintenance.append import append
-from resmem_lm.maintenance.delete import delete
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.text.shards import position, read_shard, shard_paths
 from resmem_lm.workdir.artifacts import publish
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 WORDS = ["amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbor", "island", "jungle"]
@@ -23,7 +24,7 @@ WORDS = ["amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbo
 @pytest.fixture
 def more(tiny_copy):
     """New documents, and among them an empty one, one of the test split, and one twice."""
-    test = json.loads(shard_paths(tiny_copy, "test")[0].read_text().splitlines()[0])["text"]
+    test = json.loads(shard_paths(Run(tiny_copy), "test")[0].read_text().splitlines()[0])["text"]
     rng = np.random.default_rng(0)
     texts = [f"Letter {n}: " + " ".join(rng.choice(WORDS, 40)) for n in range(9)]
     path = tiny_copy.parent / "more.jsonl"
@@ -45,11 +46,11 @@ def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, 
     assert after.rows > before.rows
     for name in ARRAYS:
         np.testing.assert_array_equal(np.asarray(after.array(name))[: before.rows], arrays[name])
-    added = {d.id for path in shard_paths(tiny_copy, "added") for d in read_shard(path)}
+    added = {d.id for path in shard_paths(Run(tiny_copy), "added") for d in read_shard(path)}
     assert added == {d["id"] for shard in range(3, len(after.shards)) for d in after.documents(shard)}
     assert len(added) == 9
     rows = after.rows
-    assert append(tiny_copy, str(more)) == {"added": 0, "empty": 1, "duplicate": 11, "held_out": 0, "rows": rows}
+    assert append(Run(tiny_copy), str(more)) == {"added": 0, "empty": 1, "duplicate": 11, "held_out": 0, "rows": rows}
 
     assert main(command(tiny_copy, "evaluate")) == 2
     assert "run `resmem index`" in capsys.readouterr().err
@@ -58,7 +59,7 @@ def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, 
     assert read_json(tiny_copy / "results.json")["datastore"]["rows"] == rows
     assert main(command(tiny_copy, "build")) == 0  # finished
     assert open_datastore(tiny_copy / "datastore").rows == rows
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_what_was_indexed_is_not_indexed_again(tiny_copy, more, monkeypatch):
@@ -66,7 +67,7 @@ def test_what_was_indexed_is_not_indexed_again(tiny_copy, more, monkeypatch):
     (tiny_copy / "stages/index.json").unlink()
     assert main(command(tiny_copy, "index")) == 0
     folders = {shard["folder"] for shard in read_json(tiny_copy / "index/index.json")["shards"]}
-    append(tiny_copy, str(more))
+    append(Run(tiny_copy), str(more))
     assert main(command(tiny_copy, "index")) == 0
     after = {shard["folder"] for shard in read_json(tiny_copy / "index/index.json")["shards"]}
     assert len(folders) == 3
@@ -81,36 +82,36 @@ def test_a_killed_append_goes_on(tiny_copy, more, monkeypatch, moment):
     with monkeypatch.context() as patch:
         patch.setattr(module, moment, killed)
         with pytest.raises(KeyboardInterrupt):
-            append(tiny_copy, str(more))
-    append(tiny_copy, str(more))
+            append(Run(tiny_copy), str(more))
+    append(Run(tiny_copy), str(more))
     datastore = open_datastore(tiny_copy / "datastore", checksums=True)
-    assert sum(len(read_shard(path)) for path in shard_paths(tiny_copy, "added")) == 9
+    assert sum(len(read_shard(path)) for path in shard_paths(Run(tiny_copy), "added")) == 9
     assert len(datastore.shards) > 3
     for stage in ("index", "evaluate", "report"):
         assert main(command(tiny_copy, stage)) == 0
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_appending_to_nothing_is_refused(tmp_path, more):
     with pytest.raises(UserError, match="the stage build has not finished"):
-        append(tmp_path, str(more))
+        append(Run(tmp_path), str(more))
 
 
 def test_what_was_deleted_stays_so_though_a_worker_given_up_long_ago_writes_its_shard_once_more(tiny_copy, more):
     datastore = open_datastore(tiny_copy / "datastore")
     record = datastore.shards[1]
-    delete(tiny_copy, document=datastore.documents(1)[0]["id"])
+    delete(Run(tiny_copy), document=datastore.documents(1)[0]["id"])
     live = open_datastore(tiny_copy / "datastore").live_rows
     with publish(tiny_copy / "datastore", "shard-00001-of-00003", record["provenance"]) as attempt:
         for file in (tiny_copy / "datastore" / record["folder"]).iterdir():
             shutil.copy(file, attempt.folder)
         attempt.facts |= {"rows": record["rows"], "counts": record["counts"]}
-    added = append(tiny_copy, str(more))
+    added = append(Run(tiny_copy), str(more))
     datastore = open_datastore(tiny_copy / "datastore")
     assert datastore.live_rows == added["rows"] == live + sum(shard["rows"] for shard in datastore.shards[3:])
     for stage in ("index", "evaluate", "report"):
         assert main(command(tiny_copy, stage)) == 0
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 @pytest.mark.parametrize("moment", [(module, "encode_units"), (datastore_module, "write_manifest")])
@@ -121,11 +122,11 @@ def test_documents_of_an_append_that_was_killed_can_be_deleted(tiny_copy, more, 
     with monkeypatch.context() as patch:
         patch.setattr(*moment, killed)
         with pytest.raises(KeyboardInterrupt):
-            append(tiny_copy, str(more))
-    delete(tiny_copy, source=f"{more}")
-    append(tiny_copy, str(tiny_copy.parent / "corpus.jsonl"))  # which goes on with the other, and has nothing new
+            append(Run(tiny_copy), str(more))
+    delete(Run(tiny_copy), source=f"{more}")
+    append(Run(tiny_copy), str(tiny_copy.parent / "corpus.jsonl"))  # which goes on with the other, and has nothing new
     assert open_datastore(tiny_copy / "datastore").live_rows == read_json(tiny_copy / "stages/build.json")["result"]["rows"]
-    assert not [d for path in shard_paths(tiny_copy, "added") for d in read_shard(path)]
+    assert not [d for path in shard_paths(Run(tiny_copy), "added") for d in read_shard(path)]
     datastore = open_datastore(tiny_copy / "datastore")
     assert not [d for shard in range(3, len(datastore.shards)) for d in datastore.documents(shard)]
 
@@ -140,12 +141,12 @@ def test_parts_of_a_work_that_is_held_out_are_not_added(tiny_copy, tmp_path):
         "".join(json.dumps({"text": f"A part of {work}, new and unlike others {work}.", "work": work}) + "\n" for work in works)
     )
     held_out = sum(position(work) < 0.2 for work in works)  # as tests.tiny splits documents
-    found = append(tiny_copy, str(path))
+    found = append(Run(tiny_copy), str(path))
     assert found["held_out"] == held_out > 0
     assert found["added"] + found["duplicate"] == len(works) - held_out
     path.write_text(json.dumps({"text": "A part of no work."}) + "\n")
     with pytest.raises(UserError, match='has no field "work"'):
-        append(tiny_copy, str(path))
+        append(Run(tiny_copy), str(path))
 
 
 def test_what_is_added_to_sampled_text_is_named_by_its_address(tiny_copy, more):
@@ -154,5 +155,5 @@ def test_what_is_added_to_sampled_text_is_named_by_its_address(tiny_copy, more):
     write_json(tiny_copy / "stages/documents.json", record)
     page = tiny_copy.parent / "page.jsonl"
     page.write_text(json.dumps({"text": "A page that nobody has seen before, about nothing.", "url": "https://site/page"}) + "\n")
-    append(tiny_copy, str(page))
-    assert delete(tiny_copy, source="https://site")["documents"] == 1
+    append(Run(tiny_copy), str(page))
+    assert delete(Run(tiny_copy), source="https://site")["documents"] == 1

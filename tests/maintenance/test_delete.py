@@ -3,20 +3,21 @@ import shutil
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance import delete as module
+from resmem_lm.clitenance.compact import compact
+from resmem_lm.clitenance.delete import delete
+from resmem_lm.clitenance.verify import verify
 
 from beam_pipelines.build_index import build_index
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
-from resmem_lm.maintenance import delete as module
-from resmem_lm.maintenance.compact import compact
-from resmem_lm.maintenance.delete import delete, renew_build
-from resmem_lm.maintenance.verify import verify
-from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.datastore import datastore_summary, open_datastore
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, sha256, write_json
 
 
@@ -56,14 +57,16 @@ def test_rows_of_a_deleted_document_are_never_returned_even_for_its_own_keys(wit
     before = open_datastore(tiny_copy / "datastore")
     name = ids_of(tiny_copy)[0]
     gone = rows_of(before, name)
-    index, first = open_index(tiny_copy, before, index_manifest(tiny_copy, before), 0)
+    index, first = open_index(Run(tiny_copy), before, index_manifest(Run(tiny_copy), before), 0)
     index = index if kind == "faiss" else ExactIndex(before)
     keys = before.keys(np.array(gone))
     assert np.isin(index.search(keys, 12)[0], gone).any()
-    assert delete(tiny_copy, document=name) == {"documents": 1, "rows": len(gone)}
+    assert delete(Run(tiny_copy), document=name) == {"documents": 1, "rows": len(gone)}
 
     datastore = open_datastore(tiny_copy / "datastore")
-    index = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)[0] if kind == "faiss" else ExactIndex(datastore)
+    index = (
+        open_index(Run(tiny_copy), datastore, index_manifest(Run(tiny_copy), datastore), 0)[0] if kind == "faiss" else ExactIndex(datastore)
+    )
     rows, distances = index.search(keys, 12)
     assert first == 0
     assert not np.isin(rows, gone).any()
@@ -75,9 +78,9 @@ def test_rows_of_a_deleted_document_are_never_returned_even_for_its_own_keys(wit
 def test_more_can_be_deleted_than_faiss_proposes_and_k_neighbors_are_still_found(with_faiss):
     tiny_copy = with_faiss
     for name in ids_of(tiny_copy, 0) + ids_of(tiny_copy, 1) + ids_of(tiny_copy, 2)[3:]:
-        delete(tiny_copy, document=name)
+        delete(Run(tiny_copy), document=name)
     datastore = open_datastore(tiny_copy / "datastore")
-    index, _ = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)
+    index, _ = open_index(Run(tiny_copy), datastore, index_manifest(Run(tiny_copy), datastore), 0)
     keys = datastore.keys(np.arange(50))
     found, _ = index.search(keys, 12)
     assert (found >= 0).all()
@@ -86,16 +89,16 @@ def test_more_can_be_deleted_than_faiss_proposes_and_k_neighbors_are_still_found
 
 def test_nothing_that_shows_a_deleted_document_stays(tiny_copy):
     name = ids_of(tiny_copy)[0]
-    delete(tiny_copy, document=name)
+    delete(Run(tiny_copy), document=name)
     assert not any((tiny_copy / place).exists() for place in ("neighbors", "results.json", "report.html", "stages/search.json"))
-    assert name not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
-    assert verify(tiny_copy) == []
+    assert name not in [d.id for path in shard_paths(Run(tiny_copy), "train") for d in read_shard(path)]
+    assert verify(Run(tiny_copy)) == []
     evaluate_again(tiny_copy)
     datastore = open_datastore(tiny_copy / "datastore")
     for split in ("validation", "test"):
-        assert not datastore.is_deleted(np.asarray(open_queries(tiny_copy, split).rows)).any()
+        assert not datastore.is_deleted(np.asarray(open_queries(Run(tiny_copy), split).rows)).any()
     assert read_json(tiny_copy / "results.json")["datastore"]["rows"] == datastore.live_rows
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_were(tiny_copy):
@@ -104,10 +107,10 @@ def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_w
     kept = np.setdiff1d(np.arange(before.rows), rows_of(before, name))
     arrays = {array: before.take(array, kept) for array in ARRAYS}
     untouched = before.shards[0]["folder"]
-    delete(tiny_copy, document=name)
+    delete(Run(tiny_copy), document=name)
     evaluate_again(tiny_copy)
     wanted = read_json(tiny_copy / "results.json")
-    assert compact(tiny_copy) == {"shards": 1, "rows_before": before.rows, "rows": len(kept)}
+    assert compact(Run(tiny_copy)) == {"shards": 1, "rows_before": before.rows, "rows": len(kept)}
     after = open_datastore(tiny_copy / "datastore", checksums=True)
     assert after.rows == after.live_rows == len(kept)
     for array in ARRAYS:
@@ -117,20 +120,20 @@ def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_w
     assert len(list((tiny_copy / "datastore").glob("shard-*.????????"))) == 3
     evaluate_again(tiny_copy)
     assert read_json(tiny_copy / "results.json")["splits"] == wanted["splits"]
-    assert verify(tiny_copy) == []
-    assert compact(tiny_copy)["shards"] == 0  # nothing more to do
+    assert verify(Run(tiny_copy)) == []
+    assert compact(Run(tiny_copy))["shards"] == 0  # nothing more to do
     assert (tiny_copy / "results.json").exists()
 
 
 def test_a_shard_all_of_whose_documents_are_deleted_compacts_to_nothing(tiny_copy):
     for name in ids_of(tiny_copy, 0):
-        delete(tiny_copy, document=name)
-    compact(tiny_copy)
+        delete(Run(tiny_copy), document=name)
+    compact(Run(tiny_copy))
     datastore = open_datastore(tiny_copy / "datastore", checksums=True)
     assert datastore.shards[0]["rows"] == 0
     assert len(np.asarray(datastore.array("quantized_keys"))) == datastore.rows
     evaluate_again(tiny_copy)
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_source_is_a_file_or_a_folder_and_not_what_only_begins_alike(tiny_copy):
@@ -138,13 +141,13 @@ def test_a_source_is_a_file_or_a_folder_and_not_what_only_begins_alike(tiny_copy
     source = name.partition("#")[0]
     for other in (source[:-1], source + "x", source.rpartition(".")[0]):
         with pytest.raises(UserError, match="has no source"):
-            delete(tiny_copy, source=other)
+            delete(Run(tiny_copy), source=other)
     rows = open_datastore(tiny_copy / "datastore").rows
-    assert delete(tiny_copy, source=source.rpartition("/")[0])["rows"] == rows
+    assert delete(Run(tiny_copy), source=source.rpartition("/")[0])["rows"] == rows
     assert open_datastore(tiny_copy / "datastore").live_rows == 0
 
 
-@pytest.mark.parametrize("moment", ["write_json", "_remove_text", "renew_build"])
+@pytest.mark.parametrize("moment", ["write_json", "_remove_text", "datastore_summary"])
 def test_killed_at_any_moment_and_run_again_it_is_deleted(tiny_copy, monkeypatch, moment):
     name = ids_of(tiny_copy)[0]
     calls = []
@@ -159,12 +162,12 @@ def test_killed_at_any_moment_and_run_again_it_is_deleted(tiny_copy, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(module, moment, killed)
         with pytest.raises(KeyboardInterrupt):
-            delete(tiny_copy, document=name)
+            delete(Run(tiny_copy), document=name)
     assert not (tiny_copy / "neighbors").exists()
-    delete(tiny_copy, document=name)
+    delete(Run(tiny_copy), document=name)
     datastore = open_datastore(tiny_copy / "datastore")
     assert datastore.is_deleted(np.array(rows_of(datastore, name))).all()
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_text_that_a_killed_forget_has_left_is_told_and_goes_with_compact(tiny_copy, monkeypatch):
@@ -172,20 +175,20 @@ def test_text_that_a_killed_forget_has_left_is_told_and_goes_with_compact(tiny_c
     with monkeypatch.context() as patch:
         patch.setattr(module, "_remove_text", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            delete(tiny_copy, document=name)
-    renew_build(tiny_copy)
-    (problem,) = verify(tiny_copy)
+            delete(Run(tiny_copy), document=name)
+    Run(tiny_copy).update_result("build", datastore_summary(Run(tiny_copy)))
+    (problem,) = verify(Run(tiny_copy))
     assert f"still has the text of {name!r}, which is deleted: run the same `resmem delete` again, or `resmem compact`" in problem
-    compact(tiny_copy)
-    assert name not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+    compact(Run(tiny_copy))
+    assert name not in [d.id for path in shard_paths(Run(tiny_copy), "train") for d in read_shard(path)]
     evaluate_again(tiny_copy)
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
     names = [ids_of(tiny_copy, shard)[0] for shard in range(3)]
     for name in names:
-        delete(tiny_copy, document=name)
+        delete(Run(tiny_copy), document=name)
     live = open_datastore(tiny_copy / "datastore").live_rows
     calls = []
 
@@ -199,31 +202,31 @@ def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "_without_deleted", killed)
         with pytest.raises(KeyboardInterrupt):
-            compact(tiny_copy)
+            compact(Run(tiny_copy))
     assert open_datastore(tiny_copy / "datastore").live_rows == live
-    assert compact(tiny_copy)["shards"] == 1
+    assert compact(Run(tiny_copy))["shards"] == 1
     assert open_datastore(tiny_copy / "datastore", checksums=True).rows == live
     evaluate_again(tiny_copy)
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_compact_that_was_killed_before_another_document_is_deleted_goes_on(tiny_copy, monkeypatch):
     first, second = ids_of(tiny_copy, 0)[0], ids_of(tiny_copy, 1)[0]
-    delete(tiny_copy, document=first)
+    delete(Run(tiny_copy), document=first)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_remove_what_shows_rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            compact(tiny_copy)
-    delete(tiny_copy, document=second)
+            compact(Run(tiny_copy))
+    delete(Run(tiny_copy), document=second)
     live = open_datastore(tiny_copy / "datastore").live_rows
-    assert compact(tiny_copy)["shards"] == 2
+    assert compact(Run(tiny_copy))["shards"] == 2
     assert open_datastore(tiny_copy / "datastore", checksums=True).rows == live
     evaluate_again(tiny_copy)
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, monkeypatch):
-    path = shard_paths(tiny_copy, "train")[2]
+    path = shard_paths(Run(tiny_copy), "train")[2]
     document = read_shard(path)[0].id
     datastore = open_datastore(tiny_copy / "datastore")
     few = {"shards": datastore.shards[:1], "rows": datastore.shards[0]["rows"]}
@@ -231,8 +234,8 @@ def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, m
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_bytes", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            delete(tiny_copy, document=document)
-    assert delete(tiny_copy, document=document) == {"documents": 0, "rows": 0}
+            delete(Run(tiny_copy), document=document)
+    assert delete(Run(tiny_copy), document=document) == {"documents": 0, "rows": 0}
     assert document not in [d.id for d in read_shard(path)]
     assert read_json(tiny_copy / "documents/manifest.json")["files"][path.name]["sha256"] == sha256(path)
 
@@ -256,7 +259,7 @@ def test_what_cannot_be_deleted_is_one_line_and_nothing_is_lost(tiny_copy, capsy
 
 
 def test_text_goes_from_shards_that_the_datastore_does_not_remember_too(tiny_copy, tmp_path):
-    document = read_shard(shard_paths(tiny_copy, "train")[2])[0].id
+    document = read_shard(shard_paths(Run(tiny_copy), "train")[2])[0].id
     for place in ("datastore", "index", "neighbors"):
         shutil.rmtree(tiny_copy / place)
     for stage in ("build", "index", "search"):
@@ -264,8 +267,8 @@ def test_text_goes_from_shards_that_the_datastore_does_not_remember_too(tiny_cop
     text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
     command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'"]
     assert main(["build", *command, "--gin.build_datastore.shards=1"]) == 0
-    assert delete(tiny_copy, document=document) == {"documents": 0, "rows": 0}
-    assert document not in [d.id for path in shard_paths(tiny_copy, "train") for d in read_shard(path)]
+    assert delete(Run(tiny_copy), document=document) == {"documents": 0, "rows": 0}
+    assert document not in [d.id for path in shard_paths(Run(tiny_copy), "train") for d in read_shard(path)]
 
 
 def test_without_a_datastore_it_is_told(tmp_path, capsys):
@@ -275,6 +278,6 @@ def test_without_a_datastore_it_is_told(tmp_path, capsys):
 
 
 def test_documents_of_the_splits_that_are_not_in_the_datastore_are_unknown(tiny_copy):
-    held_out = json.loads(shard_paths(tiny_copy, "test")[0].read_text().splitlines()[0])["id"]
+    held_out = json.loads(shard_paths(Run(tiny_copy), "test")[0].read_text().splitlines()[0])["id"]
     with pytest.raises(UserError, match="validation and test are not in it"):
-        delete(tiny_copy, document=held_out)
+        delete(Run(tiny_copy), document=held_out)

@@ -3,10 +3,11 @@ import shutil
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.cli import main
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.workdir.artifacts import file_facts
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import files_below, read_json, sha256, write_json
 
 
@@ -23,11 +24,11 @@ def test_any_changed_byte_of_any_file_is_found(tiny_copy, capsys):
         content = bytearray(whole)
         content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
         file.write_bytes(content)
-        problems = verify(tiny_copy)
+        problems = verify(Run(tiny_copy))
         assert problems, file
         assert all("\n" not in problem for problem in problems)
         file.write_bytes(whole)
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_damaged_checkpoint_is_told_by_its_file_and_not_opened(tiny_copy):
@@ -35,7 +36,7 @@ def test_a_damaged_checkpoint_is_told_by_its_file_and_not_opened(tiny_copy):
     files = [file for file in files_below(tiny_copy / "checkpoints") if file.stat().st_size and file.name != "model.json"]
     for file in files:
         file.write_bytes(b"?" * file.stat().st_size)
-    problems = verify(tiny_copy)
+    problems = verify(Run(tiny_copy))
     assert len(problems) == len(files)
     assert all("was altered: its checksum is not that of its record" in problem for problem in problems)
     (checkpoint,) = {file for file in (tiny_copy / "checkpoints").iterdir() if str(file) in problems[0]}
@@ -86,7 +87,7 @@ def set_row(column, value):
 )
 def test_rows_that_cannot_be_are_found_though_checksums_fit(tiny_copy, name, change, says):
     change_rows(tiny_copy, name, change)
-    problems = [problem for problem in verify(tiny_copy) if "neighbors" not in problem]
+    problems = [problem for problem in verify(Run(tiny_copy)) if "neighbors" not in problem]
     assert any(says in problem and "run `resmem build` again: it makes this shard anew" in problem for problem in problems), problems
 
 
@@ -102,13 +103,13 @@ def test_what_it_says_to_run_mends_a_shard(tiny_copy, capsys):
     text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
     for command in ("build", "index", "evaluate", "report"):
         assert main([command, f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'"]) == 0
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_missing_file_and_one_that_nobody_knows_are_told(tiny_copy):
     (tiny_copy / "vocabulary/vocabulary.model").unlink()
     (tiny_copy / "datastore/stray.npy").write_bytes(b"stray")
-    problems = verify(tiny_copy)
+    problems = verify(Run(tiny_copy))
     assert any("vocabulary.model is missing" in problem for problem in problems)
     assert any("stray.npy is known to no record" in problem for problem in problems)
 
@@ -117,7 +118,7 @@ def test_a_missing_file_and_one_that_nobody_knows_are_told(tiny_copy):
 def test_what_a_killed_run_left_half_written_is_no_problem(tiny_copy, name):
     (tiny_copy / name).parent.mkdir(exist_ok=True)
     (tiny_copy / name).write_bytes(b"half")
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_manifest_that_names_a_place_outside_is_refused(tiny_copy, capsys):
@@ -126,7 +127,7 @@ def test_a_manifest_that_names_a_place_outside_is_refused(tiny_copy, capsys):
     shutil.copytree(tiny_copy / "datastore" / manifest["shards"][0]["folder"], outside)
     manifest["shards"][0]["folder"] = "../../outside"
     write_json(tiny_copy / "datastore/manifest.json", manifest)
-    assert any("which is outside its folder" in problem for problem in verify(tiny_copy))
+    assert any("which is outside its folder" in problem for problem in verify(Run(tiny_copy)))
     (tiny_copy / "stages/evaluate.json").unlink()
     text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
     assert main(["evaluate", f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'"]) == 2

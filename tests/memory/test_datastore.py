@@ -15,13 +15,14 @@ from resmem_lm.text.packing import shift_right
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 from tests.tiny import shard_folder
 
 
 def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
-    datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(tiny_run)
-    for shard, path in enumerate(shard_paths(tiny_run, "train")):
+    datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(Run(tiny_run))
+    for shard, path in enumerate(shard_paths(Run(tiny_run), "train")):
         documents = read_shard(path)
         tokens = vocabulary.encode_documents(documents)
         np.testing.assert_array_equal(datastore.shard_arrays("tokens")[shard], np.concatenate(tokens))
@@ -34,9 +35,9 @@ def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
 
 def test_rows_hold_the_models_residuals_at_the_windows_of_the_paper(tiny_run):
     """One document, each window encoded alone and in full, against what the pipeline stored."""
-    datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(tiny_run)
+    datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(Run(tiny_run))
     model, spec = load_model(tiny_run / "checkpoints"), datastore.binding.window
-    number, document = max(enumerate(read_shard(shard_paths(tiny_run, "train")[1])), key=lambda d: len(d[1].text))
+    number, document = max(enumerate(read_shard(shard_paths(Run(tiny_run), "train")[1])), key=lambda d: len(d[1].text))
     tokens = vocabulary.encode(document.text)
     first = int(datastore.offsets[1]) + datastore.documents(1)[number]["first_row"]
     assert len(tokens) > 3 * spec.length

@@ -22,6 +22,7 @@ from resmem_lm.memory.scann_index import block
 from resmem_lm.memory.schema import Binding, shard_name
 from resmem_lm.text.windows import WindowSpec
 from resmem_lm.workdir.artifacts import publish
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json()
@@ -242,7 +243,7 @@ def test_bytes_are_those_of_the_files(tmp_path, kind, dimensions):
 def test_a_moved_index_still_opens(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
     keys = datastore.shard_keys(0, slice(20))
-    index, first_row = open_index(tiny_copy, datastore, index_manifest(tiny_copy, datastore), 0)
+    index, first_row = open_index(Run(tiny_copy), datastore, index_manifest(Run(tiny_copy), datastore), 0)
     rows, _ = index.search(keys, 1)
     assert first_row == 0
     assert (rows[:, 0] < datastore.rows).all()
@@ -284,18 +285,18 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(tmp_path, few_ar
         attempt.facts |= build(kind, datastore, attempt.folder) | {"rows": 400}
     manifest = {"kind": kind, "candidates": 300, "shards": [read_json(folder / "shard.json")]}
     write_json(folder / "index.json", manifest)
-    assert isinstance(open_index(tmp_path, datastore, index_manifest(tmp_path, datastore), 0)[0], ApproximateIndex)
+    assert isinstance(open_index(Run(tmp_path), datastore, index_manifest(Run(tmp_path), datastore), 0)[0], ApproximateIndex)
     for file in [*folder.glob("*/*.faiss"), *folder.glob("*/*.pb")]:
         file.write_bytes(file.read_bytes()[:cut] if kind == "faiss" else b"damaged")
     with pytest.raises(UserError, match="cannot be read") as caught:
-        open_index(tmp_path, datastore, manifest, 0)
+        open_index(Run(tmp_path), datastore, manifest, 0)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"has \d+ bytes, its manifest says .* run `resmem index`"):
-        index_manifest(tmp_path, datastore)
+        index_manifest(Run(tmp_path), datastore)
     manifest["shards"][0]["provenance"]["folders"][1] = "shard-00001-of-00003.00000000"
     write_json(folder / "index.json", manifest)
     with pytest.raises(UserError, match="made from another datastore"):
-        index_manifest(tmp_path, datastore)
+        index_manifest(Run(tmp_path), datastore)
 
 
 def test_where_scann_is_not_installed_it_is_told_what_to_install(tmp_path, monkeypatch):

@@ -2,16 +2,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resmem_lm.clitenance.verify import verify
 
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
 from beam_pipelines.search_neighbors import search
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.evaluate import evaluate
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.projection import load_projection, principal_components, save_projection
 from resmem_lm.report.inspect import inspect
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, remove, sha256
 from tests.tiny import shard_folder
 
@@ -66,8 +67,8 @@ def test_a_run_on_projected_keys(tiny_copy):
     after = read_json(tiny_copy / "results.json")
     assert after["splits"]["test"]["methods"]["deepnet"] == before["splits"]["test"]["methods"]["deepnet"]
     assert abs(after["splits"]["test"]["methods"]["knn"]["accuracy"] - before["splits"]["test"]["methods"]["knn"]["accuracy"]) < 0.03
-    assert len(inspect(tiny_copy, "The array returns")) > 2
-    assert verify(tiny_copy) == []
+    assert len(inspect(Run(tiny_copy), "The array returns")) > 2
+    assert verify(Run(tiny_copy)) == []
 
     projection = next((tiny_copy / "datastore").glob("projection-*.npy"))
     stamp, made = projection.stat().st_mtime_ns, sha256(shard_folder(tiny_copy, 0) / "quantized_keys.npy")
@@ -77,7 +78,7 @@ def test_a_run_on_projected_keys(tiny_copy):
     assert projection.stat().st_mtime_ns == stamp
     assert sha256(shard_folder(tiny_copy, 0) / "quantized_keys.npy") == made
     projection.write_bytes(b"")
-    assert any("was altered: delete" in problem for problem in verify(tiny_copy))
+    assert any("was altered: delete" in problem for problem in verify(Run(tiny_copy)))
 
 
 def test_dimensions_that_the_model_has_not_are_told(tiny_copy):

@@ -18,6 +18,7 @@ from resmem_lm.model.train_loop import learning_rate_schedule, loss_and_metrics,
 from resmem_lm.text.packing import batches, one_pass, pack, split_tokens
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.progress import Reporter
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
 MODEL = ModelConfig(vocab_size=256, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.1)
@@ -81,13 +82,13 @@ def test_the_loss_falls_and_is_written_for_tensorboard(tiny_run):
 
 def test_the_validation_loss_is_that_of_the_saved_model_on_every_token_once(workdir):
     train(workdir, **SETTINGS)
-    vocabulary, model = load_vocabulary(workdir), load_model(workdir / "checkpoints")
-    rows = pack(list(split_tokens(workdir, "validation", vocabulary)), SETTINGS["sequence_length"])
+    vocabulary, model = load_vocabulary(Run(workdir)), load_model(workdir / "checkpoints")
+    rows = pack(list(split_tokens(Run(workdir), "validation", vocabulary)), SETTINGS["sequence_length"])
     alone = [jax.tree.map(jnp.asarray, batch) for batch in one_pass(rows, batch_size=1)]
     sums = [loss_and_metrics(MODEL, model.parameters, batch, None)[1] for batch in alone]
     mean = sum(float(some["cross_entropy"]) for some in sums) / sum(float(some["tokens"]) for some in sums)
     np.testing.assert_allclose(written(workdir, "validation/loss")[-1], mean, rtol=1e-5)
-    assert written(workdir, "validation/tokens")[-1] == sum(map(len, split_tokens(workdir, "validation", vocabulary)))
+    assert written(workdir, "validation/tokens")[-1] == sum(map(len, split_tokens(Run(workdir), "validation", vocabulary)))
 
 
 def test_without_validation_tokens_the_same_model_is_trained(workdir, tmp_path_factory):

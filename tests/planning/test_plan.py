@@ -5,13 +5,15 @@ import shutil
 import pytest
 
 from resmem_lm import config
-from resmem_lm.cli import import_stages, main, stages_of
+from resmem_lm.cli import main
+from resmem_lm.commands import stages_of
 from resmem_lm.errors import UserError
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, largest_index
 from resmem_lm.planning import rates
 from resmem_lm.planning.plan import plan, seconds_text, size_text
 from resmem_lm.planning.sizes import assume, checkpoint_bytes, count, file_bytes, sizes
 from resmem_lm.planning.tree_costs import TreeCosts
+from resmem_lm.workdir.run import Run
 from tests.tiny import arguments
 
 RATES = {
@@ -29,7 +31,6 @@ AMOUNTS = {"rows": 1000, "queries": 300, "documents": 20}
 @pytest.fixture
 def settings(tmp_path):
     """The tiny configuration's, as the command has them."""
-    import_stages()
     gin_file, _, text = arguments(tmp_path, tmp_path / "run")
     config.parse([gin_file.removeprefix("--gin_file=")], [text.removeprefix("--gin.")])
     return {stage.__name__: config.parameters(stage) for stage in stages_of("run")}
@@ -49,9 +50,9 @@ def planned(settings, **inputs):
 
 
 def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
-    counts = count(tiny_run, settings)
+    counts = count(Run(tiny_run), settings)
     found = sizes(settings, counts, index_rows=[counts.rows], checkpoint=checkpoint_bytes(settings))
-    run = file_bytes(tiny_run)
+    run = file_bytes(Run(tiny_run))
     # Orbax writes another number of files each time: 0.05% of T5-small's checkpoint, a few percent of this one.
     within = {name: 0.1 if name == "checkpoints" else 0.01 for name in found}
     # An index of so few rows has no files.
@@ -68,7 +69,7 @@ def test_a_workdir_is_counted_and_its_stages_are_not_made_again(tiny_run, tiny_c
     documents = sum(len(path.read_text().splitlines()) for path in tiny_copy.glob("documents/*.jsonl"))
     printed = capsys.readouterr().out
     assert re.match(rf"[\d,]+ rows and [\d,]+ queries of {documents} documents \(counted\)\n", printed)
-    assert f"{file_bytes(tiny_copy)['datastore/quantized_keys.npy']:,}" in printed
+    assert f"{file_bytes(Run(tiny_copy))['datastore/quantized_keys.npy']:,}" in printed
     assert (tiny_copy / "stages" / "documents.json").read_bytes() == record
 
 
@@ -187,7 +188,7 @@ def test_context_costs_more_tokens_than_are_emitted_and_at_most_a_stride_for_a_w
 
 def test_the_rehearsal_measures_every_rate(tiny_run, settings, monkeypatch, capsys):
     monkeypatch.setattr(rates, "ENOUGH", 0.0)
-    made = plan(tiny_run, settings=settings | {"build_index": settings["build_index"] | {"candidates": 20, "training_rows": 1000}})
+    made = plan(Run(tiny_run), settings=settings | {"build_index": settings["build_index"] | {"candidates": 20, "training_rows": 1000}})
     assert set(made.rates) == set(RATES)
     assert not any(rate.given for rate in made.rates.values())
     assert all(math.isfinite(rate.per_second) and rate.per_second > 0 for rate in made.rates.values())

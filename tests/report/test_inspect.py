@@ -7,13 +7,14 @@ from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.report.inspect import format_tokens, inspect
 from resmem_lm.text.shards import read_shard, shard_paths
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
 
 def test_a_test_document_has_the_predictions_of_the_evaluation(tiny_run):
-    document = read_shard(shard_paths(tiny_run, "test")[0])[0]
-    told = inspect(tiny_run, document.text)
-    queries = open_queries(tiny_run, "test")
+    document = read_shard(shard_paths(Run(tiny_run), "test")[0])[0]
+    told = inspect(Run(tiny_run), document.text)
+    queries = open_queries(Run(tiny_run), "test")
     count = queries.document_lengths[0]
     assert len(told) == count
     best = np.asarray(queries.candidate_ids)[np.arange(count), np.asarray(queries.candidate_logits)[:count].argmax(1)]
@@ -22,7 +23,7 @@ def test_a_test_document_has_the_predictions_of_the_evaluation(tiny_run):
 
 
 def test_where_the_two_differ_the_neighbors_that_weigh_most_are_shown(tiny_run):
-    told = [t for d in read_shard(shard_paths(tiny_run, "test")[0]) for t in inspect(tiny_run, d.text)]
+    told = [t for d in read_shard(shard_paths(Run(tiny_run), "test")[0]) for t in inspect(Run(tiny_run), d.text)]
     changed = [t for t in told if t["neighbors"]]
     assert changed
     ids = {d["id"] for shard in range(3) for d in open_datastore(tiny_run / "datastore").documents(shard)}
@@ -40,14 +41,14 @@ def test_the_command_prints_a_line_for_each_token(tiny_run, capsys):
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split() == ["token", "DeepNet", "ResMem"]
     assert "␣array" in printed
-    assert format_tokens(inspect(tiny_run, "The array reads the shard.")) + "\n" == printed
+    assert format_tokens(inspect(Run(tiny_run), "The array reads the shard.")) + "\n" == printed
     assert read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]["k"] > 0
 
 
 def test_an_empty_text_and_an_unfinished_run_are_told(tiny_run, tmp_path):
     with pytest.raises(UserError, match="give a text"):
-        inspect(tiny_run, " ")
+        inspect(Run(tiny_run), " ")
     with pytest.raises(UserError, match="is not UTF-8"):
-        inspect(tiny_run, "caf\udce9")
+        inspect(Run(tiny_run), "caf\udce9")
     with pytest.raises(UserError, match="the stage index has not finished"):
-        inspect(tmp_path, "text")
+        inspect(Run(tmp_path), "text")

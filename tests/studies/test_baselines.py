@@ -2,15 +2,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resmem_lm.clitenance.delete import delete
 
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
-from resmem_lm.maintenance.delete import delete
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.report.tables import METHOD_TITLES
 from resmem_lm.studies import infinigram
 from resmem_lm.studies.baselines import _groups, _ranges, study_baselines
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
 
@@ -38,10 +39,10 @@ def test_the_accuracies_are_those_of_the_results_and_add_up(tiny_copy):
 
 def test_frequencies_are_of_the_rows_that_are_remembered(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
-    scorer = SplitScorer("test", open_queries(tiny_copy, "test"), datastore)
+    scorer = SplitScorer("test", open_queries(Run(tiny_copy), "test"), datastore)
     for shard in range(len(datastore.shards)):
         for document in datastore.documents(shard)[:-1]:
-            delete(tiny_copy, document=document["id"])
+            delete(Run(tiny_copy), document=document["id"])
     few = open_datastore(tiny_copy / "datastore")
     counts = np.zeros(256, int)
     for first, tokens in zip(few.offsets, few.shard_arrays("tokens"), strict=False):

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resmem_lm.clitenance.delete import delete
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.delete import delete
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.datastore_size import COMPARED, fraction_of, study_datastore_size
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, remove, write_json
 
 GRID = {"ks": (1, 4, 12, 50), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}  # as the run's evaluation
@@ -32,7 +33,7 @@ def test_all_of_the_datastore_is_the_evaluation_and_a_smaller_part_is_told_with_
         assert rows[2][f"{name}, 95%"] == "[{:.2f}, {:.2f}]".format(*(100 * value for value in methods[key]["gain_ci95"]))
     assert rows[2]["Calibrated ResMem's form"] == methods["resmem_calibrated"]["form"]
     assert all(0.9 < row["recall@k"] <= 1 for row in rows)
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=2))
@@ -52,7 +53,7 @@ def test_a_fraction_holds_whole_documents_about_its_rows_and_every_smaller_one(t
 
 def test_deleted_documents_are_in_no_fraction(tiny_copy):
     deleted = open_datastore(tiny_copy / "datastore").documents(0)[0]
-    delete(tiny_copy, document=deleted["id"])
+    delete(Run(tiny_copy), document=deleted["id"])
     datastore = open_datastore(tiny_copy / "datastore")
     assert fraction_of(datastore, 1.0).live_rows == datastore.live_rows
     for fraction in (0.1, 0.6, 1.0):

@@ -1,49 +1,50 @@
 import pytest
+from resmem_lm.clitenance.append import append
+from resmem_lm.clitenance.verify import verify
 
 from beam_pipelines.build_datastore import build_datastore
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.append import append
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.studies.derived import derive, settings_of
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 COMMON = ("documents", "vocabulary", "train")
 
 
 def test_a_derived_work_directory_goes_on_from_the_common_stages(tiny_copy):
-    derived = derive(tiny_copy, "some/other", COMMON)
+    derived = derive(Run(tiny_copy), "some/other", COMMON)
     assert load_model(derived / "checkpoints").fingerprint == load_model(tiny_copy / "checkpoints").fingerprint
-    build_datastore(derived, **settings_of(tiny_copy, "build") | {"entries": 4})
+    build_datastore(derived, **settings_of(Run(tiny_copy), "build") | {"entries": 4})
     assert open_datastore(derived / "datastore").binding.entries == 4
-    assert derive(tiny_copy, "some/other", COMMON) == derived
+    assert derive(Run(tiny_copy), "some/other", COMMON) == derived
     assert (derived / "datastore/manifest.json").exists()
-    assert verify(derived) == []
-    assert verify(tiny_copy) == []
+    assert verify(Run(derived)) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_one_of_other_results_is_made_anew(tiny_copy):
-    derived = derive(tiny_copy, "some", COMMON)
+    derived = derive(Run(tiny_copy), "some", COMMON)
     (derived / "old").write_text("old")
     record = read_json(tiny_copy / "stages/train.json")
     write_json(tiny_copy / "stages/train.json", record | {"result": {"fingerprint": "another"}})
-    assert not (derive(tiny_copy, "some", COMMON) / "old").exists()
+    assert not (derive(Run(tiny_copy), "some", COMMON) / "old").exists()
 
 
 def test_one_of_fewer_documents_is_made_anew(tiny_copy):
-    derived = derive(tiny_copy, "some", COMMON)
+    derived = derive(Run(tiny_copy), "some", COMMON)
     (derived / "old").write_text("old")
     (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
-    append(tiny_copy, [str(tiny_copy / "more.txt")])
-    assert derive(tiny_copy, "some", COMMON) == derived
+    append(Run(tiny_copy), [str(tiny_copy / "more.txt")])
+    assert derive(Run(tiny_copy), "some", COMMON) == derived
     assert not (derived / "old").exists()
     assert read_json(derived / "documents/manifest.json") == read_json(tiny_copy / "documents/manifest.json")
     (derived / "old").write_text("old")
-    derive(tiny_copy, "some", COMMON)
+    derive(Run(tiny_copy), "some", COMMON)
     assert (derived / "old").exists()
 
 
 def test_a_stage_that_has_not_finished_is_told(tmp_path):
     with pytest.raises(UserError, match="the stage documents has not finished"):
-        derive(tmp_path, "some", COMMON)
+        derive(Run(tmp_path), "some", COMMON)

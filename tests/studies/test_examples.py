@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
@@ -12,10 +13,10 @@ from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.examples import corrected_tokens
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.report.report import FILTER, write_report
 from resmem_lm.studies.examples import study_examples
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, remove, write_json
 from tests.test_report import HOSTILE, Elements, page_of, some_results
 
@@ -29,7 +30,7 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
     shown = examples_of(tiny_copy)
     chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     setting = Setting("resmem", *chosen.values())
-    queries = open_queries(tiny_copy, "test")
+    queries = open_queries(Run(tiny_copy), "test")
     found = SplitScorer("test", queries, open_datastore(tiny_copy / "datastore")).predict([DEEPNET, setting])
     corrected = (found[DEEPNET][0] != queries.tokens) & (found[setting][0] == queries.tokens)
     near = (np.sort(np.asarray(queries.candidate_logits)[:, :32], axis=1)[:, -3] <= np.asarray(queries.target_logits)) & corrected
@@ -51,12 +52,12 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
 
 
 def test_the_neighbors_shown_are_those_that_add_most(tiny_run):
-    queries, datastore = open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore")
+    queries, datastore = open_queries(Run(tiny_run), "test"), open_datastore(tiny_run / "datastore")
     setting = Setting("resmem", 12, 4.0, 1.0, 1.0)
     chosen = np.arange(len(queries.tokens))[::9]
     targets = np.asarray(queries.tokens)
     reordered = 0
-    for query, example in zip(chosen, corrected_tokens(tiny_run, queries, datastore, setting, targets, targets, chosen), strict=True):
+    for query, example in zip(chosen, corrected_tokens(Run(tiny_run), queries, datastore, setting, targets, targets, chosen), strict=True):
         helps = np.asarray(queries.neighbor_tokens)[query] == targets[query]
         weights = np.exp(-np.asarray(queries.distances)[query] / setting.sigma)
         weights = (weights / weights.sum())[helps]
@@ -76,7 +77,7 @@ def test_the_report_has_them_to_be_searched_and_the_command_prints_how_many(tiny
     section = page[page.index('class="filtered"') :]
     assert section.count('class="example"') == 5
     assert 'type="search"' in section
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
     assert read_json(tiny_copy / "results.json")["examples"] != examples_of(tiny_copy)
     remove(tiny_copy / "studies")
     assert main(["report", f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", text_of(tiny_copy)]) == 0
@@ -113,11 +114,11 @@ def test_a_page_without_examples_to_search_has_no_script(tmp_path):
 
 
 def test_a_token_that_is_mended_without_a_neighbor_that_has_it_says_so(tiny_copy):
-    datastore, queries = open_datastore(tiny_copy / "datastore"), open_queries(tiny_copy, "test")
+    datastore, queries = open_datastore(tiny_copy / "datastore"), open_queries(Run(tiny_copy), "test")
     chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     without = np.flatnonzero((np.asarray(queries.neighbor_tokens) != np.asarray(queries.tokens)[:, None]).all(axis=1))[:1]
     targets = np.asarray(queries.tokens)
-    shown = corrected_tokens(tiny_copy, queries, datastore, Setting.of("resmem", chosen), targets, targets, without)
+    shown = corrected_tokens(Run(tiny_copy), queries, datastore, Setting.of("resmem", chosen), targets, targets, without)
     assert [example["neighbors"] for example in shown] == [[]]
     results = read_json(tiny_copy / "results.json")
     write_json(tiny_copy / "results.json", results | {"examples": shown})

@@ -7,14 +7,15 @@ import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resmem_lm.clitenance.append import append
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.append import append
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.model.checkpoints import load_config, load_model
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.studies.model_size import count_parameters, equal_deepnet, resized, study_model_size
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 POINTS = st.lists(st.tuples(st.integers(1, 10**9), st.floats(0, 1)), min_size=1, max_size=6, unique_by=lambda point: point[0]).map(sorted)
@@ -69,7 +70,7 @@ def test_every_row_is_that_of_a_run_and_the_runs_own_model_is_not_trained_again(
         for name, title in (("deepnet", "DeepNet"), ("resmem_paper", "ResMem (paper)"), ("resmem", "ResMem")):
             assert row[f"{title}, %"] == pytest.approx(100 * methods[name]["accuracy"])
         assert row["gain, %"] == pytest.approx(row["ResMem, %"] - row["DeepNet, %"])
-    assert verify(studied) == []
+    assert verify(Run(studied)) == []
 
 
 def test_the_others_are_made_as_the_run_was(studied):
@@ -79,7 +80,7 @@ def test_the_others_are_made_as_the_run_was(studied):
     for stage in ("documents", "vocabulary", "build", "index", "search", "evaluate", "train"):
         own, other = (read_json(workdir / "stages" / f"{stage}.json")["settings"] for workdir in (studied, derived))
         assert own | {"model": None} == other | {"model": None}
-    assert verify(derived) == []
+    assert verify(Run(derived)) == []
 
 
 def test_what_is_there_is_not_made_again(studied):
@@ -99,7 +100,7 @@ def test_a_model_that_was_trained_elsewhere_is_told(tiny_copy):
 
 def test_an_evaluation_of_another_datastore_is_told(tiny_copy):
     (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
-    append(tiny_copy, [str(tiny_copy / "more.txt")])
+    append(Run(tiny_copy), [str(tiny_copy / "more.txt")])
     with pytest.raises(UserError, match="the evaluation is of another datastore"):
         study_model_size(tiny_copy)
 

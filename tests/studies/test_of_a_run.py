@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import LINES, study_sensitivity
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 
@@ -70,7 +71,7 @@ def test_what_sensitivity_cannot_vary_is_told(tiny_copy, name, values):
 
 
 def test_right_predictions_among_some_tokens_are_those_of_the_predictions(tiny_run):
-    scorer = SplitScorer("validation", open_queries(tiny_run, "validation"), open_datastore(tiny_run / "datastore"))
+    scorer = SplitScorer("validation", open_queries(Run(tiny_run), "validation"), open_datastore(tiny_run / "datastore"))
     among = np.random.default_rng(0).random(len(scorer.queries.tokens)) < 0.5
     counts = scorer.count_correct([4, 12], [1.0], [1.0, 1.4], {"resmem": [0.5, 1.0]}, among=among)
     for setting, (predictions, _) in scorer.predict(list(counts)).items():
@@ -102,7 +103,7 @@ def test_each_rule_takes_the_best_that_it_allows(counts, most_fpr):
 
 
 def test_deepnet_is_resmem_without_memory(tiny_run):
-    scorer = SplitScorer("test", open_queries(tiny_run, "test"), open_datastore(tiny_run / "datastore"))
+    scorer = SplitScorer("test", open_queries(Run(tiny_run), "test"), open_datastore(tiny_run / "datastore"))
     accuracy = (scorer.predict([DEEPNET])[DEEPNET][0] == scorer.queries.tokens).mean()
     assert accuracy == pytest.approx(read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["deepnet"]["accuracy"])
 
@@ -122,7 +123,7 @@ def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is
     assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] not in (tiny_copy / "report.html").read_text("utf-8")
     assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
     assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns > stamp
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_a_damaged_study_is_made_again_as_it_is_said(tiny_copy, capsys):
@@ -130,13 +131,13 @@ def test_a_damaged_study_is_made_again_as_it_is_said(tiny_copy, capsys):
     path = tiny_copy / "studies/decomposition/results.json"
     sound = path.read_bytes()
     path.write_bytes(sound[:100] + b"?" + sound[101:])
-    assert any("resmem study decomposition" in problem for problem in verify(tiny_copy))
+    assert any("resmem study decomposition" in problem for problem in verify(Run(tiny_copy)))
     assert main(["study", "decomposition", f"--workdir={tiny_copy}"]) == 2
     assert f"{path}" in capsys.readouterr().err
     path.unlink()
     assert main(["study", "decomposition", f"--workdir={tiny_copy}"]) == 0
     assert path.read_bytes() == sound
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 def test_without_a_run_it_is_told_which_stage_is_needed(tmp_path, capsys):
@@ -159,7 +160,7 @@ def test_all_entries_are_the_evaluation_and_what_is_certified_stays_with_fewer(t
 
 
 def test_a_certified_prediction_is_that_of_the_full_residual(tiny_run):
-    datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(tiny_run, "validation")
+    datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(Run(tiny_run), "validation")
     setting = Setting("resmem", 12, 1.0, 1.0, 1.0)
     wanted = SplitScorer("validation", queries, datastore).predict([setting])[setting][0]
     certified = 0

@@ -2,13 +2,14 @@ import itertools
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance.append import append
+from resmem_lm.clitenance.delete import delete
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.append import append
-from resmem_lm.maintenance.delete import delete
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.residual_size import study_residual_size, with_entries
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, remove, write_json
 
 
@@ -36,7 +37,7 @@ def test_sizes_above_what_is_stored_go_up_to_the_whole_vocabulary(tiny_copy):
     assert shares[-1] > 99
     per_entry = {(b["bytes a row"] - a["bytes a row"]) / (b["entries"] - a["entries"]) for a, b in itertools.pairwise(rows)}
     assert per_entry == {3.0}
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
     made = stamps(tiny_copy)
     study_residual_size(tiny_copy, sizes=(2, 200))  # which those have already
     assert stamps(tiny_copy) == made
@@ -44,7 +45,7 @@ def test_sizes_above_what_is_stored_go_up_to_the_whole_vocabulary(tiny_copy):
 
 def test_the_rows_are_those_of_the_datastore_and_their_making_goes_on_where_it_stopped(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
-    made = with_entries(tiny_copy, datastore, 40)
+    made = with_entries(Run(tiny_copy), datastore, 40)
     for name in ("quantized_keys", "tokens", "log_power_sums"):
         np.testing.assert_array_equal(np.asarray(made.array(name)), np.asarray(datastore.array(name)))
     np.testing.assert_array_equal(np.asarray(made.array("quantized_residuals"))[:, :15], np.asarray(datastore.array("quantized_residuals")))
@@ -57,25 +58,25 @@ def test_the_rows_are_those_of_the_datastore_and_their_making_goes_on_where_it_s
     remove(derived / "datastore" / f"{lost.rpartition('.')[0]}.json")
     interrupted = read_json(tiny_copy / "stages/build.json")
     write_json(derived / "stages/build.json", interrupted | {"finished": False, "settings": interrupted["settings"] | {"entries": 40}})
-    with_entries(tiny_copy, datastore, 40)
+    with_entries(Run(tiny_copy), datastore, 40)
     after = stamps(tiny_copy)
     kept = {path: stamp for path, stamp in before.items() if lost not in str(path)}
     assert kept.items() <= after.items()
     assert len(after) == len(before)
-    assert with_entries(tiny_copy, datastore, 60).binding.entries == 60
+    assert with_entries(Run(tiny_copy), datastore, 60).binding.entries == 60
 
 
 def test_rows_follow_an_append_and_those_that_can_no_more_be_made_are_told(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore")
-    with_entries(tiny_copy, datastore, 20)
+    with_entries(Run(tiny_copy), datastore, 20)
     (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
-    append(tiny_copy, [str(tiny_copy / "more.txt")])
+    append(Run(tiny_copy), [str(tiny_copy / "more.txt")])
     grown = open_datastore(tiny_copy / "datastore")
-    made = with_entries(tiny_copy, grown, 20)
+    made = with_entries(Run(tiny_copy), grown, 20)
     assert datastore.rows < made.rows == grown.rows
-    delete(tiny_copy, document=datastore.documents(0)[0]["id"])
+    delete(Run(tiny_copy), document=datastore.documents(0)[0]["id"])
     with pytest.raises(UserError, match=r"run `resmem compact` first, or take study_residual_size.sizes up to 16"):
-        with_entries(tiny_copy, open_datastore(tiny_copy / "datastore"), 20)
+        with_entries(Run(tiny_copy), open_datastore(tiny_copy / "datastore"), 20)
 
 
 def test_no_usable_size_is_told(tiny_copy):

@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.studies.shift import TITLES, begin_from, right_predictions, study_shift
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import files_below, read_json, remove, write_json
 from tests.tiny import sentences
 
@@ -57,7 +58,7 @@ def test_the_model_is_the_runs_own_and_the_memory_is_of_the_other_text(studied):
     documents = [d["id"] for shard in range(2) for d in open_datastore(memory / "datastore").documents(shard)]
     assert len(documents) == read_json(memory / "stages/documents.json")["result"]["documents"]["train"]
     assert all("other.jsonl" in name for name in documents)
-    assert [verify(workdir) for workdir in (studied, memory, *tuned_of(studied))] == [[]] * 4
+    assert [verify(Run(workdir)) for workdir in (studied, memory, *tuned_of(studied))] == [[]] * 4
 
 
 def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(studied):
@@ -68,10 +69,10 @@ def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(stu
         assert row["second text, %"] == pytest.approx(100 * methods[name]["accuracy"])
     window = open_datastore(memory / "datastore").binding.window
     models = [load_model(path / "checkpoints") for path in tuned_of(studied)]
-    accuracy = [right_predictions(model, memory, "validation", window)[0].mean() for model in models]
+    accuracy = [right_predictions(model, Run(memory), "validation", window)[0].mean() for model in models]
     chosen = models[int(np.argmax(accuracy))]
     for column, workdir in (("second text, %", memory), ("first text, %", studied)):
-        assert fine_tuned[column] == pytest.approx(100 * right_predictions(chosen, workdir, "test", window)[0].mean())
+        assert fine_tuned[column] == pytest.approx(100 * right_predictions(chosen, Run(workdir), "test", window)[0].mean())
     assert fine_tuned["gain, %"] == pytest.approx(fine_tuned["second text, %"] - rows[0]["second text, %"])
     assert "12 steps" in fine_tuned["method"]
 
@@ -79,7 +80,7 @@ def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(stu
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_deepnet_is_measured_as_evaluate_measures_it(tiny_run, split):
     window = open_datastore(tiny_run / "datastore").binding.window
-    right, numbers = right_predictions(load_model(tiny_run / "checkpoints"), tiny_run, split, window)
+    right, numbers = right_predictions(load_model(tiny_run / "checkpoints"), Run(tiny_run), split, window)
     found = read_json(tiny_run / "results.json")["splits"][split]
     assert (len(right), len(np.unique(numbers)), len(numbers)) == (found["tokens"], found["documents"], found["tokens"])
     assert right.mean() == pytest.approx(found["methods"]["deepnet"]["accuracy"])
@@ -88,9 +89,9 @@ def test_deepnet_is_measured_as_evaluate_measures_it(tiny_run, split):
 def test_fine_tuning_begins_from_the_run_and_changes_it(studied, tmp_path):
     base = load_model(studied / "checkpoints")
     shutil.copytree(studied / "vocabulary", tmp_path / "vocabulary")
-    begin_from(base, tmp_path)
+    begin_from(base, Run(tmp_path))
     before = {file: file.stat().st_mtime_ns for file in files_below(tmp_path)}
-    begin_from(base, tmp_path)
+    begin_from(base, Run(tmp_path))
     assert {file: file.stat().st_mtime_ns for file in files_below(tmp_path)} == before
     assert load_model(tmp_path / "checkpoints").fingerprint == base.fingerprint
     fine_tuned = [load_model(path / "checkpoints").parameters["decoder"]["token_embedder"]["embedding"] for path in tuned_of(studied)]

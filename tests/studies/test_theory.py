@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resmem_lm.clitenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
-from resmem_lm.maintenance.verify import verify
 from resmem_lm.studies.theory import PREDICTORS, bounded_least_squares, in_unit_ball, nearest_points, predicted, risks, slope, study_theory
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
 
@@ -98,7 +99,7 @@ def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, cap
     page = (tiny_copy / "report.html").read_text()
     assert "Linear regression (section 5)" in page
     assert page.count("<svg") == 2
-    assert verify(tiny_copy) == []
+    assert verify(Run(tiny_copy)) == []
 
 
 @pytest.mark.parametrize(

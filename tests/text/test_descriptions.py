@@ -1,6 +1,7 @@
 from resmem_lm.text.descriptions import documents
 from resmem_lm.text.documents import prepare_documents
 from resmem_lm.text.shards import SPLITS, read_shard, shard_paths
+from resmem_lm.workdir.run import Run
 
 METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: 1\n{text}"
 
@@ -33,7 +34,7 @@ def test_every_described_distribution_is_one_document_in_the_order_of_names(tmp_
 
 def test_descriptions_are_a_text_that_can_be_prepared(tmp_path):
     counts = prepare_documents(tmp_path, text="descriptions", validation_fraction=0.1, test_fraction=0.2, shards=2)["documents"]
-    prepared = {d.id: d.text for split in SPLITS for path in shard_paths(tmp_path, split) for d in read_shard(path)}
+    prepared = {d.id: d.text for split in SPLITS for path in shard_paths(Run(tmp_path), split) for d in read_shard(path)}
     given = dict(documents())
     assert prepared.items() <= given.items()
     assert len(prepared) == sum(counts[split] for split in SPLITS) == len(given) - counts["duplicate"]

@@ -17,6 +17,7 @@ from resmem_lm.errors import UserError
 from resmem_lm.text.documents import assign_splits, prepare_documents
 from resmem_lm.text.shards import SPLITS, position, read_shard, shard_paths
 from resmem_lm.text.sources import Document, read_documents, read_file
+from resmem_lm.workdir.run import Run
 
 COMPRESS = {
     ".gz": gzip.compress,
@@ -44,7 +45,7 @@ def lines(*records):
 def prepared(workdir, split=None):
     """The documents that were written for a split, or for all."""
     splits = SPLITS if split is None else [split]
-    return [document for name in splits for path in shard_paths(workdir, name) for document in read_shard(path)]
+    return [document for name in splits for path in shard_paths(Run(workdir), name) for document in read_shard(path)]
 
 
 def different_texts(count, words=30):
@@ -298,9 +299,11 @@ def test_a_field_of_json_lines_groups_them(tmp_path):
     write(tmp_path / "in.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     prepare_documents(tmp_path / "run", text=str(tmp_path / "in.jsonl"), group="book", validation_fraction=0.3, test_fraction=0.3)
     book = {line["text"]: line["book"] for line in lines}
-    books = [{book[document.text] for path in shard_paths(tmp_path / "run", split) for document in read_shard(path)} for split in SPLITS]
+    books = [
+        {book[document.text] for path in shard_paths(Run(tmp_path / "run"), split) for document in read_shard(path)} for split in SPLITS
+    ]
     assert all(books)
-    assert all(d.group == book[d.text] for split in SPLITS for path in shard_paths(tmp_path / "run", split) for d in read_shard(path))
+    assert all(d.group == book[d.text] for split in SPLITS for path in shard_paths(Run(tmp_path / "run"), split) for d in read_shard(path))
     assert sum(len(some) for some in books) == len(set.union(*books))
     half = write(tmp_path / "half.jsonl", b'{"text": "a", "book": "\\ud83d"}\n')
     said = message(prepare_documents, tmp_path / "other", text=str(half), group="book")
@@ -372,11 +375,11 @@ def test_train_documents_are_dealt_over_the_shards_and_other_splits_have_one(tmp
     for number, text in enumerate(different_texts(23)):
         write(tmp_path / "in" / f"{number:02}.txt", text)
     record = prepare_documents(tmp_path, text=str(tmp_path / "in"), shards=4)
-    sizes = [len(read_shard(path)) for path in shard_paths(tmp_path, "train")]
+    sizes = [len(read_shard(path)) for path in shard_paths(Run(tmp_path), "train")]
     assert len(sizes) == 4
     assert max(sizes) - min(sizes) <= 1
     assert sum(sizes) == record["documents"]["train"]
-    assert [path.name for path in shard_paths(tmp_path, "test")] == ["test-00000-of-00001.jsonl"]
+    assert [path.name for path in shard_paths(Run(tmp_path), "test")] == ["test-00000-of-00001.jsonl"]
     assert {*record["checksums"], "manifest.json"} == {path.name for path in (tmp_path / "documents").iterdir()}
 
 

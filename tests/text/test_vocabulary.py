@@ -17,6 +17,7 @@ from resmem_lm.text.packing import split_tokens
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.sources import Document
 from resmem_lm.text.vocabulary import Vocabulary, draw_lines, load_vocabulary, make_vocabulary
+from resmem_lm.workdir.run import Run
 
 LETTERS = "abcdefghijklmnop"
 
@@ -41,7 +42,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary(workdir):
-    return load_vocabulary(workdir)
+    return load_vocabulary(Run(workdir))
 
 
 def message(call, *args, **kwargs):
@@ -98,8 +99,8 @@ def test_documents_are_encoded_together_as_they_are_alone(vocabulary, texts):
 
 
 def test_the_tokens_of_a_split_are_those_of_its_documents_in_order(workdir, vocabulary):
-    documents = [document for path in shard_paths(workdir, "train") for document in read_shard(path)]
-    found = list(split_tokens(workdir, "train", vocabulary))
+    documents = [document for path in shard_paths(Run(workdir), "train") for document in read_shard(path)]
+    found = list(split_tokens(Run(workdir), "train", vocabulary))
     assert [tokens.tolist() for tokens in found] == [vocabulary.encode(document.text).tolist() for document in documents]
     assert len(found) > 30
 
@@ -133,10 +134,10 @@ def test_each_line_is_as_likely_to_be_drawn(tmp_path):
 def test_only_the_train_split_is_learned_from(tmp_path):
     workdir = prepare(tmp_path)
     for split in ("validation", "test"):
-        (path,) = shard_paths(workdir, split)
+        (path,) = shard_paths(Run(workdir), split)
         path.write_text(json.dumps({"id": "a", "text": "漢字 " * 1000}) + "\n", encoding="utf-8")
     make_vocabulary(workdir, size=300)
-    vocabulary = load_vocabulary(workdir)
+    vocabulary = load_vocabulary(Run(workdir))
     assert not any("漢" in piece for piece in vocabulary.pieces(list(range(vocabulary.size))))
 
 
@@ -144,7 +145,7 @@ def test_a_given_vocabulary_is_copied(workdir, tmp_path):
     model = workdir / "vocabulary" / "vocabulary.model"
     result = make_vocabulary(prepare(tmp_path), model=str(model))
     assert (tmp_path / "vocabulary" / "vocabulary.model").read_bytes() == model.read_bytes()
-    assert result == {"sha256": load_vocabulary(workdir).sha256, "size": 300}
+    assert result == {"sha256": load_vocabulary(Run(workdir)).sha256, "size": 300}
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", bytes(range(256)) * 100, None], ids=["empty", "text", "bytes", "missing"])
