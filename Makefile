@@ -21,6 +21,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -1,44 +1,51 @@
-"""What every test needs: two virtual CPU devices, reproducible examples, and no settings from the test before."""
+"""Shared set-up: two virtual CPU devices, a compilation cache, reproducible examples, no settings left from the test before."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import gin
 import hypothesis
 import pytest
 
 from tests.tiny import arguments
 
-# faiss's threads wait asleep: where processes share few cores, waiting awake is most of what they do.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# jax reads it when it is imported, which no line above does.
+# JAX and OpenMP read these when they are imported, which nothing above does; subprocesses inherit them.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of faiss that spin while they wait would take the cores of other tests
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=30)
 hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_the_test_before() -> Iterator[None]:
+def _clear_settings() -> Iterator[None]:
     yield
     gin.clear_config()
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work directory of a finished run. Tests that change it take `tiny_copy`."""
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The work directory of a finished run, made by the first test process that asks. Tests that change it take `tiny_copy`."""
     from resmem_lm.cli import main
 
-    folder = tmp_path_factory.mktemp("tiny")
-    assert main(["run", *arguments(folder, folder / "run")]) == 0
-    gin.clear_config()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "tiny"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "run" / "report.html").exists():
+            folder.mkdir(exist_ok=True)
+            assert main(["run", *arguments(folder, folder / "run")]) == 0
+            gin.clear_config()
     return folder / "run"
 
 
 @pytest.fixture
 def tiny_copy(tiny_run: Path, tmp_path: Path) -> Path:
-    """A finished run of one's own, in a folder with its corpus and configuration."""
+    """A copy of the finished run, in a folder with its corpus and configuration."""
     shutil.copytree(tiny_run.parent, tmp_path / "tiny", symlinks=True)
     return tmp_path / "tiny" / "run"
