@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 import resmem_lm.commands  # noqa: F401 - registers every stage with gin
 from resmem_lm.planning.machine import processor

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance.append import append
+from resmem_lm.maintenance.append import append
 
 from beam_pipelines.build_index import build_index
 from resmem_lm.errors import UserError
@@ -25,7 +25,7 @@ def folders(workdir):
 @pytest.fixture
 def unindexed(tiny_copy, monkeypatch):
     """A run whose index is not made. faiss will have files, few as the rows are."""
-    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
+    monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
     shutil.rmtree(tiny_copy / "index")
     (tiny_copy / "stages/index.json").unlink()
     return tiny_copy

@@ -131,9 +131,9 @@ def test_eight_shards_of_the_index_find_the_same_50_as_one_exact_index(eight_sha
     workdir = tmp_path / "run"
     shutil.copytree(eight_shards, workdir)
     datastore = open_datastore(workdir / "datastore")
-    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
-    monkeypatch.setattr("beam_pipelines.index.largest_index", lambda *_: max(shard["rows"] for shard in datastore.shards))
-    monkeypatch.setattr("beam_pipelines.index.group_shards", lambda rows, most: [(shard, 1) for shard in range(len(rows))])
+    monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
+    monkeypatch.setattr("beam_pipelines.build_index.largest_index", lambda *_: max(shard["rows"] for shard in datastore.shards))
+    monkeypatch.setattr("beam_pipelines.build_index.group_shards", lambda rows, most: [(shard, 1) for shard in range(len(rows))])
     assert len(build_index(workdir, kind=kind)["shards"]) == 8
     facts = search(workdir, neighbors=50)
     for split in ("validation", "test"):

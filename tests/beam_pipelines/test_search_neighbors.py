@@ -2,7 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance.append import append
+from resmem_lm.maintenance.append import append
 
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
@@ -40,7 +40,7 @@ def unsearched(tiny_copy):
 
 def kill_when_queries_are_encoded(workdir, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("beam_pipelines.search._query_shards", lambda *_: 1 / 0)
+        patch.setattr("beam_pipelines.search_neighbors._query_shards", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             search(workdir, neighbors=12)
 
