@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.clitenance.delete import delete
+from resmem_lm.maintenance.delete import delete
 
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.report.tables import METHOD_TITLES
+from resmem_lm.report.report.tables import METHOD_TITLES
 from resmem_lm.studies import infinigram
 from resmem_lm.studies.baselines import _groups, _ranges, study_baselines
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=50), st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(sorted))

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.clitenance.delete import delete
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.datastore_size import COMPARED, fraction_of, study_datastore_size
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json, remove, write_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json, remove, write_json
 
 GRID = {"ks": (1, 4, 12, 50), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}  # as the run's evaluation
 

@@ -1,14 +1,14 @@
 import pytest
-from resmem_lm.clitenance.append import append
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines.build_datastore import build_datastore
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.model.checkpoints import load_model
+from resmem_lm.model.decoder.checkpoints import load_model
 from resmem_lm.studies.derived import derive, settings_of
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json, write_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json, write_json
 
 COMMON = ("documents", "vocabulary", "train")
 

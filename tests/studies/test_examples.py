@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
@@ -14,11 +14,11 @@ from resmem_lm.evaluation.examples import corrected_tokens
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.report.report import FILTER, write_report
+from resmem_lm.report.report.report import FILTER, write_report
 from resmem_lm.studies.examples import study_examples
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json, remove, write_json
-from tests.test_report import HOSTILE, Elements, page_of, some_results
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json, remove, write_json
+from tests.report.test_report import HOSTILE, Elements, page_of, some_results
 
 
 def examples_of(workdir):

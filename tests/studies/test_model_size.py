@@ -7,16 +7,16 @@ import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.clitenance.append import append
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.model.checkpoints import load_config, load_model
-from resmem_lm.model.config import ModelConfig
+from resmem_lm.model.decoder.checkpoints import load_config, load_model
+from resmem_lm.model.decoder.config import ModelConfig
 from resmem_lm.studies.model_size import count_parameters, equal_deepnet, resized, study_model_size
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json, write_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json, write_json
 
 POINTS = st.lists(st.tuples(st.integers(1, 10**9), st.floats(0, 1)), min_size=1, max_size=6, unique_by=lambda point: point[0]).map(sorted)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
@@ -17,8 +17,8 @@ from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import LINES, study_sensitivity
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json, write_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json, write_json
 
 
 def rows_of(workdir, name):

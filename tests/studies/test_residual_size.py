@@ -2,15 +2,15 @@ import itertools
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance.append import append
-from resmem_lm.clitenance.delete import delete
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.residual_size import study_residual_size, with_entries
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json, remove, write_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json, remove, write_json
 
 
 def rows_of(workdir):

@@ -5,14 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.model.checkpoints import load_model
+from resmem_lm.model.decoder.checkpoints import load_model
 from resmem_lm.studies.shift import TITLES, begin_from, right_predictions, study_shift
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import files_below, read_json, remove, write_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import files_below, read_json, remove, write_json
 from tests.tiny import sentences
 
 SETTINGS = {"shards": 2, "steps": 12, "learning_rates": (0.0001, 0.05)}

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.studies.theory import PREDICTORS, bounded_least_squares, in_unit_ball, nearest_points, predicted, risks, slope, study_theory
-from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json
+from resmem_lm.workdir.stages.run import Run
+from resmem_lm.workdir.stages.storage import read_json
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.05, 3.0))
