@@ -1,10 +1,10 @@
-"""Adaptive ResMem: how far to trust the memory here, told by the neighbors' distances and DeepNet's confidence.
+"""Adaptive ResMem: a small network decides for each token how far to trust the memory.
 
-    q is proportional to  p exp(g)    with g a small network of what is known about a neighbor's token, and 0 for all other tokens
+    q is proportional to  p exp(g)    with g the network's output at the neighbors' tokens, and 0 at all other tokens
 
-A step beyond one lambda for all tokens (paper, section 6); He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.1)
-learn kNN-LM's lambda from such features. The network is fitted on validation tokens by cross-entropy; held-out documents of these say
-after how many steps to stop.
+This replaces one lambda for all tokens (paper, section 6). He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.1)
+learn kNN-LM's lambda from similar features: distances and DeepNet's confidence. The network is fitted on validation tokens by
+cross-entropy. The loss on held-out documents among these decides the number of steps.
 """
 
 from collections.abc import Iterator
@@ -16,146 +16,143 @@ import numpy as np
 from etils import epy
 from jaxtyping import Array, Bool, Float, Int
 
-from resmem_lm.evaluation.calibrated import Distribution, is_first, normalized, of_target
-from resmem_lm.evaluation.candidates import Candidates, Neighbors, score
+from resmem_lm.evaluation.calibrated import Distribution, is_first, normalized, target_probability
+from resmem_lm.evaluation.candidates import Block, score
 
 with epy.lazy_imports():
     import optax
 
-HIDDEN = 32
+    from resmem_lm.evaluation import gate_network
+
 STEPS, CHECK_STEPS = 800, 50
 BATCH = 1024
+HELD_OUT_BATCH = 8192
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
-HELD_OUT = 5  # one document in so many
+HELD_OUT = 5  # every fifth document is held out
 BANDWIDTHS = (0.5, 1.0, 4.0)  # times sigma
 SMALL = 1e-6
-LARGEST = 30.0  # change of a logit
+LARGEST = 30.0  # change of a logit: its exponential must be finite
+
+Weights = dict[str, Any]
 
 
 class GateFeatures(NamedTuple):
-    """What the network sees of some queries, and what it is fitted to.
+    """Inputs and targets of the network, one row per query and one column per neighbor.
 
-    The neighbors' tokens are places on the last axis; a token that several neighbors hold counts at the nearest of them.
+    A token of several neighbors counts at the nearest of them.
     """
 
     features: Float[Array, "queries k features"]
     base: Float[Array, "queries k"]  # DeepNet's probability of the neighbor's token
     counted: Bool[Array, "queries k"]
     target: Bool[Array, "queries k"]  # counted, and the query's token
-    target_base: Float[Array, " queries"]  # DeepNet's probability of the target, a neighbor's or not
+    target_base: Float[Array, " queries"]  # DeepNet's probability of the target, a neighbor's token or not
+
+    def at(self, queries: Int[Array, " some"] | Int[np.ndarray, " some"]) -> "GateFeatures":
+        """Return some of the queries."""
+        return GateFeatures(*(array[queries] for array in self))
 
 
 class Gate(NamedTuple):
     """The network's weights, and the features' means and scales."""
 
-    weights: dict[str, Any]
+    weights: Weights
     mean: Float[Array, " features"]
     scale: Float[Array, " features"]
 
 
-def gate_features(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    target_base: Float[Array, " queries"],
-    sigma: float | Float[Array, ""],
-    unit_number: int,
-) -> GateFeatures:
-    """What is known at T = 1. Per neighbor's token y: p(y), p_kNN(y) at three bandwidths, r_kNN(y), the nearest distance at which it was
-    found and how little DeepNet knew it there; per query: distances, DeepNet's largest probability and entropy, the largest p_kNN.
+def gate_features(block: Block, sigma: float | Float[Array, ""], unit: int) -> GateFeatures:
+    """Compute the network's features at T = 1.
+
+    Per neighbor's token y: p(y), p_kNN(y) at three bandwidths, r_kNN(y), the distance of the nearest row with y, and the largest
+    1 - p(y) that such a row stores. Per query: distances, DeepNet's largest probability and entropy, the largest p_kNN.
+
+    Args:
+        block: queries with their neighbors.
+        sigma: the bandwidth that BANDWIDTHS multiply.
+        unit: the index of T = 1 among the datastore's temperatures.
     """
+    candidates, neighbors, targets, target_base = block
     k = neighbors.tokens.shape[1]
     sigmas = sigma * jnp.array(BANDWIDTHS, jnp.float32)
-    scores = score(candidates, neighbors, jnp.full(len(BANDWIDTHS), k), sigmas, 1.0, unit_number)
+    scores = score(candidates, neighbors, jnp.full(len(BANDWIDTHS), k), sigmas, 1.0, unit)
     base, residual, knn = scores.base[:, -k:], scores.residual[1][:, -k:], scores.knn[..., -k:]
     same = neighbors.tokens[:, :, None] == neighbors.tokens[:, None, :]
     found = jnp.isfinite(neighbors.distances)
-    counted = is_first(neighbors.tokens) & found  # neighbors that were not found stand last
+    counted = is_first(neighbors.tokens) & found  # missing neighbors come last
     farthest = jnp.max(jnp.where(found, neighbors.distances, 0), axis=1, keepdims=True)
     distances = jnp.log(jnp.where(found, neighbors.distances, farthest) + 1e-2)
-    unknown = -jnp.expm1(neighbors.target_log_probability)
-    own = scores.base[:, :-k]  # DeepNet's largest
+    unexpected = -jnp.expm1(neighbors.target_log_probability)
+    deepnet = scores.base[:, :-k]  # DeepNet's own candidates
     of_token = [
         jnp.log(base + SMALL),
         *jnp.log(knn + 1e-4),
         residual,
         jnp.min(jnp.where(same & found[:, None, :], distances[:, None, :], jnp.inf), axis=-1, initial=10.0),
-        jnp.max(jnp.where(same & found[:, None, :], unknown[:, None, :], 0), axis=-1),
+        jnp.max(jnp.where(same & found[:, None, :], unexpected[:, None, :], 0), axis=-1),
     ]
     of_query = [
         *(distances[:, rank] for rank in (0, min(7, k - 1), k - 1)),
-        jnp.max(own, axis=-1),
-        -jnp.sum(own * jnp.log(jnp.maximum(own, SMALL)), axis=-1),
+        jnp.max(deepnet, axis=-1),
+        -jnp.sum(deepnet * jnp.log(jnp.maximum(deepnet, SMALL)), axis=-1),
         *jnp.log(jnp.max(knn, axis=-1) + 1e-4),
     ]
     columns = [*of_token, *(jnp.broadcast_to(column[:, None], base.shape) for column in of_query)]
-    return GateFeatures(jnp.stack(columns, axis=-1), base, counted, counted & (neighbors.tokens == targets[:, None]), target_base)
-
-
-def trust(gate: Gate, features: Float[Array, "queries k features"]) -> Float[Array, "queries k"]:
-    """g: how much the logit of each neighbor's token is raised."""
-    w, x = gate.weights, (features - gate.mean) / gate.scale
-    x = jax.nn.gelu(x @ w["in"] + w["in_bias"])
-    x = jax.nn.gelu(x @ w["middle"] + w["middle_bias"])
-    return jnp.clip(x @ w["out"], -LARGEST, LARGEST)  # exp of it must be a number
+    is_target = counted & (neighbors.tokens == targets[:, None])
+    return GateFeatures(jnp.stack(columns, axis=-1), base, counted, is_target, target_base[:, unit])
 
 
 def distribution(gate: Gate, some: GateFeatures) -> Distribution:
-    """q at the neighbors' tokens."""
-    return normalized(some.base, some.base * jnp.exp(trust(gate, some.features)), some.counted)
+    """Return q at the neighbors' tokens."""
+    change = gate_network.GateNetwork().apply({"params": gate.weights}, (some.features - gate.mean) / gate.scale)
+    return normalized(some.base, some.base * jnp.exp(jnp.clip(change, -LARGEST, LARGEST)), some.counted)
 
 
-def _loss(weights: dict[str, Any], gate: Gate, some: GateFeatures) -> Float[Array, ""]:
+def _loss(weights: Weights, gate: Gate, some: GateFeatures) -> Float[Array, ""]:
     q = distribution(gate._replace(weights=weights), some)
-    return -jnp.mean(jnp.log(of_target(q, some.target, some.target_base) + 1e-12))
+    return -jnp.mean(jnp.log(target_probability(q, some.target, some.target_base) + 1e-12))
 
 
 @jax.jit
-def _watched_loss(weights: dict[str, Any], gate: Gate, some: GateFeatures, places: Int[Array, " some"]) -> Float[Array, ""]:
-    return _loss(weights, gate, _take(some, places))
+def _loss_at(weights: Weights, gate: Gate, some: GateFeatures, queries: Int[Array, " some"]) -> Float[Array, ""]:
+    return _loss(weights, gate, some.at(queries))
 
 
 def fit(some: GateFeatures, groups: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
-    """Fits the network; it begins as DeepNet alone.
+    """Fit the network, which begins as DeepNet alone.
 
     Args:
-        some: what is known of validation tokens, as NumPy arrays.
-        groups: a number for each token, equal where they are not independent.
-        seed: of the first weights and of the batches.
+        some: features of validation tokens, as NumPy arrays.
+        groups: a number for each token, equal for tokens that are not independent.
+        seed: of the first weights and the batches.
     """
     x = np.asarray(some.features)[np.asarray(some.counted)]
     some = GateFeatures(*map(jnp.asarray, some))
-    gate = Gate(_first_weights(x.shape[-1], seed), jnp.asarray(x.mean(axis=0)), jnp.asarray(x.std(axis=0) + 1e-3))
-    held_out = groups % HELD_OUT == HELD_OUT - 1
-    if not held_out.any():
-        held_out = np.arange(len(groups)) % HELD_OUT == HELD_OUT - 1  # too few groups
-    fitted, watched = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-    def watch(weights: dict[str, Any]) -> float:
-        parts = np.array_split(watched, -(-len(watched) // 8192))
-        return sum(float(_watched_loss(weights, gate, some, part)) * len(part) for part in parts) / len(watched)
-
-    losses = {0: watch(gate.weights)} if len(watched) else {STEPS: 0.0}
-    if len(watched) and len(fitted):
-        losses |= {step: watch(weights) for step, weights in _steps(gate, some, fitted, STEPS, seed)}
-    steps = min(losses, key=lambda step: losses[step])
-    again = [weights for _, weights in _steps(gate, some, np.arange(len(groups)), steps, seed)]
-    return gate._replace(weights=[gate.weights, *again][-1])
+    weights = gate_network.initial_weights(x.shape[-1], seed)
+    gate = Gate(weights, jnp.asarray(x.mean(axis=0)), jnp.asarray(x.std(axis=0) + 1e-3))
+    steps = _choose_steps(gate, some, groups, seed)
+    for _, weights in _steps(gate, some, np.arange(len(groups)), steps, seed):
+        gate = gate._replace(weights=weights)
+    return gate
 
 
-def _take(some: GateFeatures, places: Int[Array, " some"] | Int[np.ndarray, " some"]) -> GateFeatures:
-    return GateFeatures(*(array[places] for array in some))
+def _choose_steps(gate: Gate, some: GateFeatures, groups: Int[np.ndarray, " queries"], seed: int) -> int:
+    """Return the number of steps with the lowest loss on held-out groups."""
+    is_held_out = groups % HELD_OUT == HELD_OUT - 1
+    if not is_held_out.any():
+        is_held_out = np.arange(len(groups)) % HELD_OUT == HELD_OUT - 1  # too few groups
+    fitted, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if not len(held_out):
+        return STEPS
+    parts = np.array_split(held_out, -(-len(held_out) // HELD_OUT_BATCH))
 
+    def loss(weights: Weights) -> float:
+        return sum(float(_loss_at(weights, gate, some, part)) * len(part) for part in parts) / len(held_out)
 
-def _first_weights(features: int, seed: int) -> dict[str, Any]:
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return {
-        "in": jax.random.normal(keys[0], (features, HIDDEN)) / np.sqrt(features),
-        "in_bias": jnp.zeros(HIDDEN),
-        "middle": jax.random.normal(keys[1], (HIDDEN, HIDDEN)) / np.sqrt(HIDDEN),
-        "middle_bias": jnp.zeros(HIDDEN),
-        "out": jnp.zeros(HIDDEN),
-    }
+    losses = {0: loss(gate.weights)}
+    if len(fitted):
+        losses |= {step: loss(weights) for step, weights in _steps(gate, some, fitted, STEPS, seed)}
+    return min(losses, key=lambda step: losses[step])
 
 
 def _optimizer() -> Any:
@@ -163,24 +160,22 @@ def _optimizer() -> Any:
 
 
 @jax.jit
-def _advance(
-    weights: dict[str, Any], state: Any, gate: Gate, some: GateFeatures, batches: Int[Array, "steps batch"]
-) -> tuple[dict[str, Any], Any]:
+def _advance(weights: Weights, state: Any, gate: Gate, some: GateFeatures, batches: Int[Array, "steps batch"]) -> tuple[Weights, Any]:
     optimizer = _optimizer()
 
-    def step(carry: tuple[dict[str, Any], Any], places: Int[Array, " batch"]) -> tuple[tuple[dict[str, Any], Any], None]:
+    def step(carry: tuple[Weights, Any], queries: Int[Array, " batch"]) -> tuple[tuple[Weights, Any], None]:
         weights, state = carry
-        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, _take(some, places)), state, weights)
+        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, some.at(queries)), state, weights)
         return (optax.apply_updates(weights, updates), state), None
 
     (weights, state), _ = jax.lax.scan(step, (weights, state), batches)
     return weights, state
 
 
-def _steps(gate: Gate, some: GateFeatures, places: Int[np.ndarray, " some"], steps: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, weights) after every CHECK_STEPS."""
+def _steps(gate: Gate, some: GateFeatures, queries: Int[np.ndarray, " some"], steps: int, seed: int) -> Iterator[tuple[int, Weights]]:
+    """Yield the step and the weights after every CHECK_STEPS steps."""
     weights, rng = gate.weights, np.random.default_rng(seed)
     state = _optimizer().init(weights)
     for step in range(CHECK_STEPS, steps + 1, CHECK_STEPS):
-        weights, state = _advance(weights, state, gate, some, rng.choice(places, (CHECK_STEPS, min(BATCH, len(places)))))
+        weights, state = _advance(weights, state, gate, some, rng.choice(queries, (CHECK_STEPS, min(BATCH, len(queries)))))
         yield step, weights

@@ -1,11 +1,12 @@
-"""ResMem on the simplex, so that perplexity and calibration exist; the paper's section 6 leaves it open.
+"""ResMem on the simplex, so that perplexity and calibration exist. The paper leaves this open (section 6).
 
     boosted:  q is proportional to  p exp(lambda r_kNN)
     clipped:  q is proportional to  max(p + lambda r_kNN, FLOOR p)                 with p = softmax(f / T)
 
 `boosted` is a step of gradient boosting in logit space (Friedman 2001): the residual onehot(y) - p is the negative gradient of the
 cross-entropy with respect to the logits. `clipped` is the paper's score, projected. In both, r_kNN counts at the candidates only (see
-`resmem_lm.candidates`), and all other tokens keep DeepNet's probability up to the normalizer: q is a distribution over the vocabulary.
+`resmem_lm.evaluation.candidates`). All other tokens keep DeepNet's probability up to the normalizer: q is a distribution over the
+vocabulary.
 """
 
 from typing import Literal, NamedTuple
@@ -15,26 +16,32 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 SimplexFormula = Literal["knnlm", "boosted", "clipped"]
-FLOOR = 0.1  # of DeepNet's probability, which no token falls below
-BINS = 15  # of the calibration error, as Guo et al. have
+FLOOR = 0.1  # times DeepNet's probability: no token's score falls below this
+BINS = 15  # of the calibration error, as in Guo et al. (2017)
 
 
 class Distribution(NamedTuple):
-    """Probabilities of the candidates; any other token has `other` times what DeepNet gives it."""
+    """Probabilities of the candidates; any other token has `other` times DeepNet's probability."""
 
     candidates: Float[Array, "*some queries candidates"]
     other: Float[Array, "*some queries"]
 
 
 def is_first(ids: Int[Array, "queries candidates"]) -> Bool[Array, "queries candidates"]:
-    """Which candidates do not stand before: a token may be there twice, and counts once."""
+    """Return which candidates are the first with their token: a token that occurs twice counts once."""
     return ~jnp.any(jnp.tril(ids[:, :, None] == ids[:, None, :], k=-1), axis=-1)
 
 
 def normalized(
     base: Float[Array, "queries candidates"], changed: Float[Array, "*some queries candidates"], counted: Bool[Array, "queries candidates"]
 ) -> Distribution:
-    """What some tokens' probabilities were changed to, with all others', over their sum; `counted` has each of these tokens once."""
+    """Replace some tokens' probabilities and divide by the new sum over the vocabulary.
+
+    Args:
+        base: DeepNet's probabilities of the tokens.
+        changed: the values that replace them.
+        counted: marks each token once.
+    """
     total = 1 + jnp.sum(jnp.where(counted, changed - base, 0), axis=-1)
     return Distribution(changed / total[..., None], 1 / total)
 
@@ -47,7 +54,7 @@ def on_simplex(
     first: Bool[Array, "queries candidates"],
     lambda_: float | Float[Array, ""],
 ) -> Distribution:
-    """kNN-LM (Khandelwal et al. 2020), or one of the two forms of Calibrated ResMem; DeepNet where lambda is 0."""
+    """Return kNN-LM (Khandelwal et al. 2020) or a form of Calibrated ResMem; DeepNet where lambda is 0."""
     if formula == "knnlm":
         return Distribution((1 - lambda_) * base + lambda_ * knn, jnp.broadcast_to(1 - lambda_, knn.shape[:-1]))
     if formula == "boosted":
@@ -55,15 +62,15 @@ def on_simplex(
     return normalized(base, jnp.maximum(base + lambda_ * residual, FLOOR * base), first)
 
 
-def of_target(
+def target_probability(
     q: Distribution, is_target: Bool[Array, "queries candidates"], base: Float[Array, " queries"]
 ) -> Float[Array, "*some queries"]:
-    """The probability of each query's target, which may be none of the candidates; `base` is what DeepNet gives it."""
+    """Return the probability of each query's target; `base` is DeepNet's, which counts where no candidate is the target."""
     among = jnp.max(jnp.where(is_target, q.candidates, 0), axis=-1)
     return jnp.where(jnp.any(is_target, axis=-1), among, q.other * base)
 
 
 def calibration_error(confidence: Float[np.ndarray, " tokens"], right: Bool[np.ndarray, " tokens"]) -> float:
-    """Expected calibration error (Guo et al. 2017): |accuracy - mean confidence| in bins of equal width, weighted by their tokens."""
+    """Return the expected calibration error (Guo et al. 2017): |accuracy - mean confidence| in bins of equal width, weighted by tokens."""
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
     return float(np.abs(np.bincount(place, right - confidence, minlength=BINS)).sum() / len(confidence))

@@ -1,8 +1,8 @@
 """The formula on the few tokens that can win, so that many hyperparameters are tried without a pass over the vocabulary.
 
-A neighbor's residual is positive at its own token only. So with lambda >= 0 a token that is neither DeepNet's among the
-largest logits nor a neighbor's token scores at most DeepNet's own probability of the next logit: where the best
-candidate reaches that bound, the prediction is certified to be that of the formula over the whole vocabulary, with the residuals as stored.
+A neighbor's residual is positive at its own token only. With lambda >= 0, a token that is neither among DeepNet's largest logits nor a
+neighbor's token therefore scores at most DeepNet's own probability of the next logit. Where the best candidate reaches that bound, the
+prediction is certified: it is that of the formula over the whole vocabulary, with the residuals as stored.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -32,12 +32,12 @@ class Setting(NamedTuple):
     lambda_: float
 
     def hyperparameters(self) -> dict[str, int | float]:
-        """As results.json names them."""
+        """Return the hyperparameters under their names in results.json."""
         return {"k": self.k, "sigma": self.sigma, "temperature": self.temperature, "lambda": self.lambda_}
 
     @classmethod
     def of(cls, formula: Formula, chosen: dict[str, Any]) -> "Setting":
-        """From what results.json names."""
+        """Make a setting from the hyperparameters in results.json."""
         return cls(formula, chosen["k"], float(chosen["sigma"]), float(chosen["temperature"]), float(chosen["lambda"]))
 
 
@@ -45,26 +45,35 @@ DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
 
 
 class Candidates(NamedTuple):
-    """Per query: DeepNet's largest logits and those of its neighbors' tokens (a token may stand twice)."""
+    """Per query: the tokens of DeepNet's largest logits, then the neighbors' tokens (a token may occur twice)."""
 
     ids: Int[Array, "queries candidates"]
     logits: Float[Array, "queries candidates"]
-    bound: Float[Array, " queries"]
+    bound: Float[Array, " queries"]  # the largest logit outside of DeepNet's candidates
     log_partition: Float[Array, "queries temperatures"]
 
 
 class Neighbors(NamedTuple):
-    """Per query, nearest first: distance, token, and the codes of the row's probabilities of the query's candidates (0: no entry)."""
+    """Per query, nearest first."""
 
     distances: Float[Array, "queries k"]
     tokens: Int[Array, "queries k"]
-    codes: UInt8[Array, "queries k candidates"]
+    quantized: UInt8[Array, "queries k candidates"]  # the row's probability of each candidate; 0 where it stores none
     target_log_probability: Float[Array, "queries k"]
     log_power_sums: Float[Array, "queries k temperatures"]
 
 
+class Block(NamedTuple):
+    """Queries that are scored together."""
+
+    candidates: Candidates
+    neighbors: Neighbors
+    targets: Int[Array, " queries"]  # the true tokens; -1 for padding
+    target_base: Float[Array, "queries temperatures"]  # DeepNet's probability of the target
+
+
 class Scores(NamedTuple):
-    """Candidates' base probabilities at one temperature, and merged residuals and p_kNN for several weightings (k and sigma)."""
+    """The candidates' base probabilities at one temperature, and merged residuals and p_kNN for several pairs of k and sigma."""
 
     base: Float[Array, "queries candidates"]
     residual: Float[Array, "weightings queries candidates"]
@@ -75,7 +84,7 @@ class Scores(NamedTuple):
 def choose_candidates(
     logits: Float[Array, "queries vocab"], neighbor_tokens: Int[Array, "queries k"], base: int
 ) -> tuple[Int[Array, "queries candidates"], Float[Array, "queries candidates"], Float[Array, " queries"]]:
-    """Ids and logits of the candidates, and the largest logit that is not among the `base` largest."""
+    """Return ids and logits of the candidates, and the largest logit that is not among the `base` largest."""
     base = min(base, logits.shape[1] - 1)
     top, ids = largest(logits, base + 1)
     ids = jnp.concatenate([ids[:, :base], neighbor_tokens.astype(ids.dtype)], axis=1)
@@ -85,11 +94,17 @@ def choose_candidates(
 def quantized_at(
     candidates: Int[np.ndarray, "queries candidates"],
     ids: Integer[np.ndarray, "queries k others"],
-    codes: UInt8[np.ndarray, "queries k others"],
+    quantized: UInt8[np.ndarray, "queries k others"],
 ) -> UInt8[np.ndarray, "queries k candidates"]:
-    """The code of each row's probability of each candidate, zero where it stores none: on the way from the files."""
+    """Return each row's quantized probability of each candidate, 0 where the row stores none.
+
+    Args:
+        candidates: ids of each query's candidates.
+        ids: tokens of the entries that each row stores.
+        quantized: their probabilities.
+    """
     vocabulary = int(max(candidates.max(initial=0), ids.max(initial=0))) + 1
-    found: np.ndarray = kernels.quantized_at(candidates, ids, codes, vocabulary)
+    found: np.ndarray = kernels.quantized_at(candidates, ids, quantized, vocabulary)
     return found
 
 
@@ -99,23 +114,29 @@ def score(
     ks: Int[Array, " weightings"],
     sigmas: Float[Array, " weightings"],
     temperature: float | Float[Array, ""],
-    temperature_number: int | Int[Array, ""],
+    position: int | Int[Array, ""],
 ) -> Scores:
-    """The parts of every method's score at one temperature, for each pair of k and sigma.
+    """Return the parts of every method's score at one temperature, for each pair of k and sigma.
 
-    `temperature_number` tells where the temperature stands among those of the log-partition values.
+    Args:
+        candidates: of the queries.
+        neighbors: of the queries.
+        ks: how many neighbors count.
+        sigmas: bandwidths, one for each k.
+        temperature: T.
+        position: the index of T among the datastore's temperatures.
     """
     is_token = neighbors.tokens[..., None] == candidates.ids[:, None, :]
     r = at_temperature(
-        dequantize_powers(neighbors.codes, temperature),
+        dequantize_powers(neighbors.quantized, temperature),
         is_token,
         neighbors.target_log_probability,
-        neighbors.log_power_sums[..., temperature_number],
+        neighbors.log_power_sums[..., position],
         temperature,
     )
     rank = jnp.arange(neighbors.distances.shape[1])
     weights = jax.vmap(lambda k, sigma: neighbor_weights(jnp.where(rank < k, neighbors.distances, jnp.inf), sigma))(ks, sigmas)
-    log_z = candidates.log_partition[:, temperature_number]
+    log_z = candidates.log_partition[:, position]
     return Scores(
         base=jnp.exp(candidates.logits / temperature - log_z[:, None]),
         residual=jnp.einsum("wqk,qkc->wqc", weights, r),
@@ -127,7 +148,7 @@ def score(
 def best(
     scores: Float[Array, "*some queries candidates"], ids: Int[Array, "queries candidates"]
 ) -> tuple[Int[Array, "*some queries"], Float[Array, "*some queries"]]:
-    """The winning token and its score; the lowest id among equals, as `resmem.predict`."""
+    """Return the winning tokens and their scores; the lowest id among equals, as `resmem.predict` does."""
     top = jnp.max(scores, axis=-1)
     winners = jnp.where(scores == top[..., None], ids, jnp.iinfo(ids.dtype).max)
     return jnp.min(winners, axis=-1), top

@@ -1,8 +1,8 @@
-"""Cached neighbors -> counts of right predictions and predictions of many settings, block by block.
+"""Cached neighbors -> counts of right predictions, predictions and probabilities of many settings, block by block.
 
-Two formulas are tried at every (k, sigma, T, lambda): ResMem, p_T + lambda r_kNN, of which lambda = 0 is DeepNet; and kNN-LM,
-(1 - lambda) p_T + lambda p_kNN, of which lambda = 1 is kNN alone. What is on the simplex (`resmem_lm.calibrated`, `resmem_lm.adaptive`) has
-probabilities besides.
+Two formulas are tried at every (k, sigma, T, lambda): ResMem, p_T + lambda r_kNN, which is DeepNet at lambda = 0, and kNN-LM,
+(1 - lambda) p_T + lambda p_kNN, which is kNN alone at lambda = 1. Formulas on the simplex (`calibrated`, `adaptive`) also have
+probabilities.
 """
 
 import functools
@@ -17,8 +17,8 @@ from etils import epy
 from jaxtyping import Array, Bool, Float, Int
 
 from resmem_lm.evaluation.adaptive import Gate, GateFeatures, distribution, gate_features
-from resmem_lm.evaluation.calibrated import SimplexFormula, is_first, of_target, on_simplex
-from resmem_lm.evaluation.candidates import Candidates, Formula, Neighbors, Scores, Setting, best, quantized_at, score
+from resmem_lm.evaluation.calibrated import SimplexFormula, is_first, on_simplex, target_probability
+from resmem_lm.evaluation.candidates import Block, Candidates, Formula, Neighbors, Scores, Setting, best, quantized_at, score
 from resmem_lm.evaluation.neighbors import Queries
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.workdir.progress import progress
@@ -26,38 +26,62 @@ from resmem_lm.workdir.progress import progress
 with epy.lazy_imports():
     import grain
 
-BLOCK = 256
+BLOCK = 256  # queries
 T = TypeVar("T", bound=Any)
+
+
+class Weightings(NamedTuple):
+    """Formulas, each with its k and sigma."""
+
+    ks: Int[Array, " weightings"]
+    sigmas: Float[Array, " weightings"]
+    is_resmem: Bool[Array, " weightings"]  # the others are kNN-LM
+
+    @classmethod
+    def of(cls, triples: list[tuple[Formula, int, float]]) -> "Weightings":
+        """Make the arrays of some (formula, k, sigma)."""
+        formulas, ks, sigmas = zip(*triples, strict=True)
+        is_resmem = jnp.array([formula == "resmem" for formula in formulas])
+        return cls(jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), is_resmem)
+
+
+class Temperature(NamedTuple):
+    """A temperature and its index among those of the datastore."""
+
+    value: np.float32
+    position: np.int32
+
+
+class Predictions(NamedTuple):
+    """A method's prediction for every token, whether it is certified, its probability, and the true token's probability."""
+
+    predictions: Int[np.ndarray, " queries"]
+    certified: Bool[np.ndarray, " queries"]
+    confidence: Float[np.ndarray, " queries"]
+    target_probability: Float[np.ndarray, " queries"]
 
 
 def totals(
     scores: Scores, is_resmem: Bool[Array, " weightings"], lambdas: Float[Array, " weightings"]
 ) -> Float[Array, "weightings queries candidates"]:
-    """Either formula's scores. With lambda = 1 kNN-LM's are p_kNN to the last bit: rounding is not to break its ties, which are many."""
+    """Return either formula's scores. At lambda = 1 kNN-LM's are exactly p_kNN: rounding must not break its many ties."""
     lambda_ = lambdas[:, None, None]
     resmem, knn_lm = scores.base + lambda_ * scores.residual, (1 - lambda_) * scores.base + lambda_ * scores.knn
     return jnp.where(is_resmem[:, None, None], resmem, knn_lm)
 
 
 @jax.jit
-def _correct_counts(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    ks: Int[Array, " weightings"],
-    sigmas: Float[Array, " weightings"],
-    is_resmem: Bool[Array, " weightings"],
-    lambdas: Float[Array, " lambdas"],
-    temperature: Float[Array, ""],
-    temperature_number: Int[Array, ""],
+def _count_correct(
+    block: Block, weightings: Weightings, lambdas: Float[Array, " lambdas"], temperature: Temperature
 ) -> Int[Array, "weightings lambdas"]:
-    """Right predictions for every lambda in one pass: scores are lines in lambda, so the target wins on one interval, its ends among it."""
-    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
-    slopes = jnp.where(is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
-    is_target = candidates.ids == targets[:, None]
-    # A target that stands twice is not its own rival by rounding.
-    lead = jnp.where(is_target, 0, _of_target(scores.base, is_target) - scores.base)
-    slope = jnp.where(is_target, 0, _of_target(slopes, is_target) - slopes)
+    """Count right predictions for every lambda in one pass: scores are linear in lambda, so the target wins on one closed interval."""
+    candidates = block.candidates
+    scores = score(candidates, block.neighbors, weightings.ks, weightings.sigmas, *temperature)
+    slopes = jnp.where(weightings.is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
+    is_target = candidates.ids == block.targets[:, None]
+    # Rounding must not make a target that occurs twice its own rival.
+    lead = jnp.where(is_target, 0, _at_target(scores.base, is_target) - scores.base)
+    slope = jnp.where(is_target, 0, _at_target(slopes, is_target) - slopes)
     crossing = -lead / jnp.where(slope == 0, 1.0, slope)
     low = jnp.max(jnp.where(slope > 0, crossing, -jnp.inf), axis=-1)
     high = jnp.min(jnp.where(slope < 0, crossing, jnp.inf), axis=-1)
@@ -66,79 +90,45 @@ def _correct_counts(
     return jnp.sum(within & possible[:, None], axis=-1)
 
 
-@jax.jit
-def _correct_of_knn_alone(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    ks: Int[Array, " weightings"],
-    sigmas: Float[Array, " weightings"],
-) -> Int[Array, " weightings"]:
-    """Right predictions of p_kNN, which has many ties: they go to the lowest id as in `_predictions`. It has no temperature."""
-    knn = score(candidates, neighbors, ks, sigmas, 1.0, 0).knn
-    return jnp.sum(best(knn, candidates.ids)[0] == targets, axis=-1)
-
-
-def _of_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
+def _at_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
     return jnp.max(jnp.where(is_target, values, -jnp.inf), axis=-1, keepdims=True)
 
 
 @jax.jit
-def _predictions(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    ks: Int[Array, " weightings"],
-    sigmas: Float[Array, " weightings"],
-    is_resmem: Bool[Array, " weightings"],
-    lambdas: Float[Array, " weightings"],
-    temperature: Float[Array, ""],
-    temperature_number: Int[Array, ""],
+def _count_correct_knn(block: Block, weightings: Weightings) -> Int[Array, " weightings"]:
+    """Count right predictions of p_kNN, which has no temperature. Ties go to the lowest id, as in `_predict`."""
+    knn = score(block.candidates, block.neighbors, weightings.ks, weightings.sigmas, 1.0, 0).knn
+    return jnp.sum(best(knn, block.candidates.ids)[0] == block.targets, axis=-1)
+
+
+@jax.jit
+def _predict(
+    block: Block, weightings: Weightings, lambdas: Float[Array, " weightings"], temperature: Temperature
 ) -> tuple[Int[Array, "weightings queries"], Bool[Array, "weightings queries"]]:
-    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
-    winners, top = best(totals(scores, is_resmem, lambdas), candidates.ids)
+    ks, sigmas, is_resmem = weightings
+    scores = score(block.candidates, block.neighbors, ks, sigmas, *temperature)
+    winners, top = best(totals(scores, is_resmem, lambdas), block.candidates.ids)
     bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
-    return winners, top >= bound  # certified: no token outside the candidates scores more
-
-
-class Predictions(NamedTuple):
-    """A method's prediction for every token, whether it is certified, its probability, and that of the true token."""
-
-    predictions: Int[np.ndarray, " queries"]
-    certified: Bool[np.ndarray, " queries"]
-    confidence: Float[np.ndarray, " queries"]
-    target_probability: Float[np.ndarray, " queries"]
-
-
-def _trimmed(arrays: T, some: slice) -> T:
-    """Without what a block was filled up with."""
-    return type(arrays)(*(np.asarray(array)[: some.stop - some.start] for array in arrays))
-
-
-def _joined(parts: list[T]) -> T:
-    """The arrays of all blocks."""
-    return type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return winners, top >= bound  # certified: no token outside of the candidates scores more
 
 
 @functools.partial(jax.jit, static_argnames="formulas")
 def _log_losses(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    target_base: Float[Array, " queries"],
+    block: Block,
     sigmas: Float[Array, " sigmas"],
     lambdas: Float[Array, " lambdas"],
-    temperature: Float[Array, ""],
-    temperature_number: Int[Array, ""],
+    temperature: Temperature,
     *,
     formulas: tuple[SimplexFormula, ...],
 ) -> Float[Array, "formulas lambdas sigmas"]:
+    candidates, neighbors, targets, target_base = block
     ks = jnp.full(len(sigmas), neighbors.distances.shape[1])
-    scores = score(candidates, neighbors, ks, sigmas, temperature, temperature_number)
-    first = is_first(candidates.ids)
+    scores = score(candidates, neighbors, ks, sigmas, *temperature)
+    first, base = is_first(candidates.ids), target_base[:, temperature.position]
 
     def losses(formula: SimplexFormula, lambda_: Float[Array, ""]) -> Float[Array, " sigmas"]:
         q = on_simplex(formula, scores.base, scores.residual, scores.knn, first, lambda_)
-        log_p = jnp.log(of_target(q, candidates.ids == targets[:, None], target_base) + 1e-12)
+        log_p = jnp.log(target_probability(q, candidates.ids == targets[:, None], base) + 1e-12)
         return -jnp.sum(jnp.where(targets >= 0, log_p, 0), axis=-1)
 
     return jnp.stack([jax.lax.map(functools.partial(losses, formula), lambdas) for formula in formulas])
@@ -146,59 +136,53 @@ def _log_losses(
 
 @functools.partial(jax.jit, static_argnames="formula")
 def _predict_on_simplex(
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    target_base: Float[Array, " queries"],
-    k: Int[Array, ""],
-    sigma: Float[Array, ""],
-    lambda_: Float[Array, ""],
-    temperature: Float[Array, ""],
-    temperature_number: Int[Array, ""],
-    *,
-    formula: SimplexFormula,
+    block: Block, weighting: Weightings, lambda_: Float[Array, ""], temperature: Temperature, *, formula: SimplexFormula
 ) -> Predictions:
-    scores = score(candidates, neighbors, k[None], sigma[None], temperature, temperature_number)
+    candidates, neighbors, targets, target_base = block
+    scores = score(candidates, neighbors, weighting.ks, weighting.sigmas, *temperature)
     q = on_simplex(formula, scores.base, scores.residual[0], scores.knn[0], is_first(candidates.ids), lambda_)
     winners, top = best(q.candidates, candidates.ids)
-    probability = of_target(q, candidates.ids == targets[:, None], target_base)
+    probability = target_probability(q, candidates.ids == targets[:, None], target_base[:, temperature.position])
     return Predictions(winners, top >= q.other * scores.bound, top, probability)  # type: ignore[arg-type]
 
 
-_gate_features = jax.jit(gate_features, static_argnames="unit_number")
+_gate_features = jax.jit(gate_features, static_argnames="unit")
 
 
-@functools.partial(jax.jit, static_argnames="unit_number")
-def _predict_adaptive(
-    gate: Gate,
-    candidates: Candidates,
-    neighbors: Neighbors,
-    targets: Int[Array, " queries"],
-    target_base: Float[Array, " queries"],
-    sigma: Float[Array, ""],
-    *,
-    unit_number: int,
-) -> Predictions:
-    some = gate_features(candidates, neighbors, targets, target_base, sigma, unit_number)
+@functools.partial(jax.jit, static_argnames="unit")
+def _predict_adaptive(gate: Gate, block: Block, sigma: Float[Array, ""], *, unit: int) -> Predictions:
+    candidates, neighbors = block.candidates, block.neighbors
+    some = gate_features(block, sigma, unit)
     q, k = distribution(gate, some), neighbors.tokens.shape[1]
-    log_z = candidates.log_partition[:, unit_number]
+    log_z = candidates.log_partition[:, unit]
     own = jnp.exp(candidates.logits[:, :-k] - log_z[:, None])
-    # DeepNet's candidates that no neighbor holds; the others stand among the neighbors' tokens.
+    # A token that is DeepNet's candidate and a neighbor's token counts as the neighbor's.
     held = jnp.any((candidates.ids[:, :-k, None] == neighbors.tokens[:, None, :]) & some.counted[:, None, :], axis=-1)
     probabilities = jnp.concatenate([jnp.where(held, 0, q.other[:, None] * own), jnp.where(some.counted, q.candidates, 0)], axis=1)
     winners, top = best(probabilities, candidates.ids)
     sure = top >= q.other * jnp.exp(candidates.bound - log_z)
-    return Predictions(winners, sure, top, of_target(q, some.target, some.target_base))  # type: ignore[arg-type]
+    return Predictions(winners, sure, top, target_probability(q, some.target, some.target_base))  # type: ignore[arg-type]
 
 
-def _weightings(pairs: list[tuple[Formula, int, float]]) -> tuple[Array, Array, Array]:
-    """ks, sigmas, and which of them are ResMem's."""
-    formulas, ks, sigmas = zip(*pairs, strict=True)
-    return jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), jnp.array([formula == "resmem" for formula in formulas])
+def _trimmed(arrays: T, some: slice) -> T:
+    """Remove a block's padding."""
+    return type(arrays)(*(np.asarray(array)[: some.stop - some.start] for array in arrays))
+
+
+def _joined(parts: list[T]) -> T:
+    """Concatenate the arrays of all blocks."""
+    return type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 class SplitScorer:
-    """A split's cached neighbors, read block by block with their residuals."""
+    """A split's cached neighbors, read block by block with their residuals.
+
+    Args:
+        name: of the split, for progress lines.
+        queries: the split's tokens with their neighbors.
+        datastore: of the neighbors.
+        entries: how many residual entries of each row to use, the token's own counted; None uses all.
+    """
 
     def __init__(self, name: str, queries: Queries, datastore: Datastore, *, entries: int | None = None) -> None:
         self.name, self.queries, self.datastore = name, queries, datastore
@@ -206,33 +190,43 @@ class SplitScorer:
         self.temperatures = list(datastore.binding.temperatures)
         self.unit_number = self.temperatures.index(1.0)
 
-    def blocks(self, name: str, *, every: int = 1) -> Iterator[tuple[slice, Candidates, Neighbors]]:
-        """Blocks of BLOCK queries, all or one in `every`; the last repeats its first query."""
-        q, count = self.queries, len(self.queries.tokens)
+    def blocks(self, name: str, *, every: int = 1) -> Iterator[tuple[slice, Block]]:
+        """Yield blocks of BLOCK queries, all or one in `every`, each with its place in the split.
 
-        def load(start: int) -> tuple[slice, Candidates, Neighbors]:
-            some = slice(start, min(start + BLOCK, count))
-            padded = np.concatenate([np.arange(some.start, some.stop), np.full(BLOCK - (some.stop - some.start), start)])
-            rows = np.maximum(q.rows[padded], 0)
-            candidates = Candidates(
-                *(jnp.asarray(array[padded]) for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition))
-            )
-            ids, codes = (self.datastore.take(name, rows) for name in ("residual_ids", "quantized_residuals"))
-            neighbors = Neighbors(
-                jnp.asarray(q.distances[padded]),
-                jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
-                jnp.asarray(quantized_at(q.candidate_ids[padded], ids[..., : self.others], codes[..., : self.others])),
-                jnp.asarray(self.datastore.take("target_log_probability", rows).astype(np.float32)),
-                jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
-            )
-            return some, candidates, neighbors
-
-        # Rows are fetched by other threads while the last block is scored.
+        The last block is padded with its first query.
+        """
+        count = len(self.queries.tokens)
+        starts = grain.MapDataset.range(0, count, BLOCK * every)
+        # Other threads fetch rows while a block is scored.
         ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         with progress(f"{name} {self.name}", total=count, unit="tokens") as bar:
-            for block in grain.MapDataset.range(0, count, BLOCK * every).map(load).to_iter_dataset(ahead):
-                yield block
-                bar.update(block[0].stop)
+            for some, block in starts.map(self._load).to_iter_dataset(ahead):
+                yield some, block
+                bar.update(some.stop)
+
+    def _load(self, start: int) -> tuple[slice, Block]:
+        q, some = self.queries, slice(start, min(start + BLOCK, len(self.queries.tokens)))
+        padding = BLOCK - (some.stop - start)
+        padded = np.concatenate([np.arange(start, some.stop), np.full(padding, start)])
+        rows = np.maximum(q.rows[padded], 0)
+        log_partition = q.log_partition[padded]
+        candidates = Candidates(
+            *(jnp.asarray(array[padded]) for array in (q.candidate_ids, q.candidate_logits, q.bound)), jnp.asarray(log_partition)
+        )
+        ids, quantized = (self.datastore.take(name, rows)[..., : self.others] for name in ("residual_ids", "quantized_residuals"))
+        neighbors = Neighbors(
+            jnp.asarray(q.distances[padded]),
+            jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
+            jnp.asarray(quantized_at(q.candidate_ids[padded], ids, quantized)),
+            jnp.asarray(self.datastore.take("target_log_probability", rows).astype(np.float32)),
+            jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
+        )
+        targets = jnp.asarray(np.pad(q.tokens[some].astype(np.int32), (0, padding), constant_values=-1))
+        target_logits = q.target_logits[padded].astype(np.float64)[:, None] / np.array(self.temperatures)
+        return some, Block(candidates, neighbors, targets, jnp.asarray(np.exp(target_logits - log_partition).astype(np.float32)))
+
+    def _temperature(self, value: float) -> Temperature:
+        return Temperature(np.float32(value), np.int32(self.temperatures.index(value)))
 
     def count_correct(
         self,
@@ -242,77 +236,57 @@ class SplitScorer:
         lambdas: dict[Formula, list[float]],
         among: Bool[np.ndarray, " queries"] | None = None,
     ) -> dict[Setting, int]:
-        """Right predictions for every combination of hyperparameters, of all tokens or `among` some."""
-        pairs = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
-        weightings = _weightings(pairs)
+        """Count right predictions for every combination of hyperparameters, of all tokens or those `among` some."""
+        triples = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
+        weightings = Weightings.of(triples)
         every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
-        counts = np.zeros((len(temperatures), len(pairs), len(every_lambda)), np.int64)
-        alone = [number for number, pair in enumerate(pairs) if pair[0] == "knnlm" and 1 in lambdas["knnlm"]]
-        of_alone = [array[np.array(alone, int)] for array in weightings[:2]]
-        alone_counts = np.zeros(len(alone), np.int64)
-        for some, candidates, neighbors in self.blocks("tune"):
-            targets = np.full(BLOCK, -1, np.int32)
-            targets[: some.stop - some.start] = np.where(True if among is None else among[some], self.queries.tokens[some], -1)
+        lambda_array = np.array(every_lambda, np.float32)
+        counts = np.zeros((len(temperatures), len(triples), len(every_lambda)), np.int64)
+        alone = [number for number, triple in enumerate(triples) if triple[0] == "knnlm" and 1 in lambdas["knnlm"]]
+        knn = Weightings(*(array[np.array(alone, int)] for array in weightings))
+        knn_counts = np.zeros(len(alone), np.int64)
+        for some, block in self.blocks("tune"):
+            if among is not None:
+                counted = np.pad(among[some], (0, BLOCK - (some.stop - some.start)))
+                block = block._replace(targets=jnp.where(counted, block.targets, -1))
             for number, temperature in enumerate(temperatures):
-                counts[number] += _correct_counts(
-                    candidates,
-                    neighbors,
-                    targets,
-                    *weightings,
-                    np.array(every_lambda, np.float32),
-                    np.float32(temperature),
-                    np.int32(self.temperatures.index(temperature)),
-                )
+                counts[number] += _count_correct(block, weightings, lambda_array, self._temperature(temperature))
             if alone:
-                alone_counts += _correct_of_knn_alone(candidates, neighbors, targets, *of_alone)
+                knn_counts += _count_correct_knn(block, knn)
         if alone:
-            counts[:, alone, every_lambda.index(1)] = alone_counts
+            counts[:, alone, every_lambda.index(1)] = knn_counts
         return {
             Setting(formula, k, sigma, temperature, lambda_): int(counts[t, p, every_lambda.index(lambda_)])
             for t, temperature in enumerate(temperatures)
-            for p, (formula, k, sigma) in enumerate(pairs)
+            for p, (formula, k, sigma) in enumerate(triples)
             for lambda_ in lambdas[formula]
         }
 
     def predict(self, settings: list[Setting]) -> dict[Setting, tuple[Int[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]]:
-        """Each setting's prediction for every token, and whether it is certified."""
+        """Return each setting's prediction for every token, and whether it is certified."""
         count = len(self.queries.tokens)
         found = {setting: (np.empty(count, np.int32), np.empty(count, bool)) for setting in settings}
         by_temperature = itertools.groupby(sorted(settings, key=lambda s: s.temperature), key=lambda s: s.temperature)
-        groups = [(temperature, list(group)) for temperature, group in by_temperature]
-        for some, candidates, neighbors in self.blocks("score"):
+        groups = [(self._temperature(temperature), list(group)) for temperature, group in by_temperature]
+        for some, block in self.blocks("score"):
             for temperature, group in groups:
-                winners, sure = _predictions(
-                    candidates,
-                    neighbors,
-                    *_weightings([(s.formula, s.k, s.sigma) for s in group]),
-                    np.array([s.lambda_ for s in group], np.float32),
-                    np.float32(temperature),
-                    np.int32(self.temperatures.index(temperature)),
-                )
-                for setting, setting_winners, setting_sure in zip(group, np.asarray(winners), np.asarray(sure), strict=True):
-                    found[setting][0][some] = setting_winners[: some.stop - some.start]
-                    found[setting][1][some] = setting_sure[: some.stop - some.start]
+                weightings = Weightings.of([(s.formula, s.k, s.sigma) for s in group])
+                arrays = _predict(block, weightings, np.array([s.lambda_ for s in group], np.float32), temperature)
+                for setting, winners, sure in zip(group, *map(np.asarray, arrays), strict=True):
+                    found[setting][0][some] = winners[: some.stop - some.start]
+                    found[setting][1][some] = sure[: some.stop - some.start]
         return found
 
     def log_losses(
         self, sigmas: list[float], temperatures: list[float], lambdas: dict[SimplexFormula, list[float]]
     ) -> dict[Setting, float]:
-        """Sum over tokens of -log of the target's probability, for all the neighbors and every combination of these."""
+        """Sum -log of the target's probability over tokens, for all neighbors and every combination of these hyperparameters."""
         k, every_lambda = self.queries.rows.shape[1], sorted({lambda_ for some in lambdas.values() for lambda_ in some})
+        arrays = np.array(sigmas, np.float32), np.array(every_lambda, np.float32)
         losses = np.zeros((len(temperatures), len(lambdas), len(every_lambda), len(sigmas)))
-        for some, candidates, neighbors in self.blocks("calibrate"):
+        for _, block in self.blocks("calibrate"):
             for number, temperature in enumerate(temperatures):
-                losses[number] += _log_losses(
-                    candidates,
-                    neighbors,
-                    *self._targets(some, temperature),
-                    np.array(sigmas, np.float32),
-                    np.array(every_lambda, np.float32),
-                    np.float32(temperature),
-                    np.int32(self.temperatures.index(temperature)),
-                    formulas=tuple(lambdas),
-                )
+                losses[number] += _log_losses(block, *arrays, self._temperature(temperature), formulas=tuple(lambdas))
         return {
             Setting(formula, k, sigma, temperature, lambda_): float(losses[t, f, every_lambda.index(lambda_), s])
             for t, temperature in enumerate(temperatures)
@@ -322,49 +296,27 @@ class SplitScorer:
         }
 
     def distributions(self, settings: list[Setting]) -> dict[Setting, Predictions]:
-        """Each setting's predictions with their probabilities; "resmem" settings are not on the simplex, but for lambda = 0."""
+        """Return each setting's predictions with their probabilities. A "resmem" setting is on the simplex only at lambda = 0."""
         parts: dict[Setting, list[Predictions]] = {setting: [] for setting in settings}
-        for some, candidates, neighbors in self.blocks("score"):
-            for setting in parts:  # a setting may have been chosen twice
-                told = _predict_on_simplex(
-                    candidates,
-                    neighbors,
-                    *self._targets(some, setting.temperature),
-                    np.int32(setting.k),
-                    np.float32(setting.sigma),
-                    np.float32(setting.lambda_),
-                    np.float32(setting.temperature),
-                    np.int32(self.temperatures.index(setting.temperature)),
-                    formula="boosted" if setting.formula == "resmem" else setting.formula,
-                )
-                parts[setting].append(_trimmed(told, some))
-        return {setting: _joined(told) for setting, told in parts.items()}
+        for some, block in self.blocks("score"):
+            for setting, predictions in parts.items():
+                weighting = Weightings.of([(setting.formula, setting.k, setting.sigma)])
+                formula = "boosted" if setting.formula == "resmem" else setting.formula
+                temperature = self._temperature(setting.temperature)
+                found = _predict_on_simplex(block, weighting, np.float32(setting.lambda_), temperature, formula=formula)
+                predictions.append(_trimmed(found, some))
+        return {setting: _joined(predictions) for setting, predictions in parts.items()}
 
-    def known(self, sigma: float, most: int) -> tuple[GateFeatures, Int[np.ndarray, " some"]]:
-        """What the adaptive gate sees of at most about `most` tokens, in blocks evenly spaced, and their `groups`."""
-        every = -(-len(self.queries.tokens) // most)
-        groups = self.queries.groups
-        parts, numbers = [], []
-        for some, candidates, neighbors in self.blocks("adapt", every=every):
-            parts.append(
-                _trimmed(_gate_features(candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some)
-            )
-            numbers.append(groups[some])
-        return _joined(parts), np.concatenate(numbers)
+    def gate_features(self, sigma: float, most: int) -> tuple[GateFeatures, Int[np.ndarray, " some"]]:
+        """Return the adaptive gate's features of about `most` tokens, in evenly spaced blocks, and their `groups`."""
+        every, every_group = -(-len(self.queries.tokens) // most), self.queries.groups
+        parts, groups = [], []
+        for some, block in self.blocks("adapt", every=every):
+            parts.append(_trimmed(_gate_features(block, sigma, unit=self.unit_number), some))
+            groups.append(every_group[some])
+        return _joined(parts), np.concatenate(groups)
 
     def adaptive(self, gate: Gate, sigma: float) -> Predictions:
-        """Predictions with a lambda for each token."""
-        parts = [
-            _trimmed(_predict_adaptive(gate, candidates, neighbors, *self._targets(some, 1.0), sigma, unit_number=self.unit_number), some)
-            for some, candidates, neighbors in self.blocks("adapt")
-        ]
-        return _joined(parts)
-
-    def _targets(self, some: slice, temperature: float) -> tuple[Int[np.ndarray, " block"], Float[np.ndarray, " block"]]:
-        """The true tokens of a block and DeepNet's probability of each; -1 and 1 where the block is filled up."""
-        q, places = self.queries, np.arange(some.start, some.stop)
-        targets, base = np.full(BLOCK, -1, np.int32), np.ones(BLOCK, np.float32)
-        targets[: len(places)] = q.tokens[some]
-        log_z = q.log_partition[places][:, self.temperatures.index(temperature)]
-        base[: len(places)] = np.exp(q.target_logits[places].astype(np.float64) / temperature - log_z)
-        return targets, base
+        """Return Adaptive ResMem's predictions."""
+        blocks = self.blocks("adapt")
+        return _joined([_trimmed(_predict_adaptive(gate, block, sigma, unit=self.unit_number), some) for some, block in blocks])

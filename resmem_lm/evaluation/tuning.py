@@ -47,4 +47,4 @@ def simplex_grid(lambdas: Sequence[float]) -> dict[SimplexFormula, list[float]]:
 
 def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
     """Adaptive ResMem's gate, fitted on the tokens of validation with all of their neighbors."""
-    return adaptive.fit(*validation.known(sigma, FIT_TOKENS))
+    return adaptive.fit(*validation.gate_features(sigma, FIT_TOKENS))

@@ -111,7 +111,7 @@ def study_residual_size(run: Run, *, sizes: tuple[int, ...] | list[int] = (1, 2,
         scorer = SplitScorer("test", queries, datastore, entries=size)
         predict = jax.jit(predict_with, static_argnames=("k", "sigma", "lambda_", "unit"))
         right, sure = 0, 0
-        for some, candidates, neighbors in scorer.blocks(f"{size} entries"):
+        for some, (candidates, neighbors, *_) in scorer.blocks(f"{size} entries"):
             places = np.arange(some.start, some.stop)
             dropped = largest_dropped(datastore, np.maximum(queries.rows[places], 0), size)
             padded = np.pad(dropped, ((0, len(candidates.ids) - len(places)), (0, 0)))
