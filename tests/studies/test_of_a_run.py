@@ -17,8 +17,8 @@ from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import LINES, study_sensitivity
-from resmem_lm.workdir.stages.run import Run
-from resmem_lm.workdir.stages.storage import read_json, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json, write_json
 
 
 def rows_of(workdir, name):
@@ -166,7 +166,7 @@ def test_a_certified_prediction_is_that_of_the_full_residual(tiny_run):
     certified = 0
     for entries in (1, 2, 6):
         scorer = SplitScorer("validation", queries, datastore, entries=entries)
-        for some, candidates, neighbors in scorer.blocks("test"):
+        for some, (candidates, neighbors, *_) in scorer.blocks("test"):
             rows = np.maximum(queries.rows[np.arange(some.start, some.stop)], 0)
             dropped = np.zeros(neighbors.distances.shape, np.float32)
             dropped[: len(rows)] = largest_dropped(datastore, rows, entries)
