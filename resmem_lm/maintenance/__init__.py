@@ -1,1 +1,1 @@
-"""Changes and checks of a finished datastore: append, delete, verify."""
+"""Change or check a finished datastore: append, delete, compact, verify."""

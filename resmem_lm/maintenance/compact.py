@@ -1,62 +1,63 @@
-"""Rewrites the shards of a datastore without their deleted rows."""
+"""Rewrite the shards of a datastore without their deleted rows."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from resmem_lm.maintenance.delete import _check_gone, _remove_text, _remove_what_shows_rows
+from resmem_lm.maintenance.delete import check_removed, remove_derived, remove_text
 from resmem_lm.memory.datastore import Datastore, datastore_summary, open_datastore
-from resmem_lm.memory.schema import ARRAYS, FILES, document_line
+from resmem_lm.memory.schema import ARRAYS, FILES, deleted_first_rows, document_line
 from resmem_lm.workdir.artifacts import folder_of, name_of, publish, record_path, remove_orphans
 from resmem_lm.workdir.lock import assert_held, locked
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors
 from resmem_lm.workdir.storage import Record, drop_copy, read_json, write_json
 
-COPY_ROWS = 2**16
+COPY_ROWS = 2**16  # rows of an array in memory at a time
 
 
 def compact(run: Run) -> Record:
-    """Writes every shard of the datastore that has deleted rows anew without them. `resmem index` then makes what held them again.
+    """Rewrite every shard of the datastore that has deleted rows. `resmem index` then rebuilds the shards of the index that had them.
 
     Returns:
-        Numbers of shards written, and of rows before and after.
+        The numbers of shards written, and of rows before and after.
 
     Raises:
-        UserError: the datastore is not finished or damaged, or another command is writing into the work directory.
+        UserError: the datastore is not finished or is damaged, or another command is writing into the work directory.
     """
     with locked(run.path), disk_errors(run.path):
         run.finished("build")
         folder = run.datastore
         datastore = open_datastore(folder)
-        before, records, written = datastore.rows, [], 0
+        records, written = [], 0
         for shard, record in enumerate(datastore.shards):
             _finish_deletion(run, datastore, shard)
             on_disk = read_json(record_path(folder, record))
             if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
-                record = on_disk  # a compact that was killed had written it
+                record = on_disk  # written by a compact that was killed
             elif record.get("deleted"):
                 record, written = _without_deleted(datastore, shard), written + 1
             records.append(record)
-        if written or records != datastore.shards:
-            _remove_what_shows_rows(run)
+        if records != datastore.shards:
+            remove_derived(run)
         rows = sum(record["rows"] for record in records)
         assert_held(run.path)
         write_json(folder / "manifest.json", datastore.manifest | {"rows": rows, "shards": records})
         remove_orphans(folder, records)
         for old in {folder_of(folder, record) for record in datastore.shards} - {folder_of(folder, record) for record in records}:
-            _check_gone(old)
+            check_removed(old)
         run.update_result("build", datastore_summary(run))
-    return {"shards": written, "rows_before": before, "rows": rows}
+    return {"shards": written, "rows_before": datastore.rows, "rows": rows}
 
 
 def _finish_deletion(run: Run, datastore: Datastore, shard: int) -> None:
-    """Removes the text that a killed `delete` has left: without their rows the documents could not be found again."""
+    """Remove the text that a killed `delete` has left. Without their rows, its documents could not be identified."""
     if ids := datastore.deleted_documents(shard):
-        _remove_text(run, {datastore.shards[shard]["provenance"]["documents"]}, ids.__contains__)
+        remove_text(run, {datastore.shards[shard]["provenance"]["documents"]}, ids.__contains__)
 
 
 def _without_deleted(datastore: Datastore, shard: int) -> Record:
+    """Publish a shard without its deleted rows, and return its record."""
     part, record = datastore.part(shard, 1), datastore.shards[shard]
     kept = np.flatnonzero(~part.is_deleted(np.arange(part.rows)))
     name = name_of(record)
@@ -79,8 +80,9 @@ def _without_deleted(datastore: Datastore, shard: int) -> Record:
 
 
 def _kept_lines(part: Datastore) -> Iterator[str]:
-    first, deleted = 0, {begin for begin, rows in part.shards[0]["deleted"] if rows}
+    """Yield the lines of documents.jsonl of a shard without its deleted documents."""
+    first_row, deleted = 0, deleted_first_rows(part.shards[0])
     for document in part.documents(0):
         if document["first_row"] not in deleted:
-            yield document_line(document["id"], first, document["rows"])
-            first += document["rows"]
+            yield document_line(document["id"], first_row, document["rows"])
+            first_row += document["rows"]

@@ -1,13 +1,13 @@
-"""Taking documents out of a datastore: `delete` at once for every reader, `compact` from the files.
+"""Delete documents from a datastore.
 
-Rows of deleted documents stay in their arrays, named in their shard's record, until `compact` writes the shards without them.
-The model keeps what it learned from the documents in training.
+Rows of deleted documents stay in their arrays, listed in the record of their shard, until `compact` rewrites the shards without them. No
+search returns them. The model keeps what it learned from the documents in training.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 from resmem_lm.errors import UserError
-from resmem_lm.memory.datastore import datastore_summary, open_datastore
+from resmem_lm.memory.datastore import Datastore, datastore_summary, open_datastore
 from resmem_lm.text.shards import read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.workdir.artifacts import record_path, remove_orphans
 from resmem_lm.workdir.lock import assert_held, locked
@@ -17,78 +17,92 @@ from resmem_lm.workdir.storage import AnyPath, Record, children, remove, write_b
 
 DERIVED_PATHS = ("neighbors", "results.json", "report.html", "studies", "derived")
 DERIVED_STAGES = ("search", "evaluate", "report", "study-*")
+DELETABLE_SPLITS = ("train", "added")
+
+Selects = Callable[[str], bool]  # whether a document's id is selected
 
 
 def delete(run: Run, *, document: str | None = None, source: str | None = None) -> Record:
-    """Deletes documents: none of their rows is a neighbor any more, and their text is gone from WORKDIR/documents.
+    """Delete documents: none of their rows is a neighbor any more, and their text is removed from WORKDIR/documents.
 
-    Cached neighbors, results, studies with what they derived, and the report are removed, because they may show the documents. Killed and
-    run again, it ends the same.
+    Cached neighbors, results, studies and the report are removed, because they may show the documents. If the command is killed, run it
+    again.
 
     Args:
-        run: of a finished datastore.
+        run: with a finished datastore.
         document: a document's id.
-        source: a file, folder or address: the documents whose id is it, or begins with it and "#" or "/".
+        source: a file, folder or address: deletes the documents whose id is equal to it, or begins with it and "#" or "/".
 
     Returns:
-        Numbers of documents and rows that were deleted now.
+        The numbers of documents and rows that were deleted now.
 
     Raises:
-        UserError: no such document in the datastore, or another command is writing into the work directory.
+        UserError: the datastore has no such document, or another command is writing into the work directory.
     """
     if bool(document) == bool(source):
         raise UserError("resmem delete: give either --document=ID or --source=...")
 
-    def is_meant(name: str) -> bool:
+    def selects(name: str) -> bool:
         return name == document if not source else name == source or name.startswith((f"{source}#", f"{source.rstrip('/')}/"))
 
     with locked(run.path), disk_errors(run.path):
         run.finished("build")
         datastore = open_datastore(run.datastore)
-        meant = [[d for d in datastore.documents(shard) if is_meant(d["id"])] for shard in range(len(datastore.shards))]
-        known = {record["provenance"]["documents"] for record in datastore.shards}
-        # Of an append that was killed before the manifest had its rows, and of train shards that are not live.
-        others = {path.name for split in ("train", "added") for path in shard_paths(run, split)} - known
-        elsewhere = any(is_meant(d.id) for name in others for d in read_shard(run.documents / name))
-        if not any(meant) and not elsewhere:
+        selected = [[d for d in datastore.documents(shard) if selects(d["id"])] for shard in range(len(datastore.shards))]
+        # Shards of documents without rows: of a killed append, and train shards beyond `build_datastore.shards`.
+        others = {path.name for split in DELETABLE_SPLITS for path in shard_paths(run, split)} - _sources(datastore.shards)
+        if not any(selected) and not any(selects(d.id) for name in others for d in read_shard(run.documents / name)):
             what = f"document {document!r}" if document else f"source {source!r}"
             raise UserError(f"{run.datastore} has no {what}: its documents.jsonl files have the ids; validation and test are not in it")
-        _remove_what_shows_rows(run)  # first, so that a kill at any moment leaves nothing that returns them
-        found = {"documents": 0, "rows": 0}
-        for record, documents in zip(datastore.shards, meant, strict=True):
-            before = [tuple(some) for some in record.get("deleted", [])]
-            new = [(d["first_row"], d["rows"]) for d in documents if (d["first_row"], d["rows"]) not in before]
-            found = {"documents": found["documents"] + len(new), "rows": found["rows"] + sum(rows for _, rows in new)}
-            if new:
-                record["deleted"] = sorted([*map(list, before), *map(list, new)])
-            write_json(record_path(run.datastore, record), record)  # of all: a killed compact may have left another
-        remove_orphans(run.datastore, datastore.shards)  # an append that is run again would take what it had published
-        assert_held(run.path)
-        write_json(run.datastore / "manifest.json", datastore.manifest)
-        named = {r["provenance"]["documents"] for r, some in zip(datastore.shards, meant, strict=True) if some}
-        _remove_text(run, named | others, is_meant)
+        remove_derived(run)  # first, so that nothing shows the rows if the command is killed
+        counts = _mark_deleted(run, datastore, selected)
+        remove_text(run, _sources([record for record, some in zip(datastore.shards, selected, strict=True) if some]) | others, selects)
         run.update_result("build", datastore_summary(run))
-    return found
+    return counts
 
 
-def _remove_what_shows_rows(run: Run) -> None:
+def _sources(records: list[Record]) -> set[str]:
+    """Return the names of the shards of documents that some shards of the datastore were built from."""
+    return {record["provenance"]["documents"] for record in records}
+
+
+def _mark_deleted(run: Run, datastore: Datastore, selected: list[list[Record]]) -> Record:
+    """List the rows of documents as deleted, in the shards' records and then in the manifest; return the numbers of new ones."""
+    counts = {"documents": 0, "rows": 0}
+    for record, documents in zip(datastore.shards, selected, strict=True):
+        before = record.get("deleted", [])
+        new = [rows for d in documents if (rows := [d["first_row"], d["rows"]]) not in before]
+        counts = {"documents": counts["documents"] + len(new), "rows": counts["rows"] + sum(rows for _, rows in new)}
+        if new:
+            record["deleted"] = sorted([*before, *new])
+        write_json(record_path(run.datastore, record), record)  # of every shard: a killed compact may have left another record
+    remove_orphans(run.datastore, datastore.shards)  # or the next append would reuse what a killed one has published
+    assert_held(run.path)
+    write_json(run.datastore / "manifest.json", datastore.manifest)
+    return counts
+
+
+def remove_derived(run: Run) -> None:
+    """Remove what may show rows of the datastore, and the records of the stages that wrote it."""
     records = [path for name in DERIVED_STAGES for path in children(run.stages, f"{name}.json")]
     for path in (*records, *(run.path / name for name in DERIVED_PATHS)):
         remove(path)
-        _check_gone(path)
+        check_removed(path)
 
 
-def _check_gone(path: AnyPath) -> None:
+def check_removed(path: AnyPath) -> None:
+    """Raise UserError if a path still exists."""
     if path.exists():
         raise UserError(f"{path} cannot be removed: make it and its folder writable, and run the same command again")
 
 
-def _remove_text(run: Run, names: set[str], is_meant: Any) -> None:
-    for path in (path for split in ("train", "added") for path in shard_paths(run, split) if path.name in names):
+def remove_text(run: Run, names: set[str], selects: Selects) -> None:
+    """Remove the selected documents from the named shards of documents."""
+    for path in (path for split in DELETABLE_SPLITS for path in shard_paths(run, split) if path.name in names):
         documents = read_shard(path)
-        kept = [document for document in documents if not is_meant(document.id)]
+        kept = [document for document in documents if not selects(document.id)]
         content = shard_content(kept).encode()
-        # The manifest first: where a kill comes between, the text is still there, and is found and removed by the next run.
+        # The manifest is written first: if the command is killed in between, the next one still finds the text and removes it.
         if len(kept) < len(documents):
             write_manifest(run.documents, {path.name: content})
             write_bytes(path, content)

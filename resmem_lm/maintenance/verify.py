@@ -1,47 +1,38 @@
-"""Checks a whole work directory: every byte against the records, and every row against what it must be."""
+"""Verify a whole work directory: every byte against the records, and every row against what a row can be."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import Datastore, open_datastore, rebuild_hint
-from resmem_lm.memory.open_index import index_manifest
+from resmem_lm.memory.open_index import index_manifest, rebuild_index_hint
 from resmem_lm.memory.projection import projection_path
 from resmem_lm.memory.quantization import dequantize_probabilities
-from resmem_lm.memory.schema import ARRAYS
+from resmem_lm.memory.schema import ARRAYS, deleted_first_rows
 from resmem_lm.memory.sharded import load_array
 from resmem_lm.model.checkpoints import load_config, load_model
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir.artifacts import damaged_files, name_of, record_path
 from resmem_lm.workdir.progress import progress
-from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.run import OUTPUTS, Run, output_of
 from resmem_lm.workdir.storage import Record, children, drop_copy, files_below, inside, read_json, sha256
 
-ROWS = 2**15  # at a time
-RUN = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}
-OUTPUTS = {
-    "documents": {"documents"},
-    "vocabulary": {"vocabulary"},
-    "train": {"checkpoints", "metrics"},
-    "build": {"datastore"},
-    "index": {"index"},
-    "search": {"neighbors"},
-    "evaluate": {"results.json"},
-    "report": {"report.html"},
-}
-UNFINISHED_DELETION = "run the same `resmem delete` again, or `resmem compact`"
+ROWS = 2**15  # checked at a time
+COMMANDS = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}  # of stages
+START_OVER = "copy it again from the original work directory, or start over in a new one (`resmem train`)"
 PARTLY_WRITTEN = re.compile(r"\.tmp(/|$)|(^|/)\.lock$")  # in a path within the work directory
 
 
 def verify(run: Run) -> list[str]:
-    """A line for each problem, with what to do about it; none if all is well.
+    """Return a line for each problem of a work directory, with what to do about it.
 
-    Sizes and checksums of every file, finite numbers, ids within the vocabulary, residuals that are those of their token, and each
-    document's tokens once, against the documents' text. Files that no record knows are told, except those of a run that was killed.
+    It checks sizes and checksums of every file, that numbers are finite, that ids are within the vocabulary, that residuals belong to their
+    token, and that each document's tokens are stored once and equal those of its text. It also reports files that no record lists, except
+    those of a run that was killed.
     """
     return list(_problems(run))
 
@@ -49,134 +40,144 @@ def verify(run: Run) -> list[str]:
 def _problems(run: Run) -> Iterator[str]:
     if not run.stages.exists():
         raise UserError(f"{run} is no work directory: it has no stages/")
-    known = {".lock"}
-    stages = children(run.stages, "*.json")
-    with progress("verify", total=len(stages), unit="stages") as bar:
-        for number, path in enumerate(stages):
+    listed: set[str] = {".lock"}  # every file that a record lists; the checks add to it
+    paths = children(run.stages, "*.json")
+    with progress("verify", total=len(paths), unit="stages") as bar:
+        for number, path in enumerate(paths):
             name = path.name.removesuffix(".json")
-            known.add(f"stages/{path.name}")
+            listed.add(f"stages/{path.name}")
             bar.update(number, name)
-            try:
-                record = read_json(path)
-                known |= set(record.get("files", {}))
-                damaged = list(_stage_files(run, name, record))
-                yield from damaged
-                if record.get("finished") and name in CHECKS and not damaged:
-                    yield from CHECKS[name](run, known)
-            except UserError as error:
-                yield str(error)
-            except (KeyError, TypeError, ValueError, OSError) as error:
-                yield f"{run}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {_command(name)}` again"
-        bar.update(len(stages))
-    unfinished: set[str] = set()  # folders of stages that go on when they are run again
-    for name, outputs in OUTPUTS.items():
-        path = run.record_path(name)
-        with contextlib.suppress(UserError):
-            if not path.exists() or not read_json(path).get("finished"):
-                unfinished |= outputs
-    for file in files_below(run.path):
-        place = inside(file, run.path)
-        if place.startswith("derived/"):  # work directories of their own, which studies made
-            continue
-        if place not in known and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(place):
-            yield f"{file} is known to no record: it may be left from a run that was killed; delete it if it is not yours"
+            yield from _stage_problems(run, name, listed)
+        bar.update(len(paths))
+    yield from _stray_files(run, listed)
+
+
+def _stage_problems(run: Run, name: str, listed: set[str]) -> Iterator[str]:
+    try:
+        record, output = read_json(run.record_path(name)), output_of(name)
+        listed.update(record.get("files", {}))
+        damaged = list(_damaged_outputs(run, name, record))
+        yield from damaged
+        if record.get("finished") and name in CHECKS and not damaged:
+            if output.manifest:
+                listed.add(f"{output.paths[0]}/{output.manifest}")
+            yield from CHECKS[name](run, listed)
+    except UserError as error:
+        yield str(error)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        yield f"{run}: {name} cannot be checked ({type(error).__name__}: {error}): run `resmem {_command(name)}` again"
 
 
 def _command(stage: str) -> str:
-    """What runs a stage."""
-    return RUN.get(stage, stage.replace("study-", "study "))
+    """Return the command that runs a stage."""
+    return COMMANDS.get(stage, stage.replace("study-", "study "))
 
 
-def _stage_files(run: Run, name: str, record: Record) -> Iterator[str]:
-    command = _command(name)
+def _damaged_outputs(run: Run, name: str, record: Record) -> Iterator[str]:
+    """Check the files that the record of a stage lists."""
     for place, expected in record.get("files", {}).items():
         path = run.path / place
-        what = (
-            "is missing"
-            if not path.exists()
-            else f"has {path.stat().st_size} bytes, its record says {expected['bytes']}"
-            if path.stat().st_size != expected["bytes"]
-            else "was altered: its checksum is not that of its record"
-            if sha256(path) != expected["sha256"]
-            else ""
-        )
-        if what:
-            checkpoint = re.match(r"checkpoints/checkpoint_\d+", place)  # of which Orbax reads all or nothing
-            gone = run.path / checkpoint[0] if checkpoint else "it"
-            again = f"delete {gone} and {run.record_path(name)}, and run `resmem {command}` again"
-            yield f"{path} {what}: {again if name != 'config' else 'any command writes it again'}"
+        if not path.exists():
+            problem = "is missing"
+        elif (size := path.stat().st_size) != expected["bytes"]:
+            problem = f"has {size} bytes, not {expected['bytes']} as in its record"
+        elif sha256(path) != expected["sha256"]:
+            problem = "was altered: its checksum differs from its record"
+        else:
+            continue
+        checkpoint = re.match(r"checkpoints/checkpoint_\d+", place)  # Orbax reads all of it or nothing
+        repair = f"delete {run.path / checkpoint[0] if checkpoint else 'it'} and {run.record_path(name)}, and run `resmem {_command(name)}`"
+        yield f"{path} {problem}: {repair if name != 'config' else 'run any command, which writes it again'}"
 
 
-def _documents(run: Run, known: set[str]) -> Iterator[str]:
-    folder = run.documents
-    known.add("documents/manifest.json")
-    for name, expected in read_json(folder / "manifest.json")["files"].items():
-        known.add(f"documents/{name}")
-        path = folder / name
+def _stray_files(run: Run, listed: set[str]) -> Iterator[str]:
+    """Report files that no record lists, unless their stage can resume or a killed command left them partly written."""
+    unfinished: set[str] = set()
+    for name, output in OUTPUTS.items():
+        path = run.record_path(name)
+        with contextlib.suppress(UserError):
+            if not path.exists() or not read_json(path).get("finished"):
+                unfinished.update(output.paths)
+    for file in files_below(run.path):
+        place = inside(file, run.path)
+        if place.startswith("derived/"):  # work directories of studies
+            continue
+        if place not in listed and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(place):
+            yield f"{file} is in no record, perhaps because a run was killed: delete it unless it is yours"
+
+
+def _check_documents(run: Run, listed: set[str]) -> Iterator[str]:
+    for name, expected in read_json(run.documents / "manifest.json")["files"].items():
+        listed.add(f"documents/{name}")
+        path = run.documents / name
         if not path.exists() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            yield f"{path} is missing or was altered: copy it from where this directory came from, or make the whole anew (resmem train)"
+            yield f"{path} is missing or was altered: {START_OVER}"
 
 
-def _vocabulary(run: Run, known: set[str]) -> Iterator[str]:
-    wanted = run.record("vocabulary")["result"]["sha256"]
-    if load_vocabulary(run).sha256 != wanted:
-        yield f"{run.vocabulary} is another than its record says: make the whole anew (resmem train)"
+def _check_vocabulary(run: Run, listed: set[str]) -> Iterator[str]:
+    if load_vocabulary(run).sha256 != run.record("vocabulary")["result"]["sha256"]:
+        yield f"{run.vocabulary} has another vocabulary than its record: {START_OVER}"
 
 
-def _train(run: Run, known: set[str]) -> Iterator[str]:
+def _check_model(run: Run, listed: set[str]) -> Iterator[str]:
     if load_model(run.checkpoints).fingerprint != run.record("train")["result"]["fingerprint"]:
-        yield f"{run.checkpoints} holds another model than its record says: copy it again, or make the whole anew (resmem train)"
+        yield f"{run.checkpoints} has another model than its record: {START_OVER}"
 
 
-def _know(run: Run, known: set[str], folder: str, records: list[Record]) -> None:
+def _list_published(listed: set[str], folder: str, records: list[Record]) -> None:
     for record in records:
-        known.add(f"{folder}/{name_of(record)}.json")
-        known |= {f"{folder}/{record['folder']}/{name}" for name in record["files"]}
+        listed.add(f"{folder}/{name_of(record)}.json")
+        listed.update(f"{folder}/{record['folder']}/{name}" for name in record["files"])
 
 
-def _datastore(run: Run, known: set[str]) -> Iterator[str]:
-    known.add("datastore/manifest.json")
-    vocabulary = load_vocabulary(run)
-    folder = run.datastore
-    manifest = read_json(folder / "manifest.json")
-    _know(run, known, "datastore", manifest["shards"])
+def _check_datastore(run: Run, listed: set[str]) -> Iterator[str]:
+    folder, path = run.datastore, run.datastore / "manifest.json"
+    manifest = read_json(path)
+    _list_published(listed, "datastore", manifest["shards"])
     datastore = Datastore(folder, manifest)
     if datastore.binding.key_dimensions is not None:
-        known.add(inside(projection_path(folder, datastore.binding.model, datastore.binding.key_dimensions), run.path))
+        listed.add(inside(projection_path(folder, datastore.binding.model, datastore.binding.key_dimensions), run.path))
     damaged = list(datastore.damaged(checksums=True))
     yield from damaged
     for record in manifest["shards"]:
         beside = record_path(folder, record)
         try:
             if read_json(beside) != record:
-                yield f"{beside} says something else than the manifest: {rebuild_hint(folder, record)}"
+                yield f"{beside} differs from the manifest: {rebuild_hint(folder, record)}"
         except UserError as error:
             yield f"{error}; {rebuild_hint(folder, record)}"
     if damaged:
         return
     datastore = open_datastore(folder)
-    if sum(shard["rows"] for shard in datastore.shards) != manifest["rows"]:
-        yield f"{folder / 'manifest.json'} does not add up: its shards have {datastore.rows} rows, it says {manifest['rows']}"
-    if run.record("build")["result"]["manifest"] != sha256(folder / "manifest.json"):
-        yield f"{folder / 'manifest.json'} is another than its stage's record says: run the command again that was writing it"
-    vocab_size = load_config(run.checkpoints).vocab_size
+    if datastore.rows != manifest["rows"]:
+        repair = f"delete {run.record_path('build')} and run `resmem build`, which writes it again"
+        yield f"{path} has {manifest['rows']} rows, but its shards have {datastore.rows}: {repair}"
+    if run.record("build")["result"]["manifest"] != sha256(path):
+        yield f"{path} differs from the record of its stage: run the command again that was writing it"
+    vocabulary, vocab_size = load_vocabulary(run), load_config(run.checkpoints).vocab_size
     for shard, record in enumerate(datastore.shards):
-        part = datastore.part(shard, 1)
-        if left := _text_of_deleted(run, part):
-            text = run.documents / record["provenance"]["documents"]
-            yield f"{text} still has the text of {left}, which is deleted: {UNFINISHED_DELETION}"
-            continue
-        for problem in (*_rows(part, vocab_size), *_tokens(run, part, vocabulary)):
-            yield f"{folder / record['folder']}: {problem}; {rebuild_hint(folder, record)}"
+        yield from _check_shard(run, datastore.part(shard, 1), vocabulary, vocab_size)
         for name in ARRAYS:
             drop_copy(folder / record["folder"] / f"{name}.npy")
 
 
-def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
-    """Whether each row of a shard can be what it says."""
-    widths = {name: part.array(name).shape for name in ARRAYS}
-    if {shape[0] for shape in widths.values()} != {part.rows}:
-        yield f"its arrays have {sorted({shape[0] for shape in widths.values()})} rows, its record says {part.rows}"
+def _check_shard(run: Run, part: Datastore, vocabulary: Vocabulary, vocab_size: int) -> Iterator[str]:
+    (record,) = part.shards
+    text = run.documents / record["provenance"]["documents"]
+    if ids := part.deleted_documents(0):
+        left = next((document.id for document in read_shard(text) if document.id in ids), None)
+        if left is not None:
+            yield f"{text} still has the text of {left!r}, which is deleted: run the same `resmem delete` again, or `resmem compact`"
+            return
+    for problem in (*_row_problems(part, vocab_size), *_token_problems(run, part, vocabulary)):
+        yield f"{part.folder / record['folder']}: {problem}; {rebuild_hint(part.folder, record)}"
+
+
+def _row_problems(part: Datastore, vocab_size: int) -> Iterator[str]:
+    """Check that the rows of a shard are possible; stop at the first problem."""
+    lengths = {len(part.array(name)) for name in ARRAYS}
+    if lengths != {part.rows}:
+        yield f"its arrays have {sorted(lengths)} rows, not {part.rows} as in its record"
         return
     for start in range(0, part.rows, ROWS):
         some = np.arange(start, min(start + ROWS, part.rows))
@@ -190,83 +191,73 @@ def _rows(part: Datastore, vocab_size: int) -> Iterator[str]:
                 yield f"{name}, row {start + int(np.argwhere(rows[name] >= vocab_size)[0][0])}: an id above the vocabulary of {vocab_size}"
                 return
         p = dequantize_probabilities(rows["quantized_residuals"])
-        wrong = (rows["residual_ids"] == rows["tokens"][:, None]).any(axis=1)  # the token's own is a column of its own
+        wrong = (rows["residual_ids"] == rows["tokens"][:, None]).any(axis=1)  # the token's own entry is stored apart
         wrong |= (np.diff(p, axis=1) > 0).any(axis=1) | (rows["target_log_probability"] > 1e-3)
-        # A code is wrong by up to 0.006, or 2% of what all of them add up to.
+        # Quantization changes a probability by up to 0.006, and the sum by up to 2%.
         wrong |= p.sum(axis=1) + np.exp(rows["target_log_probability"].astype(np.float32)) > 1.05
         if wrong.any():
-            yield f"row {start + int(np.flatnonzero(wrong)[0])}: its residual is not that of its token"
+            yield f"row {start + int(np.flatnonzero(wrong)[0])}: its residual does not belong to its token"
             return
 
 
-def _text_of_deleted(run: Run, part: Datastore) -> str:
-    """The id of a document that was deleted and whose text is there."""
-    ids = part.deleted_documents(0)
-    documents = read_shard(run.documents / part.shards[0]["provenance"]["documents"]) if ids else []
-    return next((repr(document.id) for document in documents if document.id in ids), "")
-
-
-def _tokens(run: Run, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:
-    """Whether a shard has each document's tokens once, as the text has them."""
+def _token_problems(run: Run, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:
+    """Check that a shard has the tokens of each document's text once; stop at the first problem."""
     entries, next_row = part.documents(0), 0
-    documents = {d.id: d for d in read_shard(run.documents / part.shards[0]["provenance"]["documents"])}
+    source = part.shards[0]["provenance"]["documents"]
+    documents = {document.id: document for document in read_shard(run.documents / source)}
     tokens = part.shard_arrays("tokens")[0]
-    deleted = {first for first, rows in part.shards[0].get("deleted", []) if rows}
+    deleted = deleted_first_rows(part.shards[0])
     if len({entry["id"] for entry in entries}) < len(entries):
-        yield "a document stands in it twice"
-    live = {entry["id"] for entry in entries if entry["first_row"] not in deleted}
-    if live != set(documents):
-        yield f"its documents are not those of {part.shards[0]['provenance']['documents']}: {len(live ^ set(documents))} differ"
+        yield "a document is listed twice"
+    live = [entry["id"] for entry in entries if entry["first_row"] not in deleted]
+    if different := set(live) ^ set(documents):
+        yield f"{len(different)} documents are only in it or only in {source}"
         return
-    kept = [documents[entry["id"]] for entry in entries if entry["first_row"] not in deleted]
-    encoded = dict(zip((d.id for d in kept), vocabulary.encode_documents(kept), strict=True))
+    encoded = dict(zip(live, vocabulary.encode_documents([documents[name] for name in live]), strict=True))
     for entry in entries:
         if entry["first_row"] != next_row:
             yield f"document {entry['id']!r} begins at row {entry['first_row']}, not at {next_row}"
             return
         next_row += entry["rows"]
         if entry["first_row"] not in deleted and not np.array_equal(tokens[entry["first_row"] : next_row], encoded[entry["id"]]):
-            yield f"document {entry['id']!r} has not the tokens of its text"
+            yield f"the tokens of document {entry['id']!r} differ from its text"
             return
     if next_row != part.rows:
-        yield f"its documents have {next_row} rows together, the arrays {part.rows}"
+        yield f"its documents have {next_row} rows, its arrays {part.rows}"
 
 
-def _index(run: Run, known: set[str]) -> Iterator[str]:
-    known.add("index/index.json")
+def _check_index(run: Run, listed: set[str]) -> Iterator[str]:
     records = read_json(run.index / "index.json")["shards"]
-    _know(run, known, "index", records)
-    mend_it = f"delete {run.index} and {run.record_path('index')}, and run `resmem index`"
+    _list_published(listed, "index", records)
     for record in records:
         for problem in damaged_files(run.index, record, checksums=True):
-            yield f"{problem}: {mend_it}"
+            yield f"{problem}: {rebuild_index_hint(run)}"
         read_json(record_path(run.index, record))
     index_manifest(run, open_datastore(run.datastore))
 
 
-def _neighbors(run: Run, known: set[str]) -> Iterator[str]:
-    known.add("neighbors/neighbors.json")
+def _check_neighbors(run: Run, listed: set[str]) -> Iterator[str]:
     facts = read_json(run.neighbors / "neighbors.json")
-    mend_it = f"delete {run.neighbors} and {run.record_path('search')}, and run `resmem evaluate`"
+    repair = f"delete {run.neighbors} and {run.record_path('search')}, and run `resmem evaluate`"
     records = [record for split in QUERY_SPLITS for record in facts[split]["shards"]]
-    _know(run, known, "neighbors", records)
+    _list_published(listed, "neighbors", records)
     if facts["datastore"] != sha256(run.datastore / "manifest.json"):
         yield f"{run.neighbors} was made from another datastore: run `resmem evaluate`"
     rows = read_json(run.datastore / "manifest.json")["rows"]
     for record in records:
         damaged = list(damaged_files(run.neighbors, record, checksums=True))
-        yield from (f"{problem}: {mend_it}" for problem in damaged)
+        yield from (f"{problem}: {repair}" for problem in damaged)
         read_json(record_path(run.neighbors, record))
         found = np.zeros(0) if damaged else load_array(run.neighbors / record["folder"] / "rows.npy")
         if found.size and not -1 <= found.min() <= found.max() < rows:
-            yield f"{run.neighbors / record['folder']}/rows.npy names rows that the datastore has not: {mend_it}"
+            yield f"{run.neighbors / record['folder']}/rows.npy has rows beyond the datastore's {rows}: {repair}"
 
 
-CHECKS = {
-    "documents": _documents,
-    "vocabulary": _vocabulary,
-    "train": _train,
-    "build": _datastore,
-    "index": _index,
-    "search": _neighbors,
+CHECKS: dict[str, Callable[[Run, set[str]], Iterator[str]]] = {
+    "documents": _check_documents,
+    "vocabulary": _check_vocabulary,
+    "train": _check_model,
+    "build": _check_datastore,
+    "index": _check_index,
+    "search": _check_neighbors,
 }

@@ -1,16 +1,15 @@
-"""The datastore: row-aligned .npy files per shard, bound to what made them by one manifest that is written last.
+"""The datastore: row-aligned .npy files per shard. One manifest, written last, binds them to the model and vocabulary.
 
     datastore/manifest.json
     datastore/shard-00003-of-00016.json
     datastore/shard-00003-of-00016.1f3a9c2e/{quantized_keys,residual_ids,quantized_residuals,tokens,...}.npy, documents.jsonl
 
-Row i of every array of a shard belongs to the same token. A document's rows are consecutive and in order, so
-`documents.jsonl` (`id`, `first_row`, `rows`) tells where each row came from. NumPy alone can read all of it. Rows of deleted
-documents stay where they are until `resmem compact`, but the manifest names them and nothing returns them.
+Row i of every array of a shard belongs to the same token. The rows of a document are consecutive and in order, and `documents.jsonl`
+lists them (`id`, `first_row`, `rows`). NumPy alone can read all of it. Rows of deleted documents stay in the arrays until
+`resmem compact`, but the manifest lists them and no search returns them.
 """
 
 import bisect
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -24,10 +23,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from resmem_lm.errors import UserError
 from resmem_lm.memory.projection import projection_of
 from resmem_lm.memory.quantization import dequantize_keys, dequantize_powers
-from resmem_lm.memory.schema import COUNTERS, FORMAT, Binding
+from resmem_lm.memory.schema import COUNTERS, FORMAT, Binding, deleted_first_rows
 from resmem_lm.memory.sharded import ShardedArray, load_array
 from resmem_lm.resmem import at_temperature
-from resmem_lm.text.windows import WindowSpec
 from resmem_lm.workdir.artifacts import damaged_files, folder_of, record_path
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, Record, read_json, sha256
@@ -37,43 +35,39 @@ with epy.lazy_imports():
 
 
 def rebuild_hint(folder: AnyPath, record: Record) -> str:
-    """What to do about a damaged shard."""
-    return (
-        f"delete {record_path(folder, record)} and {folder.parent / 'stages' / 'build.json'} and run `resmem build` again: "
-        "it makes this shard anew"
-    )
+    """Return what to do about a damaged shard."""
+    build = folder.parent / "stages" / "build.json"
+    return f"delete {record_path(folder, record)} and {build}, and run `resmem build`, which rebuilds this shard"
 
 
 class Datastore:
-    """An opened datastore, or some consecutive shards of one: arrays over all shards, mapped and not read until asked for."""
+    """A datastore, or some consecutive shards of one. Its arrays are memory-mapped; rows count through all of its shards."""
 
-    def __init__(self, folder: AnyPath, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: AnyPath, manifest: Record) -> None:
         self.folder, self.manifest = folder, manifest
         self.shards: list[Record] = manifest["shards"]
         self.offsets = np.concatenate([[0], np.cumsum([shard["rows"] for shard in self.shards])])
-        window = WindowSpec(**manifest["window"])
-        made = {field.name: manifest[field.name] for field in dataclasses.fields(Binding)}
-        self.binding = Binding(**made | {"window": window, "temperatures": tuple(manifest["temperatures"])})
+        self.binding = Binding.from_json(manifest)
         self._arrays: dict[str, ShardedArray] = {}
-        self._documents: dict[int, list[dict[str, Any]]] = {}
+        self._documents: dict[int, list[Record]] = {}
 
     def part(self, first: int, shards: int) -> "Datastore":
-        """So many shards from the `first` on, whose rows are counted anew."""
+        """Return the given number of shards from `first` on as a datastore whose rows count from 0."""
         return Datastore(self.folder, self.manifest | {"shards": self.shards[first : first + shards]})
 
     @property
     def rows(self) -> int:
-        """Tokens in all shards, deleted ones included."""
+        """The number of rows, deleted ones included."""
         return int(self.offsets[-1])
 
     @property
     def live_rows(self) -> int:
-        """Tokens that can be neighbors."""
+        """The number of rows that can be neighbors."""
         return self.rows - int(sum(end - begin for begin, end in self._deleted))
 
     @property
     def bytes(self) -> int:
-        """Size of all shards' files."""
+        """The size of all files of the shards."""
         return sum(file["bytes"] for shard in self.shards for file in shard["files"].values())
 
     @functools.cached_property
@@ -88,58 +82,59 @@ class Datastore:
         return np.array(ranges, np.int64).reshape(-1, 2)
 
     def is_deleted(self, rows: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
-        """Which of some rows are of deleted documents."""
+        """Return a mask of the rows that belong to deleted documents."""
         if not len(self._deleted):
             return np.zeros(rows.shape, bool)
         place = np.searchsorted(self._deleted[:, 0], rows, side="right") - 1
         return (place >= 0) & (rows < self._deleted[np.maximum(place, 0), 1])
 
     def array(self, name: str) -> ShardedArray:
-        """One array over all shards."""
+        """Return one array over all shards."""
         if name not in self._arrays:
-            self._arrays[name] = self._load(name)
+            self._arrays[name] = ShardedArray([self._load(shard, name) for shard in self.shards])
         return self._arrays[name]
 
-    def _load(self, name: str) -> ShardedArray:
-        def load(shard: Record) -> np.ndarray:
-            path = folder_of(self.folder, shard) / f"{name}.npy"
-            array = load_array(path)
-            if len(array) != shard["rows"]:
-                raise UserError(f"{path} has {len(array)} rows, its manifest says {shard['rows']}; {rebuild_hint(self.folder, shard)}")
-            return array
-
-        return ShardedArray([load(shard) for shard in self.shards])
+    def _load(self, shard: Record, name: str) -> np.ndarray:
+        path = folder_of(self.folder, shard) / f"{name}.npy"
+        array = load_array(path)
+        if len(array) != shard["rows"]:
+            raise UserError(f"{path} has {len(array)} rows, not {shard['rows']} as in its manifest: {rebuild_hint(self.folder, shard)}")
+        return array
 
     def shard_arrays(self, name: str) -> list[Shaped[np.ndarray, "rows ..."]]:
-        """One array as its shards hold it."""
+        """Return one array of each shard."""
         return self.array(name).parts
 
     def take(self, name: str, rows: Int[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """The given rows of one array, by their numbers through all shards."""
+        """Return the given rows of one array."""
         return self.array(name)[rows]
 
     @functools.cached_property
     def projection(self) -> Float[np.ndarray, "emb dimensions"] | None:
-        """What makes a key of the model's activations; None where these are the key. UserError if it was altered."""
+        """The projection of the keys, None if they are not projected. UserError if its file was altered."""
         return projection_of(self.folder, self.binding)
 
     def keys(self, rows: Int[np.ndarray, "*some"]) -> Float[np.ndarray, "*some emb"]:
-        """The given rows' keys."""
+        """Return the keys of the given rows."""
         return dequantize_keys(self.take("quantized_keys", rows), self.take("key_scales", rows))
+
+    def shard_keys(self, shard: int, some: slice = slice(None)) -> Float[np.ndarray, "rows emb"]:
+        """Return keys of one shard; `some` counts from its first row."""
+        return dequantize_keys(*(self.shard_arrays(name)[shard][some] for name in ("quantized_keys", "key_scales")))
 
     @functools.cached_property
     def key_parts(self) -> tuple[Any, Any]:
-        """The keys' codes and the bits of their scales by shard, as `resmem_lm.loops` takes them."""
-        parts = ([np.asarray(part) for part in self.shard_arrays(name)] for name in ("quantized_keys", "key_scales"))
-        codes, scales = next(parts), [part.view(np.uint16) for part in next(parts)]
-        for part in (*codes, *scales):
-            part.flags.writeable = False  # mapped ones are; a list has arrays of one kind
-        return numba.typed.List(codes), numba.typed.List(scales)
+        """The quantized keys and the bits of their scales, one array per shard, as `memory.kernels.distances` takes them."""
+        keys, scales = ([np.asarray(part) for part in self.shard_arrays(name)] for name in ("quantized_keys", "key_scales"))
+        scales = [part.view(np.uint16) for part in scales]
+        for part in (*keys, *scales):
+            part.flags.writeable = False  # mapped arrays are not writable, and a typed list holds one type
+        return numba.typed.List(keys), numba.typed.List(scales)
 
     def residuals(
         self, rows: Int[np.ndarray, "*some"], temperature: float = 1.0
     ) -> tuple[Int[np.ndarray, "*some entries"], Float[np.ndarray, "*some entries"]]:
-        """Ids and values of the given rows' residual entries, the token's own first."""
+        """Return ids and values of the residual entries of the given rows, the token's own entry first."""
         ids = np.concatenate([self.take("tokens", rows)[..., None], self.take("residual_ids", rows)], axis=-1).astype(np.int32)
         number = self.binding.temperatures.index(temperature)
         values = at_temperature(
@@ -151,20 +146,21 @@ class Datastore:
         )
         return ids, np.asarray(values)
 
-    def shard_keys(self, shard: int, some: slice = slice(None)) -> Float[np.ndarray, "rows emb"]:
-        """Some rows' keys of one shard."""
-        return dequantize_keys(*(self.shard_arrays(name)[shard][some] for name in ("quantized_keys", "key_scales")))
-
-    def documents(self, shard: int) -> list[dict[str, Any]]:
-        """`id`, `first_row` (within the shard) and `rows` of a shard's documents, in order."""
+    def documents(self, shard: int) -> list[Record]:
+        """Return `id`, `first_row` (within the shard) and `rows` of the documents of a shard, in order."""
         if shard not in self._documents:
             self.part(shard, 1).check_files("documents.jsonl")
             with (folder_of(self.folder, self.shards[shard]) / "documents.jsonl").open("r", encoding="utf-8") as file:
                 self._documents[shard] = [json.loads(line) for line in file]
         return self._documents[shard]
 
+    def deleted_documents(self, shard: int) -> set[str]:
+        """Return the ids of a shard's deleted documents whose rows are still in its arrays."""
+        first_rows = deleted_first_rows(self.shards[shard])
+        return {document["id"] for document in self.documents(shard) if document["first_row"] in first_rows} if first_rows else set()
+
     def locate(self, row: int) -> tuple[int, str, int]:
-        """Where a row came from: its shard, its document's id, and the token's position in the document."""
+        """Return the shard of a row, the id of its document, and the position of its token in the document."""
         shard = int(np.searchsorted(self.offsets, row, side="right") - 1)
         inside = row - int(self.offsets[shard])
         documents = self.documents(shard)
@@ -172,7 +168,7 @@ class Datastore:
         return shard, documents[number]["id"], inside - documents[number]["first_row"]
 
     def damaged(self, *, checksums: bool) -> Iterator[str]:
-        """A line for each file that is not as the manifest says, and what to do about it."""
+        """Yield a line for each file that differs from the manifest, with what to do about it."""
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=checksums):
                 yield f"{problem}; {rebuild_hint(self.folder, shard)}"
@@ -181,48 +177,42 @@ class Datastore:
         except UserError as error:
             yield str(error)
 
-    def deleted_documents(self, shard: int) -> set[str]:
-        """Ids of a shard's documents whose rows are deleted and still in its arrays."""
-        first_rows = {first for first, rows in self.shards[shard].get("deleted", []) if rows}
-        return {document["id"] for document in self.documents(shard) if document["first_row"] in first_rows} if first_rows else set()
-
     def check_files(self, *names: str) -> None:
-        """Reads some files of every shard and compares their checksums; UserError if one was altered."""
+        """Read the named files of every shard. UserError if one differs from its checksum."""
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=True, names=names):
                 raise UserError(f"{problem}; {rebuild_hint(self.folder, shard)}")
 
 
 def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str | None = None, checksums: bool = False) -> Datastore:
-    """Opens a finished datastore.
+    """Open a finished datastore.
 
     Args:
-        folder: where manifest.json lies.
-        model: fingerprint of the model in use; another one's datastore is refused.
+        folder: with manifest.json.
+        model: fingerprint of the model in use; the datastore of another one is refused.
         vocabulary: checksum of the vocabulary in use, likewise.
-        checksums: read every file and compare; otherwise sizes only.
+        checksums: read every file and compare its checksum; otherwise compare sizes only.
 
     Raises:
-        UserError: not finished, of another model or vocabulary, or damaged.
+        UserError: the datastore is not finished, is damaged, or was built with another model or vocabulary.
     """
     path = folder / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder} has no finished datastore: run `resmem build`")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {manifest.get('format')!r}, this version reads {FORMAT!r}: build it again")
+        raise UserError(f"{path} has the format {manifest.get('format')!r}, this version reads {FORMAT!r}: run `resmem build` again")
+    for what, used in (("model", model), ("vocabulary", vocabulary)):
+        if used is not None and manifest[what] != used:
+            raise UserError(f"{folder} was built with another {what}: run `resmem build` again, or use the {what} that it was built with")
     datastore = Datastore(folder, manifest)
-    for what, mine in (("model", model), ("vocabulary", vocabulary)):
-        if mine is not None and manifest[what] != mine:
-            command = "the checkpoint" if what == "model" else "the vocabulary"
-            raise UserError(f"{folder} was made with another {what} than {command} in use: build it again, or use the one it was made with")
     for problem in datastore.damaged(checksums=checksums):
         raise UserError(problem)
     return datastore
 
 
 def datastore_summary(run: Run) -> Record:
-    """The result of the stage `build`."""
+    """Return the result of the stage `build`: the manifest's checksum, live rows, bytes and counts."""
     folder = run.datastore
     datastore = open_datastore(folder)
     counts = {name: sum(shard["counts"][name] for shard in datastore.shards) for name in COUNTERS}

@@ -1,4 +1,4 @@
-"""Documents -> row-aligned .npy files, an array at a time."""
+"""Encode documents into row-aligned .npy files, one for each array of the encoder's head."""
 
 import os
 from collections import Counter
@@ -16,29 +16,35 @@ from resmem_lm.workdir.run import Run
 
 
 class EncodingWorker:
-    """What a worker process keeps for all of its shards."""
+    """The model, the vocabulary and the encoder that a worker process keeps for all of its shards."""
 
     def __init__(self, run: Run, binding: Binding, head: Head | None = None) -> None:
         self.vocabulary: Vocabulary = load_vocabulary(run)
         self.model = load_model(run.checkpoints)
         if (self.model.fingerprint, self.vocabulary.sha256) != (binding.model, binding.vocabulary):
-            raise UserError(f"{run}: the checkpoint or the vocabulary changed while it was in use: build the datastore again")
+            raise UserError(f"{run}: the checkpoint or the vocabulary changed during the command: run `resmem build` again")
         head = head or residual_head(self.model, binding.entries, binding.temperatures)
         self.encoder = Encoder(self.model, binding.window, head, projection_of(run.datastore, binding))
 
 
 def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, source: str) -> dict[str, int]:
-    """Writes what the encoder's head makes of some documents, an array a file, row by row; returns counts.
+    """Write the arrays of the encoder's head for all tokens of some documents, one row per token.
 
     Args:
-        folder: to write into.
-        tokens: of each document.
-        encoder: whose head gives a named tuple of arrays.
-        source: what the documents were read from, for messages.
+        folder: where NAME.npy is written for each array.
+        tokens: token ids of each document.
+        encoder: with any head.
+        source: where the documents were read from, for error messages.
+
+    Returns:
+        The counts of `schema.COUNTERS`.
+
+    Raises:
+        UserError: a number is not finite in the dtype of its array.
     """
     arrays: dict[str, np.ndarray] = {}
     rows = sum(map(len, tokens))
-    if not tokens:  # fewer documents than shards: files without rows, as wide as any
+    if not tokens:  # a shard without documents has arrays without rows, as wide as those of the others
         _, encoded = next(encoder([np.zeros(1, np.int32)]))
         for name, value in encoded._asdict().items():
             np.save(folder / f"{name}.npy", value[:0])
@@ -48,7 +54,10 @@ def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, sourc
             if name not in arrays:
                 arrays[name] = create_array(folder / f"{name}.npy", (rows, *value.shape[1:]), value.dtype)
             if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise UserError(f"{name} of {source} has numbers that {value.dtype} cannot hold: the checkpoint may have diverged")
+                raise UserError(
+                    f"{name} of {source} has numbers that {value.dtype} cannot hold, perhaps because training diverged: "
+                    "train again with a smaller learning rate"
+                )
             arrays[name][positions] = value
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]
@@ -56,7 +65,7 @@ def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, sourc
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A mapped .npy file whose blocks are all allocated, so that a full disk is an error here and not a crash later."""
+    """Create a mapped .npy file whose blocks are all allocated: a full disk raises an error here instead of a crash on a later write."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""Windows -> (key, sparse residual, token), and for queries (key, hidden state)."""
+"""Encode windows of tokens: datastore rows (key, sparse residual, token), or queries (key, hidden state)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,21 +17,27 @@ from resmem_lm.text.packing import shift_right
 from resmem_lm.text.windows import WindowSpec, window_rows
 
 ROWS = 16  # windows in one forward pass
-TOKENS = 256  # emitted tokens whose logits exist at a time: they stay in the cache, and little is computed for padding
+TOKENS = 256  # emitted tokens in one call of the head: their logits stay in the cache, and little is computed for padding
 
-Head = Callable[[dict[str, Any], Array, Array, Array], Any]
+Head = Callable[[dict[str, Any], Array, Array, Array], Any]  # (parameters, keys, hidden, targets) to a named tuple of arrays
 
 
 def log_partition(logits: Float[Array, "rows vocab"], temperatures: tuple[float, ...]) -> Float[Array, "rows temperatures"]:
-    """log Z_T = logsumexp(f / T) for each T."""
+    """Return log Z_T = logsumexp(f / T) for each T."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    # Each sum is a pass of its own: XLA's one loop for several sums is three times slower on a CPU.
+    # The barrier gives each sum its own pass: XLA's single loop for several sums is three times slower on a CPU.
     sums = [jax.lax.optimization_barrier(jnp.sum(jnp.exp((logits - largest) / temperature), axis=-1)) for temperature in temperatures]
     return jnp.stack([jnp.log(total) + largest[:, 0] / temperature for total, temperature in zip(sums, temperatures, strict=True)], axis=-1)
 
 
 def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -> Head:
-    """Datastore rows of emitted tokens: residuals at T = 1, and what makes those of other temperatures of them."""
+    """Return the head that computes datastore rows.
+
+    Args:
+        model: computes the logits.
+        entries: of each residual.
+        temperatures: of `log_power_sums`, 1.0 among them: residuals are stored at T = 1, and these sums give those at other temperatures.
+    """
     unit = temperatures.index(1.0)
 
     def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> DatastoreRows:
@@ -39,16 +45,16 @@ def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -
         log_z = log_partition(logits, temperatures)
         ids, p, dropped = sparse_residual(logits, targets, log_z[:, unit], entries)
         target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        codes, scales = quantize_keys(keys)
+        quantized_keys, scales = quantize_keys(keys)
         dtype = token_dtype(model.config.vocab_size)
         return DatastoreRows(
-            quantized_keys=codes,
+            quantized_keys=quantized_keys,
             key_scales=scales,
             residual_ids=ids.astype(dtype),
             quantized_residuals=quantize_probabilities(p),
             tokens=targets.astype(dtype),
             target_log_probability=(target_logits - log_z[:, unit]).astype(jnp.float16),
-            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up, for it is a bound
+            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up: it is a bound
             log_power_sums=(log_z - log_z[:, unit, None] / jnp.array(temperatures, jnp.float32)).astype(jnp.float16),
         )
 
@@ -56,14 +62,14 @@ def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -
 
 
 class QueryRows(NamedTuple):
-    """What a search needs of some tokens."""
+    """Keys and last hidden states of query tokens."""
 
     keys: Float[Array, "rows emb"]
     hidden: Float[Array, "rows emb"]
 
 
 def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> QueryRows:
-    """Keys and last hidden states of emitted tokens in float32; logits are made from the latter when neighbors are known."""
+    """Return keys and hidden states in float32. The logits are computed from the hidden states after the search."""
     return QueryRows(keys.astype(jnp.float32), hidden.astype(jnp.float32))
 
 
@@ -72,7 +78,7 @@ def _first(output: Any, count: int) -> Any:
 
 
 class Encoder:
-    """Runs the model over the windows of documents and a head over the tokens that they emit, of whose keys it may project."""
+    """The model over the windows of documents, and a head over the tokens that the windows emit. Keys are projected if asked."""
 
     def __init__(self, model: Model, spec: WindowSpec, head: Head, projection: Float[np.ndarray, "emb dimensions"] | None = None) -> None:
         self.spec, self.parameters = spec, model.parameters
@@ -88,9 +94,11 @@ class Encoder:
     def __call__(
         self, documents: list[Int[np.ndarray, "_"]], counts: Counter[str] | None = None
     ) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
-        """Yields (positions, the head's output for them): every token of the documents once, in no set order.
+        """Yield (positions, head's output): every token of the documents once, in no fixed order.
 
-        Adds to `counts` the windows, their tokens (context included), and the tokens computed (padding included).
+        Args:
+            documents: token ids of each.
+            counts: receives the number of windows, of their tokens (context included) and of computed tokens (padding included).
         """
         for batch in window_rows(documents, self.spec, ROWS):
             if counts is not None:

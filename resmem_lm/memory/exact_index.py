@@ -1,59 +1,60 @@
-"""Exact search in JAX: every query is compared with every key."""
+"""Exact search in JAX: compare every query with every key. For small datastores, for GPUs, and to measure recall."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from resmem_lm.memory.datastore import Datastore
-from resmem_lm.memory.index import QUERY_BLOCK, in_threads, rank_candidates
+from resmem_lm.memory.index import QUERY_BLOCK, Nearest, in_threads, rank_candidates
 from resmem_lm.resmem import largest
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
-SPARE = 16  # more than k, for the order of inner products is that of distances only as far as float32 tells
+SPARE = 16  # candidates beyond k: in float32, inner products order rows only nearly as distances do
 
 
 class ExactIndex:
-    """Compares every query with every key, in JAX: for small datastores, for GPUs, and to measure recall."""
+    """An `Index` that compares every query with every live key."""
 
     def __init__(self, datastore: Datastore) -> None:
         self.datastore = datastore
 
-    def search(
-        self, queries: Float[np.ndarray, "queries emb"], k: int
-    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
+    def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Nearest:
         """See `Index.search`."""
-        most = k + SPARE
-        best_rows = np.full((len(queries), 2 * most), -1, np.int64)
-        best_scores = np.full((len(queries), 2 * most), -np.inf, np.float32)
+        kept = k + SPARE
+        rows = np.full((len(queries), 2 * kept), -1, np.int64)  # the best so far, and those of the next block
+        scores = np.full((len(queries), 2 * kept), -np.inf, np.float32)
+        for first_row, keys, live in self._blocks():
+            count = min(kept, len(keys))
+            for begin in range(0, len(queries), QUERY_BLOCK):
+                some = slice(begin, begin + QUERY_BLOCK)
+                block_scores, places = _search_block(jnp.asarray(queries[some]), keys, live, count)
+                scores[some, kept : kept + count] = block_scores
+                rows[some, kept : kept + count] = np.asarray(places) + first_row
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :kept]
+            scores[:, :kept], rows[:, :kept] = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+            scores[:, kept:], rows[:, kept:] = -np.inf, -1
+        rows[np.isneginf(scores)] = -1  # deleted rows and padding
+        return in_threads(lambda some, candidates: rank_candidates(self.datastore, some, candidates, k), queries, rows[:, :kept])
+
+    def _blocks(self) -> Iterator[tuple[int, Float[Array, "keys emb"], Bool[Array, " keys"]]]:
+        """Yield the first row, the keys and a mask of live rows of each block, padded to a power of two so that few shapes are compiled."""
         for shard, record in enumerate(self.datastore.shards):
             for start in range(0, record["rows"], EXACT_BLOCK):
-                some_keys = self.datastore.shard_keys(shard, slice(start, start + EXACT_BLOCK))
-                # Each shape is compiled: blocks are filled up to a power of two, with rows that cannot be found.
-                padding = (1 << (len(some_keys) - 1).bit_length()) - len(some_keys)
-                block = jnp.asarray(np.pad(some_keys, ((0, padding), (0, 0))))
-                rows = self.datastore.offsets[shard] + start + np.arange(len(some_keys))
-                live = jnp.asarray(np.pad(~self.datastore.is_deleted(rows), (0, padding)))
-                count = min(most, len(block))
-                for begin in range(0, len(queries), QUERY_BLOCK):
-                    some = slice(begin, begin + QUERY_BLOCK)
-                    scores, places = _block_search(jnp.asarray(queries[some]), block, live, count)
-                    best_scores[some, most : most + count] = scores
-                    best_rows[some, most : most + count] = np.asarray(places) + self.datastore.offsets[shard] + start
-                order = np.argsort(-best_scores, axis=1, kind="stable")
-                best_scores[:, :most] = np.take_along_axis(best_scores, order[:, :most], axis=1)
-                best_rows[:, :most] = np.take_along_axis(best_rows, order[:, :most], axis=1)
-                best_scores[:, most:], best_rows[:, most:] = -np.inf, -1
-        best_rows[np.isneginf(best_scores)] = -1  # deleted
-        return in_threads(lambda q, rows: rank_candidates(self.datastore, q, rows, k), queries, best_rows[:, :most])
+                keys = self.datastore.shard_keys(shard, slice(start, start + EXACT_BLOCK))
+                first_row = int(self.datastore.offsets[shard]) + start
+                live = ~self.datastore.is_deleted(first_row + np.arange(len(keys)))
+                padding = (1 << (len(keys) - 1).bit_length()) - len(keys)
+                yield first_row, jnp.asarray(np.pad(keys, ((0, padding), (0, 0)))), jnp.asarray(np.pad(live, (0, padding)))
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _block_search(
-    queries: Float[Array, "queries emb"], keys: Float[Array, "keys emb"], live: Bool[Array, " keys"], k: int
+@functools.partial(jax.jit, static_argnames="count")
+def _search_block(
+    queries: Float[Array, "queries emb"], keys: Float[Array, "keys emb"], live: Bool[Array, " keys"], count: int
 ) -> tuple[Array, Array]:
-    # For one query, the order of q.z - |z|^2 / 2 is that of the distance.
+    # For one query, q.z - |z|^2 / 2 orders keys as the distance does.
     offsets = jnp.where(live, -jnp.sum(jnp.square(keys), axis=-1) / 2, -jnp.inf)
-    return largest(queries @ keys.T + offsets, k)
+    return largest(queries @ keys.T + offsets, count)

@@ -1,7 +1,7 @@
-"""Datastore -> index of its keys: faiss or ScaNN (approximate) or exact, behind one `search`; in shards that each fit a worker's memory.
+"""The interface of an index, and the ranking of candidates by true distance.
 
-All return neighbors by true L2 distance between the query and the stored key: faiss and ScaNN only propose candidates, whose
-distances are then computed from the datastore itself. What belongs to one library is in `faiss_index.py` and `scann_index.py`.
+`Index` is what a search uses. A library (faiss, ScaNN) implements `Proposer`: it proposes candidate rows, and `ApproximateIndex` ranks them
+by the L2 distance between the query and the stored key.
 """
 
 import os
@@ -18,86 +18,82 @@ from resmem_lm.memory.datastore import Datastore
 with epy.lazy_imports():
     from resmem_lm.memory import kernels
 
-QUERY_BLOCK = 1024  # queries that a thread looks up at a time, at most
-SMALL = 20_000  # rows below which everything is compared: a tree would cost recall and save nothing
+QUERY_BLOCK = 1024  # the most queries that a thread searches at a time
+SMALL = 20_000  # rows below which all keys are compared: a tree would lose recall and save no time
+
+Nearest = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]  # rows and L2 distances, nearest first
 
 
 @runtime_checkable
 class Index(Protocol):
-    """The index seam: some shards of a datastore, whose rows count from 0."""
+    """A searchable part of a datastore, whose rows count from 0."""
 
     datastore: Datastore
 
-    def search(
-        self, queries: Float[np.ndarray, "queries emb"], k: int
-    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        """Rows and L2 distances of the k nearest keys of each query, nearest first; row -1, infinitely far, where there are fewer.
-
-        Rows of deleted documents are never among them.
-        """
+    def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Nearest:
+        """Return the k nearest live rows of each query; row -1 at an infinite distance where there are fewer."""
 
 
 @runtime_checkable
 class Proposer(Protocol):
-    """What a library's files say of some shards of a datastore."""
+    """A library's index of part of a datastore. It proposes candidates; their distances are computed elsewhere."""
 
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries n"]:
-        """Up to `wanted` rows for each query that may be its nearest, -1 where there are fewer; none is deleted.
+        """Return candidate rows for each query, all live, -1 where there are fewer. Threads call this at the same time.
 
-        At least `needed`, where so many are live and the library can find them. Each core has a thread that calls this.
+        Args:
+            queries: keys.
+            wanted: candidates for each query at most.
+            needed: candidates for each query at least, if there are that many live rows and the library can find them.
         """
 
 
 class Tree(NamedTuple):
-    """How an index is divided: leaves, those that a query looks through, rows they are learned from, and in how many rounds."""
+    """The parameters of an index with a tree: leaves, probed leaves of a query, rows to learn the leaves from, and k-means rounds."""
 
     leaves: int
-    searched: int
+    probed: int
     sample: int
     rounds: int
 
 
+class ApproximateIndex:
+    """The candidates of a library, ranked by true distance. An `Index`."""
+
+    def __init__(self, datastore: Datastore, proposer: Proposer, candidates: int) -> None:
+        self.datastore, self.proposer, self.candidates = datastore, proposer, candidates
+
+    def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Nearest:
+        """See `Index.search`."""
+        wanted = max(self.candidates, k)
+        return in_threads(lambda some: rank_candidates(self.datastore, some, self.proposer.propose(some, wanted, k), k), queries)
+
+
 def rank_candidates(
     datastore: Datastore, queries: Float[np.ndarray, "queries emb"], candidates: Int[np.ndarray, "queries n"], k: int
-) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-    """The k nearest of each query's candidate rows (-1 is none), by true L2, equal ones by row."""
+) -> Nearest:
+    """Return the k nearest of each query's candidate rows by true L2 distance, ties by row. Candidates of -1 are skipped."""
     rows = np.sort(np.pad(candidates, ((0, 0), (0, max(0, k - candidates.shape[1]))), constant_values=-1), axis=1)
     found = kernels.distances(queries, *datastore.key_parts, datastore.offsets, rows)
-    # Floats from 0 on are in the order of their bits; places behind these put equal ones in the order of rows.
+    # The bits of nonnegative floats order as the floats do. The place below them breaks ties, and rows are sorted.
     order = found.view(np.int32).astype(np.int64) << 32 | np.arange(rows.shape[1])
     order.partition(k - 1, axis=1)
     places = np.sort(order[:, :k], axis=1) & 0xFFFFFFFF
     return np.take_along_axis(rows, places, axis=1), np.take_along_axis(found, places, axis=1)
 
 
-def in_threads(function: Callable[..., tuple[np.ndarray, np.ndarray]], *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the function makes of some rows of all arrays, for all rows: each core has a thread that takes a block at a time."""
+def merge_nearest(found: list[tuple[Int[np.ndarray, "queries n"], Float[np.ndarray, "queries n"]]], k: int) -> Nearest:
+    """Return the k nearest of the neighbors that several shards of an index found, ties by row."""
+    rows, distances = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.lexsort((rows, distances), axis=1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+def in_threads(function: Callable[..., Nearest], *arrays: np.ndarray) -> Nearest:
+    """Apply a function to blocks of rows of all arrays, one thread for each core, and concatenate the results."""
     cores = os.cpu_count() or 1
     block = int(np.clip(-(-len(arrays[0]) // cores), 1, QUERY_BLOCK))
     with ThreadPoolExecutor(cores) as threads:
         starts = range(0, max(1, len(arrays[0])), block)
         parts = list(threads.map(lambda start: function(*(array[start : start + block] for array in arrays)), starts))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-
-
-class ApproximateIndex:
-    """The nearest of what a library proposes, by true distance."""
-
-    def __init__(self, datastore: Datastore, proposer: Proposer, candidates: int) -> None:
-        self.datastore, self.proposer, self.candidates = datastore, proposer, candidates
-
-    def search(
-        self, queries: Float[np.ndarray, "queries emb"], k: int
-    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        """See `Index.search`."""
-        wanted = max(self.candidates, k)
-        return in_threads(lambda some: rank_candidates(self.datastore, some, self.proposer.propose(some, wanted, k), k), queries)
-
-
-def merge_nearest(
-    found: list[tuple[Int[np.ndarray, "queries n"], Float[np.ndarray, "queries n"]]], k: int
-) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-    """The k nearest of what several shards of the index found, equal ones by row; -1, infinitely far, where there are fewer."""
-    rows, distances = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    order = np.lexsort((rows, distances), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)

@@ -1,6 +1,6 @@
-"""Keys of fewer dimensions: what they have in the space of the principal components of a sample of them.
+"""Project keys onto the principal components of a sample of them, to search fewer dimensions.
 
-He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.3) find kNN-LM's keys to lose nothing so.
+He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.3) find that kNN-LM loses nothing by it.
 """
 
 import io
@@ -14,30 +14,34 @@ from resmem_lm.workdir.storage import AnyPath, sha256, write_bytes
 
 
 def principal_components(keys: Float[np.ndarray, "rows emb"], dimensions: int) -> Float[np.ndarray, "emb dimensions"]:
-    """An orthonormal basis of the directions in which keys vary most, as columns.
+    """Return a random orthonormal basis, as columns, of the space of the keys' leading principal components.
 
-    It is a random one: along the components themselves the first would have most of the variance, and a code of one scale for a whole key
-    (`resmem_lm.codes`) would round the others coarsely.
+    The basis is random because the first components have most of the variance: with one scale per key (`quantize_keys`), the others would
+    be rounded coarsely.
     """
     _, directions = np.linalg.eigh(np.cov(keys.astype(np.float64), rowvar=False))
-    rotated, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dimensions, dimensions)))
-    return np.ascontiguousarray(directions[:, ::-1][:, :dimensions] @ rotated, np.float32)
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dimensions, dimensions)))
+    return np.ascontiguousarray(directions[:, ::-1][:, :dimensions] @ rotation, np.float32)
 
 
 def projection_path(datastore: AnyPath, model: str, dimensions: int) -> AnyPath:
-    """Where the projection of a model's keys lies; `model` is its fingerprint."""
+    """Return the path of the projection of a model's keys; `model` is its fingerprint."""
     return datastore / f"projection-{model[:12]}-{dimensions}.npy"
 
 
 def save_projection(path: AnyPath, projection: Float[np.ndarray, "emb dimensions"]) -> None:
-    """Writes it atomically."""
+    """Write a projection atomically."""
     content = io.BytesIO()
     np.save(content, projection)
     write_bytes(path, content.getvalue())
 
 
 def load_projection(path: AnyPath, checksum: str) -> Float[np.ndarray, "emb dimensions"]:
-    """UserError if it is not the one that the datastore's keys were made with."""
+    """Return the projection in a file.
+
+    Raises:
+        UserError: the file is not the one that the datastore's keys were projected with.
+    """
     if not path.exists() or sha256(path) != checksum:
         raise UserError(f"{path} is missing or was altered: delete {path.parent} and run `resmem build` again")
     with path.open("rb") as file:
@@ -46,7 +50,7 @@ def load_projection(path: AnyPath, checksum: str) -> Float[np.ndarray, "emb dime
 
 
 def projection_of(folder: AnyPath, binding: Binding) -> Float[np.ndarray, "emb dimensions"] | None:
-    """See `Datastore.projection`."""
+    """Return the projection of a datastore's keys; None if they are not projected."""
     if binding.projection is None or binding.key_dimensions is None:
         return None
     return load_projection(projection_path(folder, binding.model, binding.key_dimensions), binding.projection)

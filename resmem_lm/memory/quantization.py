@@ -1,7 +1,8 @@
-"""One byte for a number: how the datastore holds keys and probabilities. NumPy and JAX alike.
+"""Quantize keys and probabilities to one byte per number. All functions take NumPy and JAX arrays.
 
-A key is divided by a scale of its own, 1/127 of its largest component. A probability p is held as 255 p^(1/3), rounded: the error is
-at most 0.006 near 1 and falls with p, as scores add probabilities up; the smallest that is not 0 is 1e-8.
+A key has a scale, 1/127 of its largest component, and its components are rounded to multiples of it. A probability p is stored as
+255 p^(1/3), rounded. The error is at most 0.006 near p = 1 and shrinks with p, which suits scores: they add probabilities. A
+probability below 7e-9 becomes 0.
 """
 
 from typing import Any
@@ -12,34 +13,34 @@ from jaxtyping import Array, Float, Float16, Int8, UInt8
 
 
 def quantize_keys(keys: Float[Array, "rows emb"]) -> tuple[Int8[Array, "rows emb"], Float16[Array, " rows"]]:
-    """Codes and scales."""
+    """Return quantized keys and their scales."""
     scales = (jnp.max(jnp.abs(keys), axis=-1) / 127).astype(jnp.float16)
-    codes = jnp.round(keys / jnp.maximum(scales.astype(jnp.float32), 1e-7)[:, None])
-    return jnp.clip(codes, -127, 127).astype(jnp.int8), scales
+    quantized = jnp.round(keys / jnp.maximum(scales.astype(jnp.float32), 1e-7)[:, None])
+    return jnp.clip(quantized, -127, 127).astype(jnp.int8), scales
 
 
-def dequantize_keys(codes: Int8[Any, "*rows emb"], scales: Float16[Any, "*rows"]) -> Float[Any, "*rows emb"]:
-    """Keys in float32."""
-    return codes.astype(np.float32) * scales.astype(np.float32)[..., None]
+def dequantize_keys(quantized: Int8[Any, "*rows emb"], scales: Float16[Any, "*rows"]) -> Float[Any, "*rows emb"]:
+    """Return keys in float32."""
+    return quantized.astype(np.float32) * scales.astype(np.float32)[..., None]
 
 
 def quantize_probabilities(p: Float[Array, "rows entries"]) -> UInt8[Array, "rows entries"]:
-    """Codes."""
+    """Return quantized probabilities."""
     return jnp.round(255 * jnp.cbrt(p)).astype(jnp.uint8)
 
 
-def dequantize_probabilities(codes: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
-    """Probabilities in float32."""
-    root = codes.astype(np.float32) / 255
+def dequantize_probabilities(quantized: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
+    """Return probabilities in float32."""
+    root = quantized.astype(np.float32) / 255
     return root * root * root
 
 
-def dequantize_powers(codes: UInt8[Any, "*some"], temperature: float | Float[Array, ""]) -> Float[Array, "*some"]:
-    """p^(1/T) of the probabilities: looked up, which is cheaper than taken."""
-    return jnp.power(dequantize_probabilities(jnp.arange(256, dtype=jnp.uint8)), 1 / temperature)[codes]
+def dequantize_powers(quantized: UInt8[Any, "*some"], temperature: float | Float[Array, ""]) -> Float[Array, "*some"]:
+    """Return p^(1/T). A table of all 256 values costs less than a power for each element."""
+    return jnp.power(dequantize_probabilities(jnp.arange(256, dtype=jnp.uint8)), 1 / temperature)[quantized]
 
 
-def upper_probabilities(codes: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
-    """The largest probabilities that have these codes."""
-    root = np.minimum(codes.astype(np.float32) + 0.5, 255) / 255
+def upper_probabilities(quantized: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
+    """Return the largest probabilities that are quantized to these values."""
+    root = np.minimum(quantized.astype(np.float32) + 0.5, 255) / 255
     return root * root * root

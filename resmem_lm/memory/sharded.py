@@ -1,4 +1,4 @@
-"""Row-aligned arrays that lie in several files, as one."""
+"""Row-aligned .npy files of several shards, read as one array."""
 
 import threading
 
@@ -8,26 +8,30 @@ from jaxtyping import Int, Shaped
 from resmem_lm.errors import UserError
 from resmem_lm.workdir.storage import AnyPath, local_path
 
-# NumPy parses the header with ast, in which threads of Python 3.11 disturb each other ("AST constructor recursion depth mismatch").
+# NumPy parses headers with `ast`, which is not thread-safe in Python 3.11 ("AST constructor recursion depth mismatch").
 _parsing = threading.Lock()
 
 
 def load_array(path: AnyPath) -> Shaped[np.ndarray, "_ ..."]:
-    """A .npy file, mapped where it can be."""
-    here = local_path(path)
+    """Return a .npy file as an array, memory-mapped unless it has no rows.
+
+    Raises:
+        UserError: the file is not a .npy file.
+    """
+    local = local_path(path)
     with _parsing:
         try:
-            loaded: np.ndarray = np.load(here, mmap_mode="r", allow_pickle=False)
+            loaded: np.ndarray = np.load(local, mmap_mode="r", allow_pickle=False)
         except ValueError:  # an array without rows cannot be mapped
             try:
-                loaded = np.load(here, allow_pickle=False)
+                loaded = np.load(local, allow_pickle=False)
             except (ValueError, EOFError, OSError) as error:
-                raise UserError(f"{path} is no array ({error}): `resmem verify` says what to do") from None
+                raise UserError(f"{path} is not an array ({error}): run `resmem verify` to see how to restore it") from None
     return loaded
 
 
 class ShardedArray:
-    """The arrays of several shards one after another. Nothing is read before it is asked for."""
+    """The arrays of several shards, concatenated. Only the rows that are asked for are read."""
 
     def __init__(self, parts: list[Shaped[np.ndarray, "_ ..."]]) -> None:
         self.parts = parts
@@ -38,13 +42,13 @@ class ShardedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As of one array."""
+        """The shape of the concatenated array."""
         return (len(self), *self.parts[0].shape[1:])
 
     def __getitem__(self, rows: Int[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         flat = rows.reshape(-1)
         found = np.empty((len(flat), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        # Sorted by row, those of one shard stand together, and a disk is read in one direction.
+        # Sorting groups the rows by shard, and a disk is read in one direction.
         order = np.argsort(flat, kind="stable")
         cuts = np.searchsorted(flat[order], self.offsets)
         for part, offset, begin, end in zip(self.parts, self.offsets, cuts, cuts[1:], strict=False):

@@ -3,10 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance import append as module
-from resmem_lm.clitenance.append import append
-from resmem_lm.clitenance.delete import delete
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance import append as module
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines import build_datastore as datastore_module
 from resmem_lm.cli import main
@@ -63,7 +63,7 @@ def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, 
 
 
 def test_what_was_indexed_is_not_indexed_again(tiny_copy, more, monkeypatch):
-    monkeypatch.setattr("beam_pipelines.index.group_shards", lambda rows, most: [(shard, 1) for shard in range(len(rows))])
+    monkeypatch.setattr("beam_pipelines.build_index.group_shards", lambda rows, most: [(shard, 1) for shard in range(len(rows))])
     (tiny_copy / "stages/index.json").unlink()
     assert main(command(tiny_copy, "index")) == 0
     folders = {shard["folder"] for shard in read_json(tiny_copy / "index/index.json")["shards"]}

@@ -3,10 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance import delete as module
-from resmem_lm.clitenance.compact import compact
-from resmem_lm.clitenance.delete import delete
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance import delete as module
+from resmem_lm.maintenance.compact import compact
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines.build_index import build_index
 from resmem_lm.cli import main
@@ -44,7 +44,7 @@ def evaluate_again(workdir):
 @pytest.fixture
 def with_faiss(tiny_copy, monkeypatch):
     """A finished run whose index has files, few as its rows are."""
-    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
+    monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
     shutil.rmtree(tiny_copy / "index")
     (tiny_copy / "stages/index.json").unlink()
     build_index(tiny_copy)

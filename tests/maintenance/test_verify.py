@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.clitenance.verify import verify
+from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.workdir.artifacts import file_facts

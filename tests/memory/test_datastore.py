@@ -83,7 +83,7 @@ def test_the_manifest_says_what_made_it_and_what_it_holds(tiny_run):
 
 def test_another_model_or_vocabulary_is_refused(tiny_run):
     for binding in ({"model": "0" * 64}, {"vocabulary": "0" * 64}):
-        with pytest.raises(UserError, match="was made with another"):
+        with pytest.raises(UserError, match="was built with another"):
             open_datastore(tiny_run / "datastore", **binding)
 
 
@@ -93,7 +93,7 @@ def test_a_changed_cut_or_missing_file_is_named(tiny_copy, name):
     content = path.read_bytes()
     for damaged, says in (
         (content[:-1] + bytes([content[-1] ^ 1]), "was altered"),
-        (content[:-1], r"has \d+ bytes, its manifest says"),
+        (content[:-1], r"has \d+ bytes, its manifest has"),
         (None, "is missing"),
     ):
         path.unlink() if damaged is None else path.write_bytes(damaged)

@@ -56,8 +56,8 @@ def brute_force(keys, queries, k):
 
 
 def test_exact_search_is_brute_force_over_all_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("resmem_lm.index.EXACT_BLOCK", 100)
-    monkeypatch.setattr("resmem_lm.index.QUERY_BLOCK", 8)
+    monkeypatch.setattr("resmem_lm.memory.exact_index.EXACT_BLOCK", 100)
+    monkeypatch.setattr("resmem_lm.memory.exact_index.QUERY_BLOCK", 8)
     keys, queries = clustered(700, 16, one_norm=False), clustered(20, 16)
     datastore = write_keys(tmp_path, keys)
     rows, distances = ExactIndex(datastore).search(queries, 9)
@@ -84,7 +84,7 @@ def build_and_open(kind, datastore, folder, *, candidates=300, training_rows=10_
 @pytest.fixture
 def few_are_indexed(monkeypatch):
     """faiss has an index of a few rows too, in place of none."""
-    monkeypatch.setattr("resmem_lm.faiss_index.SMALL", 16)
+    monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_faiss_finds_neighbors_where_few_dimensions_have_most_of_the_variance(tm
 
 
 def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr("resmem_lm.scann_index.tree", lambda *_: Tree(leaves=1000, searched=1, sample=10_000, rounds=12))
+    monkeypatch.setattr("resmem_lm.memory.scann_index.tree", lambda *_: Tree(leaves=1000, probed=1, sample=10_000, rounds=12))
     keys = clustered(30_000, 32)
     datastore = write_keys(tmp_path / "datastore", keys)
     rows, distances = build_and_open("scann", datastore, tmp_path / "index", candidates=100).search(keys[:100], 100)
@@ -168,7 +168,7 @@ def test_faiss_takes_keys_that_are_all_equal(tmp_path, few_are_indexed):
 
 
 def test_where_lists_hold_too_few_rows_faiss_looks_through_more(tmp_path, few_are_indexed, monkeypatch):
-    monkeypatch.setattr("resmem_lm.faiss_index.tree", lambda *_: Tree(leaves=100, searched=1, sample=3000, rounds=10))
+    monkeypatch.setattr("resmem_lm.memory.faiss_index.tree", lambda *_: Tree(leaves=100, probed=1, sample=3000, rounds=10))
     keys = clustered(3000, 16)
     rows, distances = build_and_open("faiss", write_keys(tmp_path / "datastore", keys), tmp_path / "index").search(keys[:100], 200)
     assert (rows >= 0).all()
@@ -213,7 +213,7 @@ def test_where_too_few_rows_are_remembered_there_are_fewer_neighbors(tmp_path, f
 def test_faiss_takes_any_rows_and_dimensions_and_finds_each_row_once(rows, dimensions, k, training_rows, deleted):
     keys = np.random.default_rng(rows).normal(size=(rows, dimensions)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("resmem_lm.faiss_index.SMALL", 16)
+        patch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
         datastore = write_keys(Path(folder) / "datastore", keys, [[0, deleted]])
         index = build_and_open("faiss", datastore, Path(folder) / "index", training_rows=training_rows)
         found, distances = index.search(keys[:3], k)
@@ -266,7 +266,7 @@ def test_what_is_found_does_not_depend_on_the_number_of_cores(tmp_path, few_are_
 def test_trees_grow_with_the_rows(kind):
     for rows in (20_000, 10**6, 10**9):
         found = library(kind).tree(rows, 512, 100_000)
-        assert 8 <= found.searched <= found.leaves <= found.sample <= rows
+        assert 8 <= found.probed <= found.leaves <= found.sample <= rows
     assert library(kind).tree(10**8, 512, 100_000).leaves > library(kind).tree(10**6, 512, 100_000).leaves
 
 
@@ -291,7 +291,7 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(tmp_path, few_ar
     with pytest.raises(UserError, match="cannot be read") as caught:
         open_index(Run(tmp_path), datastore, manifest, 0)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"has \d+ bytes, its manifest says .* run `resmem index`"):
+    with pytest.raises(UserError, match=r"has \d+ bytes, its manifest has .* run `resmem index`"):
         index_manifest(Run(tmp_path), datastore)
     manifest["shards"][0]["provenance"]["folders"][1] = "shard-00001-of-00003.00000000"
     write_json(folder / "index.json", manifest)
@@ -354,7 +354,7 @@ def test_a_query_in_a_large_deleted_cluster_does_not_widen_scanns_search_for_oth
     widths = []
     real = index_module.rank_candidates
     monkeypatch.setattr(
-        index_module, "nearest", lambda d, q, candidates, k: widths.append(candidates.shape[1]) or real(d, q, candidates, k)
+        index_module, "rank_candidates", lambda d, q, candidates, k: widths.append(candidates.shape[1]) or real(d, q, candidates, k)
     )
     rows, _ = index.search(np.concatenate([keys[:3], keys[5000:5010]]), 10)
     assert max(widths) == 20
