@@ -2,6 +2,7 @@
 # make test   the tests
 # make lint   ruff and mypy
 # make bench  what each part costs beside its floor and its peers (docs/performance.md)
+# make docs   the site, in site/
 # make lock   new pins, within the ranges of pyproject.toml
 
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 BENCH := runs/bench
 
-.PHONY: demo test lint bench format lock clean
+.PHONY: demo test lint bench docs format lock clean
 
 demo: .venv/core
 	$(BIN)/resmem run --gin_file=configs/demo.gin --workdir=$(DEMO)
@@ -28,6 +29,9 @@ bench: .venv/core
 	$(BIN)/resmem run --gin_file=configs/bench_t5_small.gin --workdir=$(BENCH)
 	$(BIN)/python -m benchmarks --workdir=$(BENCH)
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -43,9 +47,13 @@ format: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	touch $@
 
+.venv/docs: .venv/core requirements/test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/test.txt --editable '.[docs]'
+	touch $@
+
 lock:
 	uv pip compile pyproject.toml --universal --no-annotate --no-header --no-emit-index-url -o requirements/core.txt
 	uv pip compile pyproject.toml --extra test --universal --no-annotate --no-header --no-emit-index-url -o requirements/test.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
