@@ -1,22 +1,31 @@
-"""The one exception that a command shows to its user as a single line."""
+"""Errors that a command prints to its user as one line."""
 
 from typing import Any
 
-STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # whose errors, like the system's, name what is to be corrected
+STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # their errors, like the system's, name what to correct
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the culprit and the mend, on one line.
+    """An error that the user can fix: the message is one line, what is wrong and how to fix it.
 
     Commands print the message without a traceback and exit with code 2.
     """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())  # a culprit's name may have line breaks
+        return " ".join(super().__str__().splitlines())  # a name in it may have line breaks
 
 
 def check_least(of: str, least: int | float, **given: Any) -> None:
-    """UserError for an argument of `of`, a function that gin knows, that is below `least`, or has such a number in it or none."""
+    """Check that numbers, or all numbers of lists, are at least `least`.
+
+    Args:
+        of: the name of the function in gin, for the message.
+        least: the smallest number allowed.
+        given: arguments by name.
+
+    Raises:
+        UserError: a smaller number, or an empty list.
+    """
     for name, value in given.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         if not values or not min(values) >= least:
@@ -24,4 +33,4 @@ def check_least(of: str, least: int | float, **given: Any) -> None:
 
 
 class DamagedError(UserError):
-    """A record is missing or is not as it was written."""
+    """A missing or altered record."""

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -15,14 +14,14 @@ def run(*arguments, workdir):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "line"),
     [
         ([], "no --gin_file: give one, such as --gin_file=configs/demo.gin"),
-        (["--gin_file=nowhere.gin"], "Unable to open file: nowhere.gin: give a --gin_file that exists here or in the package"),
-        ([DEMO, "--gin.TXT='a.txt'"], "--gin.TXT='a.txt': TXT is unknown: did you mean TEXT?"),
-        ([DEMO, "--gin.train.step=3"], "--gin.train.step=3: in train, step is unknown: did you mean steps?"),
-        ([DEMO, "--gin.TEXT=a.txt"], "--gin.TEXT=a.txt: a is no value: values are written as in Python, strings in quotes"),
-        ([DEMO, "--gin.STEPS='many'"], "train.steps = 'many' is of the wrong kind: it must be int"),
+        (["--gin_file=nowhere.gin"], "nowhere.gin: Unable to open file: nowhere.gin. Searched config paths:"),
+        ([DEMO, "--gin.TXT='a.txt'"], "--gin.TXT='a.txt': no gin file defines TXT; known: CHECKPOINT, MEMORY_SHARDS, STEPS, TEXT"),
+        ([DEMO, "--gin.train.step=3"], "--gin.train.step=3: Configurable 'train' doesn't have a parameter named 'step'."),
+        ([DEMO, "--gin.TEXT=a.txt"], "--gin.TEXT=a.txt, line 1: malformed node or string"),
+        ([DEMO, "--gin.STEPS='many'"], "train.steps = 'many' has the wrong type: it must be int"),
         (
             ["--gin_file=gin/models/mini.gin", "--gin.train.model=@ModelConfig()"],
             "train.steps is not set: set it in a gin file or with --gin.train.steps=...",
@@ -33,11 +32,11 @@ def run(*arguments, workdir):
         ([DEMO, "--gin.TEXT='nowhere/*.txt'"], "no text found at 'nowhere/*.txt': TEXT takes files, directories and globs of"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_on_stderr_and_exit_code_2(tmp_path, capsys, arguments, said):
+def test_an_error_that_the_user_can_fix_is_one_line_on_stderr_and_exit_code_2(tmp_path, capsys, arguments, line):
     assert run("train", *arguments, workdir=tmp_path / "run") == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith(f"resmem: {said}")
+    assert output.err.startswith(f"resmem: {line}")
     assert output.err.count("\n") == 1
     assert output.err.endswith("\n")
 
@@ -49,7 +48,7 @@ def test_settings_are_refused_before_anything_is_written(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("command", ["build", "index", "evaluate", "report"])
-def test_a_command_says_which_stage_it_needs_first(tmp_path, capsys, command):
+def test_a_command_names_the_stage_it_needs_first(tmp_path, capsys, command):
     assert run(command, DEMO, workdir=tmp_path) == 2
     error = capsys.readouterr().err
     assert "which has not finished: run it first" in error
@@ -57,7 +56,7 @@ def test_a_command_says_which_stage_it_needs_first(tmp_path, capsys, command):
 
 
 @pytest.mark.parametrize("inside", ["", "folder"])
-def test_a_workdir_that_is_a_file_is_told(tmp_path, capsys, inside):
+def test_a_workdir_that_is_a_file_is_refused(tmp_path, capsys, inside):
     (tmp_path / "file").write_text("mine")
     assert run("train", DEMO, workdir=tmp_path / "file" / inside) == 2
     error = capsys.readouterr().err
@@ -73,7 +72,7 @@ def small_text(folder):
     return path
 
 
-def test_every_setting_is_checked_before_the_first_stage_goes_on(tmp_path, capsys):
+def test_every_setting_is_checked_before_the_first_stage_runs(tmp_path, capsys):
     text, workdir = small_text(tmp_path), tmp_path / "run"
     settings = [DEMO, f"--gin.TEXT='{text}'", "--gin.train.batch_size=3"]
     assert run("train", *settings, "--gin.make_vocabulary.size=8", workdir=workdir) == 2
@@ -88,12 +87,12 @@ def test_every_setting_is_checked_before_the_first_stage_goes_on(tmp_path, capsy
     assert (workdir / "config.gin").read_bytes() == complete
 
 
-def test_a_device_without_enough_memory_is_told_in_one_line(tmp_path, capsys):
+def test_a_device_without_enough_memory_is_reported_in_one_line(tmp_path, capsys):
     settings = [DEMO, f"--gin.TEXT='{small_text(tmp_path)}'", "--gin.make_vocabulary.size=8", f"--gin.ModelConfig.mlp_dim={10**13}"]
     assert run("train", *settings, workdir=tmp_path / "run") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "Out of memory" in error
-    assert error.endswith(": give the device less: a smaller train.batch_size, sequence_length or model")
+    assert error.endswith(": take a smaller train.batch_size, train.sequence_length or model")
 
 
 def test_the_written_configuration_is_taken_by_the_next_command(tmp_path, capsys):
@@ -111,10 +110,9 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
     assert "no text found at 'nothing'" in capsys.readouterr().err
 
 
-def python(*arguments, folder=None, **environment):
-    """What a fresh Python says."""
-    variables = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | environment
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=folder, env=variables)
+def python(*arguments, folder=None):
+    """Run a fresh Python and return the finished process."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_importing_the_package_or_asking_for_help_loads_no_large_library():
@@ -124,10 +122,7 @@ start = time.perf_counter()
 import resmem_lm
 seconds = time.perf_counter() - start
 import resmem_lm.cli
-try:
-    resmem_lm.cli.main(["run", "--help"])
-except SystemExit as end:
-    assert end.code == 0
+assert resmem_lm.cli.main(["run", "--help"]) == 0
 large = {"jax", "tensorflow", "apache_beam", "flax", "numpy", "matplotlib"} & set(sys.modules)
 assert not large, large
 assert seconds < 1, seconds
@@ -142,7 +137,7 @@ def test_commands_on_a_finished_work_directory_load_nothing_that_only_work_needs
 import sys
 from jax._src import xla_bridge
 from resmem_lm.cli import STAGES, main
-for command in STAGES.keys() - {"plan"}:
+for command in STAGES:
     assert main([command, *sys.argv[1:]]) == 0
 large = {"apache_beam", "faiss", "flax", "grain", "jinja2", "matplotlib", "numba", "optax", "orbax", "scann", "tensorboardX"}
 assert not large & set(sys.modules), large & set(sys.modules)
@@ -152,32 +147,18 @@ assert not xla_bridge.backends_are_initialized()
     assert ended.returncode == 0, ended.stderr
 
 
-def test_the_installed_command_says_one_line_and_nothing_of_the_libraries_it_loads(tmp_path):
+def test_the_installed_command_prints_one_line_and_nothing_of_the_libraries_it_loads(tmp_path):
     command = tmp_path / "bin" / "resmem"
     command.parent.mkdir()
     command.write_text("import sys\nfrom resmem_lm.cli import script\nsys.exit(script())\n")
     (tmp_path / "random.py").write_text("raise SystemExit('a file of the user was taken for a library')\n")
     ended = python(str(command), "run", DEMO, "--gin.ModelConfig.emb_dim='wide'", "--workdir=run", folder=tmp_path)
-    assert ended.stderr == "resmem: ModelConfig.emb_dim = 'wide' is of the wrong kind: it must be int\n"
+    assert ended.stderr == "resmem: ModelConfig.emb_dim = 'wide' has the wrong type: it must be int\n"
     assert ended.stdout == ""
     assert ended.returncode == 2
 
 
 @pytest.mark.parametrize("command", [["run", DEMO], ["study", "theory"], ["compact"], ["plan", DEMO]])
-def test_a_work_directory_without_a_name_is_told(command, capsys):
+def test_a_work_directory_without_a_name_is_refused(command, capsys):
     assert main([*command, "--workdir="]) == 2
     assert capsys.readouterr().err == "resmem: --workdir is empty: name a directory\n"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-@pytest.mark.parametrize(("own", "started_again"), [({}, True), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, False)])
-def test_the_installed_command_starts_again_with_huge_pages_unless_the_user_has_set_glibc(own, started_again):
-    code = """
-import os, sys
-print(os.environ.get("GLIBC_TUNABLES"), flush=True)
-from resmem_lm.cli import script
-script()
-"""
-    printed = python("-c", code, "--help", **own).stdout.splitlines()
-    assert printed[: 2 if started_again else 1] == (["None", "glibc.malloc.hugetlb=1"] if started_again else ["glibc.malloc.check=0"])
-    assert printed[2 if started_again else 1].startswith("usage: resmem")

@@ -1,10 +1,10 @@
-"""Published folders: work that many workers do at once, some of it twice, each piece of it whole or not there.
+"""Artifacts: folders that many workers publish at once, some of them twice, each complete or absent.
 
-    NAME.json            names the folder, what it was made from, and the size and checksum of each of its files
+    NAME.json            the record: the folder, its provenance, and the size and checksum of each file
     NAME.1f3a9c2e/       the files
 
-An attempt writes into a folder whose name no other attempt uses, and its record last. Records are replaced as a whole, on a disk as in
-object storage; so a killed attempt leaves at most a folder that no record names, which `remove_orphans` takes away.
+Each attempt writes into a folder of its own, and its record last. A record is replaced as a whole, on a disk as in object storage. So a
+killed attempt leaves at most a folder without a record, which `remove_orphans` removes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, remo
 
 
 class Attempt:
-    """A folder on this machine to write into, and facts for the record."""
+    """A local folder to write into, and facts for the record."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,15 +27,22 @@ class Attempt:
 
 
 def file_facts(folder: AnyPath) -> dict[str, Record]:
-    """Size and checksum of each file directly in a folder."""
+    """Return size and checksum of each file directly in a folder."""
     return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in children(folder)}
 
 
 @contextlib.contextmanager
 def publish(parent: AnyPath, name: str, provenance: Record, expected: Iterable[str] = ()) -> Iterator[Attempt]:
-    """Publishes under `name` what the block writes; nothing, if it raises, or if not all of the `expected` files are there then.
+    """Publish under `name` what the block writes; nothing if the block raises.
 
-    They are not if another command took the folder for one that was left behind: what is written into it is lost without an error.
+    Args:
+        parent: the folder to publish in.
+        name: of the artifact.
+        provenance: what the artifact is made from.
+        expected: files that the block must have written. One is missing if another command has removed the folder as an orphan.
+
+    Raises:
+        UserError: an expected file is missing.
     """
     folder = parent / f"{name}.{os.urandom(4).hex()}"
     with contextlib.ExitStack() as stack:
@@ -48,7 +55,7 @@ def publish(parent: AnyPath, name: str, provenance: Record, expected: Iterable[s
             yield attempt
             record = {"folder": folder.name, "provenance": provenance, **attempt.facts, "files": file_facts(attempt.folder)}
             if not attempt.folder.exists() or not record["files"].keys() >= set(expected):
-                raise UserError(f"{folder} was taken away while it was written: end the other command, and run this one again")
+                raise UserError(f"{folder} was removed while it was written: end the other command, and run this one again")
             if not isinstance(folder, Path):
                 upload(attempt.folder, folder)
             write_json(parent / f"{name}.json", record)
@@ -58,7 +65,7 @@ def publish(parent: AnyPath, name: str, provenance: Record, expected: Iterable[s
 
 
 def find_record(parent: AnyPath, name: str, provenance: Record) -> Record | None:
-    """The record of what is published under `name`, if it was made from the same and no file is missing or cut."""
+    """Return the record of an artifact if its provenance is the given one and every file has its size; otherwise None."""
     path = parent / f"{name}.json"
     if not path.exists():
         return None
@@ -66,23 +73,27 @@ def find_record(parent: AnyPath, name: str, provenance: Record) -> Record | None
         record = read_json(path)
         whole = record["provenance"] == provenance and not list(damaged_files(parent, record))
     except (DamagedError, KeyError):
-        return None  # it is made again
+        return None
     return record if whole else None
 
 
 def record_path(parent: AnyPath, record: Record) -> AnyPath:
-    """Where a record itself lies, beside its folder."""
+    """Return the path of a record, which is beside its folder."""
     return parent / f"{name_of(record)}.json"
 
 
 def name_of(record: Record) -> str:
-    """The name under which something is published: that of its folder without the attempt."""
+    """Return the name of an artifact: the name of its folder without the attempt."""
     name: str = record["folder"].rpartition(".")[0]
     return name
 
 
 def require_record(parent: AnyPath, name: str, provenance: Record) -> Record:
-    """The record of what must be published under `name`; UserError if it is not, or was made from something else."""
+    """Return the record of an artifact.
+
+    Raises:
+        UserError: the artifact is missing or damaged, or has another provenance.
+    """
     record = find_record(parent, name, provenance)
     if record is None:
         raise UserError(f"{parent / name} is missing, damaged or made from something else: run the same command again")
@@ -90,18 +101,22 @@ def require_record(parent: AnyPath, name: str, provenance: Record) -> Record:
 
 
 def folder_of(parent: AnyPath, record: Record) -> AnyPath:
-    """Where a record's files lie. UserError if it names a place outside `parent`: it was not written by this package."""
+    """Return the folder of an artifact.
+
+    Raises:
+        UserError: the record names a path outside `parent`, which this package never writes.
+    """
     names = [record["folder"], *record["files"]]
     outside = next((name for name in names if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..")), None)
     if outside is not None:
         raise UserError(
-            f"{parent}: a manifest names {outside!r}, which is outside its folder: nothing of it is used; get it from its maker again"
+            f"{parent}: a manifest names {outside!r}, which is outside its folder: copy the directory from its source again"
         )
     return parent / record["folder"]
 
 
 def damaged_files(parent: AnyPath, record: Record, *, checksums: bool = False, names: Iterable[str] | None = None) -> Iterator[str]:
-    """A line for every file that is missing, of another size or (if asked) of another content than the record says."""
+    """Yield a line for each file that is missing or differs from its record in size or, with `checksums`, in content."""
     folder = folder_of(parent, record)
     found = sizes(folder)
     for name in record["files"] if names is None else names:
@@ -109,13 +124,13 @@ def damaged_files(parent: AnyPath, record: Record, *, checksums: bool = False, n
         if name not in found:
             yield f"{path} is missing"
         elif found[name] != expected["bytes"]:
-            yield f"{path} has {found[name]} bytes, its manifest says {expected['bytes']}"
+            yield f"{path} has {found[name]} bytes, its manifest has {expected['bytes']}"
         elif checksums and sha256(path) != expected["sha256"]:
-            yield f"{path} was altered: its checksum is not that of the manifest"
+            yield f"{path} was altered: its checksum differs from the manifest"
 
 
 def remove_orphans(parent: AnyPath, kept: Iterable[Record]) -> None:
-    """Removes every folder of an attempt that no kept record names, and records of no kept folder."""
+    """Remove the folders that no kept record names, and the records without a kept folder."""
     kept = list(kept)
     folders, names = {record["folder"] for record in kept}, {name_of(record) for record in kept}
     for path in children(parent):
@@ -126,7 +141,7 @@ def remove_orphans(parent: AnyPath, kept: Iterable[Record]) -> None:
                 if read_json(beside := parent / f"{attempt[1]}.json")["folder"] == path.name:
                     remove(beside)
         elif path.suffix == ".json" and path.stem not in names:
-            with contextlib.suppress(UserError):  # its folder may never have been there: object storage has none without files
+            with contextlib.suppress(UserError):  # object storage has no empty folders, so its folder may be absent
                 record = read_json(path)
                 if "folder" in record and record["folder"] not in folders:
                     remove(path)

@@ -1,4 +1,4 @@
-"""One command at a time writes into a work directory. The lock ends with its process, however that ends."""
+"""The lock of a work directory: one command writes at a time. The lock ends with its process, also when that is killed."""
 
 import contextlib
 import functools
@@ -15,14 +15,18 @@ from upath import UPath
 from resmem_lm.errors import UserError
 from resmem_lm.workdir.storage import AnyPath
 
-HEARTBEAT = 5.0  # seconds; a lock in object storage that has not been renewed for three of them belongs to nobody
+HEARTBEAT = 5.0  # seconds; a lock in object storage that is not renewed for three of them is free
 _held: set[str] = set()
 _lost: set[str] = set()
 
 
 @contextlib.contextmanager
 def locked(workdir: AnyPath) -> Iterator[None]:
-    """Holds the lock of a work directory, which a process may take again within itself; UserError if another has it."""
+    """Hold the lock of a work directory; a process that holds it may take it again.
+
+    Raises:
+        UserError: another process holds it.
+    """
     name = str(workdir.absolute())
     if name in _held:
         yield
@@ -36,9 +40,13 @@ def locked(workdir: AnyPath) -> Iterator[None]:
 
 
 def assert_held(workdir: AnyPath) -> None:
-    """Raises UserError if this process was silent for so long that another took its lock: before anything is written that others read."""
+    """Check that this process still holds the lock; call it before writing what other processes read.
+
+    Raises:
+        UserError: this process could not renew the lock in time, and another took it.
+    """
     if str(workdir.absolute()) in _lost:
-        raise UserError(f"{workdir} was taken over by another command while this one could not reach it: run this again after that one")
+        raise UserError(f"{workdir} was taken over by another command while it could not be reached: run this command again after the other")
 
 
 def _refusal(workdir: AnyPath, holder: str) -> UserError:
@@ -61,7 +69,7 @@ def _file_lock(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(workdir: UPath) -> Iterator[None]:
-    """Object storage has no locks: an object that its holder renews. One that nobody renews is taken over."""
+    """Hold a lock in object storage, which has none of its own: an object that its holder renews."""
     path, me = workdir / ".lock", f"{socket.gethostname()} {os.getpid()} {os.urandom(4).hex()}"
     write = functools.partial(path.fs.pipe_file, path.path)
 
@@ -81,7 +89,7 @@ def _lease(workdir: UPath) -> Iterator[None]:
         if now and now != before:
             raise _refusal(workdir, f" ({' '.join(now.split()[:2])})")
         write(f"{me} 0".encode())
-        time.sleep(HEARTBEAT)  # of several that take over, the last to write stays
+        time.sleep(HEARTBEAT)  # if several processes take it, the last to write holds it
     else:
         with contextlib.suppress(FileExistsError):
             write(f"{me} 0".encode(), mode="create")
@@ -93,7 +101,7 @@ def _lease(workdir: UPath) -> Iterator[None]:
         beat = 0
         while not over.wait(HEARTBEAT):
             beat += 1
-            with contextlib.suppress(Exception):  # an outage, in the words of any storage's package
+            with contextlib.suppress(Exception):  # an outage, as any storage's package raises it
                 if not is_mine():
                     _lost.add(str(workdir))
                     return

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class Reporter:
-    """Tells how far a stage is."""
+    """The progress of one stage."""
 
     def __init__(self, name: str, total: int | None, done: int, unit: str, bar: Progress | None) -> None:
         self.name, self.total, self.unit, self.bar = name, total, unit, bar
@@ -21,7 +21,7 @@ class Reporter:
         self.task = bar.add_task(name, total=total, completed=done, detail="") if bar else None
 
     def update(self, done: int, detail: str = "") -> None:
-        """`done` of the total is finished now; `detail` is shown beside it."""
+        """Show that `done` of the total is finished, with `detail` beside it."""
         now = time.monotonic()
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, detail=detail)
@@ -37,7 +37,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def progress(name: str, *, total: int | None, unit: str, done: int = 0) -> Iterator[Reporter]:
-    """Shows the progress of a stage on standard error until the block ends; `total` is None where it is not known."""
+    """Show the progress of a stage on standard error until the block ends; `total` is None if it is unknown."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Reporter(name, total, done, unit, None)

@@ -75,7 +75,7 @@ class Run:
         return Run, (str(self.path.absolute()),)
 
     def record_path(self, stage: str) -> AnyPath:
-        """Return where the record of a stage lies."""
+        """Return the path of a stage's record."""
         return self.stages / f"{stage}.json"
 
     def record(self, stage: str) -> Record:

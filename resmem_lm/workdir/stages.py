@@ -108,7 +108,7 @@ class Stage:
             return None
         if not output.exists():
             if self.policy != "redo":
-                raise UserError(f"{output} is missing although {path} says it was made: delete {path} to make it again")
+                raise UserError(f"{output} is missing although {path} records it as finished: delete {path} to make it again")
             return None
         result: Record = record["result"]
         return result

@@ -1,7 +1,7 @@
-"""Where files lie: on this machine, or in object storage (gs://, s3://, ...) through fsspec. Every path goes through here.
+"""Files on this machine or in object storage (gs://, s3://, ...) through fsspec.
 
-Object storage has neither rename nor mapped files. So whatever is published is published by writing one small file last, which is atomic
-in both places; and what must be mapped, or be read by a library that knows only files, is copied here first (`local_path`).
+Object storage has neither rename nor mapped files. So an artifact is published by writing one small file last, which is atomic in both
+places. A file that must be mapped, or that a library reads by its path, is copied to this machine first (`local_path`).
 """
 
 import contextlib
@@ -26,7 +26,11 @@ CHECKSUM = "checksum"
 
 
 def to_path(name: str | AnyPath) -> AnyPath:
-    """The path that a user or a worker names; UserError if fsspec has no such storage or lacks a package for it."""
+    """Return the path of a name or address.
+
+    Raises:
+        UserError: fsspec has no such storage or lacks a package for it.
+    """
     if not isinstance(name, str):
         return name
     if address := re.match(r"([a-z][a-z0-9]+):/(?!/)", name):
@@ -43,17 +47,17 @@ def to_path(name: str | AnyPath) -> AnyPath:
 
 
 def with_home(name: str) -> Path:
-    """The path of this machine's, a leading ~ expanded: a shell leaves it in --workdir=~/run and in quotes."""
+    """Return a local path with a leading ~ expanded, which a shell leaves in --workdir=~/run and in quotes."""
     return Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
 
 
 def is_local(path: AnyPath) -> bool:
-    """Whether it lies in this machine's file system."""
+    """Return whether a path is in the file system of this machine."""
     return isinstance(path, Path)
 
 
 def write_bytes(path: AnyPath, content: bytes) -> None:
-    """Writes `content` so that readers see the old file or the whole new one."""
+    """Write a file atomically: readers see the old content or the whole new one."""
     if not isinstance(path, Path):
         path.write_bytes(content)
         return
@@ -71,17 +75,22 @@ def _text(value: dict[str, Any]) -> str:
 
 
 def with_checksum(value: dict[str, Any]) -> bytes:
-    """What `write_json` writes."""
+    """Return the bytes that `write_json` writes."""
     return _text(value | {CHECKSUM: hashlib.sha256(_text(value).encode()).hexdigest()}).encode()
 
 
 def write_json(path: AnyPath, value: dict[str, Any]) -> None:
-    """Writes `value`, as `write_bytes`, under a seal by which `read_json` tells whether a byte has changed since."""
+    """Write a JSON object atomically, with a checksum by which `read_json` detects any changed byte."""
     write_bytes(path, with_checksum(value))
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """What `write_json` wrote; DamagedError if it was altered or is missing, UserError if it cannot be read now."""
+    """Return what `write_json` wrote.
+
+    Raises:
+        DamagedError: the file is missing or was altered.
+        UserError: the file cannot be read now.
+    """
     try:
         text = path.read_bytes().decode()
         with_checksum = json.loads(text)
@@ -94,19 +103,19 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged ({error}): delete it and run its stage again") from None
     if not whole:
-        raise DamagedError(f"{path} is damaged (its seal does not fit its content): delete it and run its stage again")
+        raise DamagedError(f"{path} is damaged (its checksum does not match its content): delete it and run its stage again")
     return value
 
 
 def sha256(path: AnyPath) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         opened: Any = file  # fsspec's file too has what hashlib needs
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def remove(path: AnyPath) -> None:
-    """Removes a file, or a folder with all that it holds, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     if isinstance(path, Path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -117,7 +126,11 @@ def remove(path: AnyPath) -> None:
 
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
-    """Every file in a folder and its folders, in order; PermissionError if one of these cannot be read."""
+    """Return every file below a folder, in order.
+
+    Raises:
+        PermissionError: a folder cannot be read.
+    """
     if isinstance(folder, Path):
         found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=_refuse_unreadable) for name in names]
         return sorted((path for path in found if path.is_file()), key=str)
@@ -130,7 +143,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def sizes(folder: AnyPath) -> dict[str, int]:
-    """Bytes of each file directly in a folder, by one listing; none if it is not there."""
+    """Return the bytes of each file directly in a folder, by one listing; nothing if the folder does not exist."""
     if not isinstance(folder, Path):
         return {name.rpartition("/")[2]: facts["size"] for name, facts in folder.fs.find(folder.path, maxdepth=1, detail=True).items()}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
@@ -139,18 +152,18 @@ def sizes(folder: AnyPath) -> dict[str, int]:
 
 
 def children(folder: AnyPath, pattern: str = "*") -> list[AnyPath]:
-    """What lies directly in a folder, by name; nothing if it is not there."""
+    """Return what is directly in a folder, in order of names; nothing if the folder does not exist."""
     found: list[AnyPath] = [path for path in folder.glob(pattern)] if folder.exists() else []  # noqa: C416 - mypy joins the two kinds
     return sorted(found, key=str)
 
 
 def inside(file: AnyPath, folder: AnyPath) -> str:
-    """The path of a file from a folder above it, with slashes."""
+    """Return the path of a file relative to a folder above it, with slashes."""
     return str(file).removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
 
 
 def glob(pattern: str) -> list[AnyPath]:
-    """What a pattern in object storage names."""
+    """Return the paths in object storage that match a pattern."""
     path = to_path(pattern)
     if isinstance(path, Path) or path.exists():
         return [path]
@@ -158,7 +171,7 @@ def glob(pattern: str) -> list[AnyPath]:
 
 
 def upload(folder: Path, target: AnyPath, *, last: str = "") -> None:
-    """Copies the files of a local folder to `target`, those named `last` after the others."""
+    """Copy the files of a local folder to `target`; files named `last` after the others."""
     for file in sorted(files_below(folder), key=lambda file: file.name == last):
         place = target / inside(file, folder)
         if isinstance(place, Path):
@@ -169,7 +182,7 @@ def upload(folder: Path, target: AnyPath, *, last: str = "") -> None:
 
 
 def download(folder: UPath, target: Path) -> None:
-    """Copies the files of a folder in object storage to `target`, a local one."""
+    """Copy the files of a folder in object storage to a local folder."""
     for file in files_below(folder):
         assert isinstance(file, UPath)
         place = target / inside(file, folder)
@@ -183,7 +196,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 
 def local_path(path: AnyPath) -> Path:
-    """The file or folder itself, or a copy of it on this machine that lives as long as the process."""
+    """Return a local path as it is; otherwise a copy on this machine that exists as long as the process."""
     if isinstance(path, Path):
         return path
     files = [] if path.is_file() else files_below(path)
@@ -200,14 +213,14 @@ def _place(path: AnyPath) -> Path:
 
 
 def drop_copy(path: AnyPath) -> None:
-    """Gives back the disk space of a copy that `local_path` made."""
+    """Delete the copy that `local_path` made."""
     if not isinstance(path, Path):
         shutil.rmtree(_place(path), ignore_errors=True)
 
 
 def _copy(file: AnyPath, here: Path) -> Path:
     assert isinstance(file, UPath)
-    known = here.with_name(f".{here.name}.{file.fs.ukey(file.path)}")  # another key means another content
+    known = here.with_name(f".{here.name}.{file.fs.ukey(file.path)}")  # the key changes with the content
     if not known.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         temporary = here.with_name(f".{here.name}.{os.urandom(4).hex()}.tmp")
@@ -219,7 +232,7 @@ def _copy(file: AnyPath, here: Path) -> Path:
 
 @contextlib.contextmanager
 def new_directory(path: AnyPath) -> Iterator[Path]:
-    """A temporary directory that takes the place of `path` if the block succeeds, and vanishes if it does not."""
+    """Yield a temporary directory that replaces `path` if the block succeeds and is removed if it fails."""
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
             yield Path(scratch)

@@ -70,7 +70,7 @@ def test_only_what_attempts_left_is_removed(parent):
 def test_a_changed_cut_or_missing_file_is_named_and_a_cut_or_missing_one_is_made_again(parent):
     record = make(parent)
     path = folder_of(parent, record) / "things.bin"
-    for content, says, found in ((b"thinks", "was altered", record), (b"thing", "has 5 bytes, its manifest says 6", None)):
+    for content, says, found in ((b"thinks", "was altered", record), (b"thing", "has 5 bytes, its manifest has 6", None)):
         path.write_bytes(content)
         (said,) = damaged_files(parent, record, checksums=True)
         assert says in said

@@ -13,7 +13,7 @@ from resmem_lm.workdir.storage import to_path
 HOLD = """
 import sys
 from pathlib import Path
-from resmem_lm.lock import assert_held, locked
+from resmem_lm.workdir.lock import assert_held, locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -60,7 +60,7 @@ def test_a_process_may_take_its_own_lock_again_and_gives_it_back_with_an_excepti
 
 
 def test_in_object_storage_a_lock_that_is_renewed_is_refused_and_one_that_is_not_is_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("resmem_lm.lock.HEARTBEAT", 0.01)
+    monkeypatch.setattr("resmem_lm.workdir.lock.HEARTBEAT", 0.01)
     workdir = to_path(f"memory://lock{tmp_path}")
     over, begun = threading.Event(), threading.Event()
 
@@ -85,7 +85,7 @@ def test_in_object_storage_a_lock_that_is_renewed_is_refused_and_one_that_is_not
 
 
 def test_a_holder_that_was_silent_for_too_long_writes_nothing_more(tmp_path, monkeypatch):
-    monkeypatch.setattr("resmem_lm.lock.HEARTBEAT", 0.05)
+    monkeypatch.setattr("resmem_lm.workdir.lock.HEARTBEAT", 0.05)
     workdir = to_path(f"memory://lost{tmp_path}")
     with locked(workdir):
         assert_held(workdir)
@@ -104,7 +104,7 @@ def test_a_holder_that_was_silent_for_too_long_writes_nothing_more(tmp_path, mon
 
 
 def test_an_outage_does_not_end_the_renewal(tmp_path, monkeypatch):
-    monkeypatch.setattr("resmem_lm.lock.HEARTBEAT", 0.02)
+    monkeypatch.setattr("resmem_lm.workdir.lock.HEARTBEAT", 0.02)
     workdir = to_path(f"memory://outage{tmp_path}")
 
     class ClientError(Exception):

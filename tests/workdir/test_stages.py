@@ -6,6 +6,7 @@ import gin
 import pytest
 
 from resmem_lm.errors import UserError
+from resmem_lm.workdir.run import OUTPUTS, Output, Run
 from resmem_lm.workdir.stages import Stage, disk_errors, stage
 from resmem_lm.workdir.storage import read_json, sha256, write_bytes
 
@@ -15,26 +16,32 @@ class Shape:
     width: int = 2
 
 
-class Work:
-    """A stage whose function counts its calls, writes its output and does what it is told to."""
+@pytest.fixture(autouse=True)
+def _outputs(monkeypatch):
+    for name in ("first", "second"):
+        monkeypatch.setitem(OUTPUTS, name, Output((name,), marker="things.txt"))
 
-    def __init__(self, *, name="first", after=(), redo=False, extend=False, free=(), replaces=""):
+
+class Work:
+    """A stage whose function counts its calls, writes its output, and raises on request."""
+
+    def __init__(self, *, name="first", after=(), policy="refuse", free=()):
         self.calls, self.result, self.before_output, self.after_output = 0, "same", None, None
 
-        def make_things(workdir, *, size=1, names=("a", "b"), shape=None, where=None, runner=""):
+        def make_things(run, *, size=1, names=("a", "b"), shape=None, where=None, runner=""):
             self.calls += 1
             if self.before_output:
                 raise self.before_output
-            write_bytes(workdir / name / "things.txt", b"things")
+            write_bytes(run.path / name / "things.txt", b"things")
             if self.after_output:
                 raise self.after_output
             return {"result": self.result}
 
-        self.stage = Stage(make_things, name=name, after=after, output=name, redo=redo, extend=extend, free=free, replaces=replaces)
+        self.stage = Stage(make_things, name, after, policy, free)
 
 
 def message(call, *args, **kwargs):
-    """The one line that a UserError says."""
+    """Return the one-line message of the UserError."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -44,7 +51,7 @@ def message(call, *args, **kwargs):
 # A stage and its settings
 
 
-def test_a_finished_stage_is_skipped_and_gives_its_result_again(tmp_path):
+def test_a_finished_stage_is_skipped_and_returns_its_result(tmp_path):
     work = Work()
     assert work.stage(tmp_path, size=3) == {"result": "same"}
     work.result = "another"
@@ -59,12 +66,12 @@ def test_a_finished_stage_is_skipped_by_another_process_too(tmp_path):
     assert later.calls == 0
 
 
-def test_what_lies_at_the_output_and_is_not_of_a_run_is_not_replaced(tmp_path):
-    work = Work(replaces="things.txt")
+def test_a_folder_that_is_not_of_a_run_is_not_replaced(tmp_path):
+    work = Work()
     (tmp_path / "first").mkdir()
     (tmp_path / "first/mine.txt").write_text("mine")
-    told = message(work.stage, tmp_path)
-    assert told == f"{tmp_path / 'first'} is not of a run, and first would replace it: move it, or take another --workdir"
+    refusal = message(work.stage, tmp_path)
+    assert refusal == f"{tmp_path / 'first'} is not of a run, and first would replace it: move it, or take another --workdir"
     assert work.calls == 0
     (tmp_path / "first/things.txt").write_text("of a run whose record was deleted")
     assert work.stage(tmp_path) == {"result": "same"}
@@ -101,7 +108,7 @@ def test_a_changed_setting_is_refused_with_its_old_and_new_value(tmp_path, finis
     assert work.calls == calls
 
 
-def test_a_setting_with_which_a_stage_failed_before_it_wrote_anything_can_be_mended(tmp_path):
+def test_a_setting_may_change_if_the_stage_failed_before_it_wrote_anything(tmp_path):
     work = Work()
     work.before_output = RuntimeError()
     with pytest.raises(RuntimeError):
@@ -118,7 +125,7 @@ def test_a_setting_changed_from_or_to_its_default_is_refused(tmp_path):
     assert work.stage(tmp_path, size=1) == {"result": "same"}
 
 
-def test_following_the_mend_of_a_refusal_makes_the_stage_anew(tmp_path):
+def test_the_stage_runs_again_after_the_advice_of_a_refusal(tmp_path):
     work = Work()
     work.stage(tmp_path, size=3)
     (tmp_path / "stages" / "first.json").unlink()
@@ -137,7 +144,7 @@ def test_following_the_mend_of_a_refusal_makes_the_stage_anew(tmp_path):
         ({"where": Path("/a")}, {"where": "/a"}),
     ],
 )
-def test_settings_are_compared_as_json_has_them(tmp_path, first, second):
+def test_settings_are_compared_as_json(tmp_path, first, second):
     work = Work()
     work.stage(tmp_path, **first)
     assert work.stage(tmp_path, **second) == {"result": "same"}
@@ -164,7 +171,7 @@ def test_free_settings_may_change(tmp_path, finished):
     assert work.calls == calls
 
 
-def test_a_missing_output_of_a_finished_stage_is_told_with_the_mend(tmp_path):
+def test_a_missing_output_of_a_finished_stage_is_reported_with_the_fix(tmp_path):
     work = Work()
     work.stage(tmp_path)
     (tmp_path / "first" / "things.txt").unlink()
@@ -175,7 +182,7 @@ def test_a_missing_output_of_a_finished_stage_is_told_with_the_mend(tmp_path):
     assert work.calls == 2
 
 
-def test_a_damaged_record_is_told_with_the_mend(tmp_path):
+def test_a_damaged_record_is_reported_with_the_fix(tmp_path):
     work = Work()
     work.stage(tmp_path)
     record = tmp_path / "stages" / "first.json"
@@ -183,7 +190,7 @@ def test_a_damaged_record_is_told_with_the_mend(tmp_path):
     assert message(work.stage, tmp_path).startswith(f"{record} is damaged (")
 
 
-def test_a_record_tells_settings_inputs_seconds_and_result(tmp_path):
+def test_a_record_has_settings_inputs_seconds_and_result(tmp_path):
     Work().stage(tmp_path, size=3)
     record = read_json(tmp_path / "stages" / "first.json")
     assert record.pop("seconds") >= 0
@@ -200,7 +207,7 @@ def test_a_record_tells_settings_inputs_seconds_and_result(tmp_path):
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_stage_waits_for_those_it_needs(tmp_path, begun):
+def test_a_stage_is_refused_until_the_stages_it_needs_have_finished(tmp_path, begun):
     if begun:
         first = Work()
         first.before_output = RuntimeError()
@@ -211,8 +218,8 @@ def test_a_stage_waits_for_those_it_needs(tmp_path, begun):
     assert second.calls == 0
 
 
-def remade(tmp_path, result):
-    """The first stage made anew from other text, as a user does who deletes it."""
+def run_first(tmp_path, result):
+    """Run the first stage again on other text, after its record was deleted."""
     first = Work()
     first.result = result
     (tmp_path / "stages" / "first.json").unlink(missing_ok=True)
@@ -221,9 +228,9 @@ def remade(tmp_path, result):
 
 def test_changed_inputs_are_refused_with_their_name(tmp_path):
     second = Work(name="second", after=("first",))
-    remade(tmp_path, "one text")
+    run_first(tmp_path, "one text")
     second.stage(tmp_path)
-    remade(tmp_path, "another text")
+    run_first(tmp_path, "another text")
     assert message(second.stage, tmp_path) == (
         f"{tmp_path / 'second'} was made from another first than {tmp_path} has now: "
         f"take another --workdir, or delete {tmp_path / 'second'} and {tmp_path / 'stages' / 'second.json'}"
@@ -231,73 +238,73 @@ def test_changed_inputs_are_refused_with_their_name(tmp_path):
     assert second.calls == 1
 
 
-def test_changed_inputs_of_an_unfinished_stage_are_refused_because_it_would_go_on_with_both(tmp_path):
+def test_changed_inputs_of_an_unfinished_stage_are_refused(tmp_path):
     second = Work(name="second", after=("first",))
-    remade(tmp_path, "one text")
+    run_first(tmp_path, "one text")
     second.after_output = RuntimeError()
     with pytest.raises(RuntimeError):
         second.stage(tmp_path)
-    remade(tmp_path, "another text")
+    run_first(tmp_path, "another text")
     assert "was made from another first" in message(second.stage, tmp_path)
 
 
-def test_inputs_remade_with_the_same_result_are_the_same(tmp_path):
+def test_inputs_with_the_same_result_are_the_same(tmp_path):
     second = Work(name="second", after=("first",))
-    remade(tmp_path, "one text")
+    run_first(tmp_path, "one text")
     second.stage(tmp_path)
-    remade(tmp_path, "one text")
+    run_first(tmp_path, "one text")
     assert second.stage(tmp_path) == {"result": "same"}
     assert second.calls == 1
 
 
-def test_a_stage_to_redo_is_redone_for_other_settings_or_inputs_and_skipped_for_the_same(tmp_path):
-    second = Work(name="second", after=("first",), redo=True)
-    remade(tmp_path, "one text")
+def test_policy_redo_runs_again_for_other_settings_or_inputs(tmp_path):
+    second = Work(name="second", after=("first",), policy="redo")
+    run_first(tmp_path, "one text")
     second.stage(tmp_path, size=1)
     second.stage(tmp_path, size=1)
     assert second.calls == 1
     second.stage.check(tmp_path, size=2)
     second.stage(tmp_path, size=2)
     assert second.calls == 2
-    remade(tmp_path, "another text")
+    run_first(tmp_path, "another text")
     second.stage(tmp_path, size=2)
     second.stage(tmp_path, size=2)
     assert second.calls == 3
 
 
-def test_a_stage_to_extend_is_called_again_for_other_inputs_and_refuses_other_settings(tmp_path):
-    second = Work(name="second", after=("first",), extend=True)
-    remade(tmp_path, "one text")
+def test_policy_extend_runs_again_for_other_inputs_and_refuses_other_settings(tmp_path):
+    second = Work(name="second", after=("first",), policy="extend")
+    run_first(tmp_path, "one text")
     second.stage(tmp_path, size=1)
-    remade(tmp_path, "another text")
+    run_first(tmp_path, "another text")
     second.stage(tmp_path, size=1)
     second.stage(tmp_path, size=1)
     assert second.calls == 2
     assert "make_things.size = 1, now it is 2" in message(second.stage, tmp_path, size=2)
 
 
-def test_a_renewed_result_is_a_changed_input(tmp_path):
+def test_an_updated_result_is_a_changed_input(tmp_path):
     first, second = Work(), Work(name="second", after=("first",))
     first.stage(tmp_path)
     second.stage(tmp_path)
-    first.stage.renew(tmp_path, {"result": "another"})
+    Run(tmp_path).update_result("first", {"result": "another"})
     assert first.stage(tmp_path) == {"result": "another"}
     assert "was made from another first" in message(second.stage, tmp_path)
 
 
-def test_a_stage_is_known_to_gin_by_the_name_of_its_function(tmp_path):
-    @stage(name="first", output="first")
-    def known_to_gin(workdir, *, size=1):
-        """Says what it does."""
-        write_bytes(workdir / "first", b"")
+def test_gin_has_a_stage_under_the_name_of_its_function(tmp_path):
+    @stage(name="first")
+    def known_to_gin(run, *, size=1):
+        """Write one file."""
+        write_bytes(run.path / "first", b"")
         return {"size": size}
 
     gin.parse_config("known_to_gin.size = 5")
     assert gin.get_bindings("known_to_gin") == {"size": 5}
     assert known_to_gin(tmp_path) == {"size": 1}  # gin does not call it: its settings are checked first
-    assert known_to_gin.__doc__ == "Says what it does."
-    with pytest.raises(ValueError, match="workdir"):
-        gin.parse_config("known_to_gin.workdir = 'elsewhere'")
+    assert known_to_gin.__doc__ == "Write one file."
+    with pytest.raises(ValueError, match="run"):
+        gin.parse_config("known_to_gin.run = 'elsewhere'")
 
 
 # Full disks
@@ -305,17 +312,17 @@ def test_a_stage_is_known_to_gin_by_the_name_of_its_function(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("filename", [None, "some/file.npy"])
-def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(tmp_path, number, filename):
+def test_a_full_disk_is_reported_in_one_line_and_the_same_command_resumes(tmp_path, number, filename):
     work = Work()
     work.before_output = OSError(number, "No space left on device", filename)
     place = filename or tmp_path
-    assert message(work.stage, tmp_path) == (f"no space left on the disk of {place}: free some and run the same command again; it goes on")
+    assert message(work.stage, tmp_path) == (f"no space left on the disk of {place}: free some and run the same command again; it resumes")
     work.before_output = None
     assert work.stage(tmp_path) == {"result": "same"}
     assert work.calls == 2
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     for error in (PermissionError(errno.EACCES, "Permission denied"), ValueError("a defect"), OSError("without a number")):
         with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
             raise error
