@@ -1,17 +1,17 @@
-"""A second text that every installation has: the descriptions (mostly READMEs) of the installed packages, one document each."""
+"""Descriptions, mostly READMEs, of the installed packages: a text that every installation has."""
 
 import importlib.metadata
 from collections.abc import Iterator
 
 
 def documents() -> Iterator[tuple[str, str]]:
-    """(name, description) of every installed distribution, by name; those without are left out."""
+    """Yield (name, description) of every installed distribution with a description, sorted by name."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        facts = distribution.metadata.json
-        name, text = str(facts.get("name") or ""), str(facts.get("description") or "")
-        # "UNKNOWN" is what older setuptools wrote for none. Of two of one name, Python imports the first.
+        metadata = distribution.metadata.json
+        name, text = str(metadata.get("name") or ""), str(metadata.get("description") or "")
+        # Older versions of setuptools write "UNKNOWN" for no description. Python imports the first of two distributions of one name.
         if name and text.strip() not in ("", "UNKNOWN"):
-            # No file can hold half of a surrogate pair.
+            # A UTF-8 file cannot hold half of a surrogate pair.
             found.setdefault(name, text.encode(errors="replace").decode())
     yield from sorted(found.items())

@@ -1,13 +1,14 @@
-"""The text that every installation has: docstrings of the standard library and of our direct dependencies.
+"""Docstrings of the standard library and of our direct dependencies: a text that every installation has.
 
-One module is one document: its docstrings in the order of the source. They are found with `ast`; nothing is
-imported. Test modules are left out. A docstring that is nearly the same as one seen before is dropped, because
-a sibling class in another module (in another split, perhaps) often repeats it word for word.
+One module is one document: its docstrings in the order of the source. `ast` finds them without an import. Test modules are left out.
+A near-duplicate of an earlier docstring is dropped: classes often repeat a docstring of another module, which may be in another split.
 """
 
 import ast
 import importlib.metadata
 import inspect
+import itertools
+import operator
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -17,15 +18,15 @@ from packaging.requirements import Requirement
 
 from resmem_lm.text.duplicates import mark_duplicates
 
-TEST_FOLDERS = {"test", "tests", "testing", "idle_test"}
+_TEST_FOLDERS = {"test", "tests", "testing", "idle_test"}
 
 
 def _is_test(path: Path) -> bool:
-    return bool(TEST_FOLDERS.intersection(path.parts)) or path.stem.startswith("test_") or path.stem.endswith("_test")
+    return bool(_TEST_FOLDERS.intersection(path.parts)) or path.stem.startswith("test_") or path.stem.endswith("_test")
 
 
 def module_files() -> Iterator[tuple[str, Path]]:
-    """(document id, path) of every module of the standard library and of this package's direct dependencies."""
+    """Yield (document id, path) of every module of the standard library and of this package's direct dependencies."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
@@ -42,7 +43,7 @@ def module_files() -> Iterator[tuple[str, Path]]:
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    # Constants of a block's first statement only: ast.walk would visit every expression, ten times the work.
+    # Only statements: ast.walk visits every expression, which takes ten times as long.
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         yield inspect.cleandoc(first.value.value)
@@ -52,29 +53,21 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 
 def module_docstrings(path: Path) -> list[str]:
-    """The non-empty docstrings of one source file, in order; none if this Python cannot parse it."""
+    """Return the non-empty docstrings of one source file in order; none if this Python cannot parse it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
+            warnings.simplefilter("ignore")  # invalid escapes in other projects' code
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []
-    # A docstring may spell half of a surrogate pair, which no file can hold.
+    # A UTF-8 file cannot hold half of a surrogate pair.
     return [text.encode(errors="replace").decode() for text in _docstrings(tree) if text]
 
 
 def documents(*, duplicate_threshold: float) -> Iterator[tuple[str, str]]:
-    """(id, text) of every module with docstrings, near-duplicate docstrings dropped."""
+    """Yield (id, text) of every module that has docstrings, without near-duplicate docstrings."""
     docstrings = ((name, text) for name, path in module_files() for text in module_docstrings(path))
-    labelled = (((name, text), text) for name, text in docstrings)
-    current: str | None = None
-    kept: list[str] = []
-    for (name, text), duplicate in mark_duplicates(labelled, threshold=duplicate_threshold):
-        if name != current:
-            if current is not None and kept:
-                yield current, "\n\n".join(kept)
-            current, kept = name, []
-        if not duplicate:
-            kept.append(text)
-    if current is not None and kept:
-        yield current, "\n\n".join(kept)
+    marked = mark_duplicates(((pair, pair[1]) for pair in docstrings), threshold=duplicate_threshold)
+    kept = (pair for pair, duplicate in marked if not duplicate)
+    for name, pairs in itertools.groupby(kept, key=operator.itemgetter(0)):
+        yield name, "\n\n".join(text for _, text in pairs)

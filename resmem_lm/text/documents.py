@@ -1,7 +1,7 @@
-"""Text -> documents: read, drop duplicates, split by document into train, validation and test.
+"""Text -> documents: read, drop near-duplicates, split into train, validation and test.
 
-`WORKDIR/documents/` holds JSON lines (`id`, `text`), one or more shards per split, and a manifest with their checksums. A train shard
-becomes a shard of the datastore; so do shards that were added later (`beam_pipelines.append`), in which the model was not trained.
+WORKDIR/documents contains JSON lines (`id`, `text`, `group` if there is one) in one or more shards per split, and a manifest. One train
+shard becomes one shard of the datastore.
 """
 
 import bisect
@@ -11,40 +11,38 @@ from collections.abc import Iterable, Iterator
 from resmem_lm.errors import UserError, check_least
 from resmem_lm.text.duplicates import mark_duplicates
 from resmem_lm.text.shards import SPLITS, position, shard_content, shard_name, write_manifest
-from resmem_lm.text.sources import EMBEDDED, Document, read_documents
+from resmem_lm.text.sources import DOCSTRINGS, Document, Source, read_documents
 from resmem_lm.workdir.progress import progress
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
-from resmem_lm.workdir.storage import Record, new_directory
+from resmem_lm.workdir.storage import AnyPath, Record, new_directory
 
 
 def assign_splits(documents: Iterable[Document], *, validation_fraction: float, test_fraction: float) -> Iterator[tuple[str, Document]]:
-    """(split, document): test below `test_fraction`, validation above it, then train, by `position`.
+    """Yield (split, document): test for a `position` below `test_fraction`, then validation, then train.
 
-    A document's split does not change when others are added. Only where a split would stay empty, because there are few
-    documents, the lowest position fills test, the one after it validation, and the highest train. Documents of one group have one position,
-    and are not moved to fill a split.
+    A document's split does not change when others are added, except that no split stays empty: if necessary, the document of the lowest
+    position is test, the next is validation, and the one of the highest position is train. Documents of one group share its position, and
+    never move to fill a split.
     """
 
-    def natural(place: float) -> str:
+    def split_at(place: float) -> str:
         return "test" if place < test_fraction else "validation" if place < test_fraction + validation_fraction else "train"
 
-    held: list[tuple[float, int, Document]] = []  # by position: the two lowest and the highest
+    held: list[tuple[float, int, Document]] = []  # the two lowest and the highest position so far
     filled = set()
     for number, document in enumerate(documents):
         if document.group is not None:
-            filled.add(split := natural(position(document.group)))
+            filled.add(split := split_at(position(document.group)))
             yield split, document
             continue
         bisect.insort(held, (position(document.text), number, document))
         if len(held) > 3:
             place, _, document = held.pop(2)
-            filled.add(natural(place))
-            yield natural(place), document
-    for rank, (place, _, document) in reversed(list(enumerate(held))):
-        wanted = ("test", "validation", "train")[rank]
-        split = natural(place) if wanted in filled else wanted
-        filled.add(split)
+            filled.add(split := split_at(place))
+            yield split, document
+    for wanted, (place, _, document) in reversed(list(zip(("test", "validation", "train"), held, strict=False))):
+        filled.add(split := split_at(place) if wanted in filled else wanted)
         yield split, document
 
 
@@ -52,29 +50,29 @@ def assign_splits(documents: Iterable[Document], *, validation_fraction: float, 
 def prepare_documents(
     run: Run,
     *,
-    text: str | list[str] | tuple[str, ...] = EMBEDDED,
+    text: Source = DOCSTRINGS,
     group: str | None = None,
     validation_fraction: float = 0.02,
     test_fraction: float = 0.02,
     duplicate_threshold: float = 0.7,
     shards: int = 16,
 ) -> Record:
-    """Writes WORKDIR/documents: the text's documents without duplicates, split and sharded.
+    """Write WORKDIR/documents: the documents of a text without near-duplicates, split and sharded.
 
     Args:
-        text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or of the installation: "docstrings" of
-            its modules, "descriptions" of its packages.
-        group: a field of JSON lines: documents in which it is equal, such as the chapters of a book, go into one split.
-        validation_fraction: share of the documents on which hyperparameters are chosen.
-        test_fraction: share of the documents on which results are told.
-        duplicate_threshold: Jaccard similarity of word 5-grams from which the later of two documents is dropped.
-        shards: number of train shards, of which `build_datastore.shards` says how many are live.
+        text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or a text of the installation:
+            "docstrings" of its modules or "descriptions" of its packages.
+        group: a field of the JSON lines. Documents with the same value, such as the chapters of a book, go into one split.
+        validation_fraction: share of the documents for the choice of hyperparameters, 0 to 1.
+        test_fraction: share of the documents for the reported results, 0 to 1.
+        duplicate_threshold: Jaccard similarity of word 5-grams, above 0 and up to 1, at which the later of two documents is dropped.
+        shards: number of train shards. `build_datastore.shards` decides how many of them are in the datastore.
 
     Returns:
-        Counts of documents per split, of dropped ones by reason, and the checksum of every shard.
+        The number of documents per split, of empty and of duplicate ones, and the checksum of every shard.
 
     Raises:
-        UserError: no text, unreadable text, fewer than three documents, or a setting out of its range.
+        UserError: the text is missing, unreadable or has fewer than three documents, or a setting is out of its range.
     """
     check_least("prepare_documents", 1, shards=shards)
     if not 0 < duplicate_threshold <= 1:
@@ -84,35 +82,10 @@ def prepare_documents(
             f"prepare_documents.validation_fraction = {validation_fraction}, test_fraction = {test_fraction}: take numbers from 0 to 1"
         )
     counts = dict.fromkeys((*SPLITS, "empty", "duplicate"), 0)
-
-    def distinct() -> Iterator[Document]:
-        def nonempty() -> Iterator[tuple[Document, str]]:
-            for document in read_documents(text, duplicate_threshold=duplicate_threshold, group=group):
-                if document.text.strip():
-                    yield document, document.text
-                else:
-                    counts["empty"] += 1
-
-        for document, duplicate in mark_duplicates(nonempty(), threshold=duplicate_threshold):
-            counts["duplicate"] += duplicate
-            if not duplicate:
-                yield document
-
+    documents = _distinct(read_documents(text, duplicate_threshold=duplicate_threshold, group=group), duplicate_threshold, counts)
+    splits = assign_splits(documents, validation_fraction=validation_fraction, test_fraction=test_fraction)
     with new_directory(run.documents) as folder:
-        shards_of = {split: shards if split == "train" else 1 for split in SPLITS}
-        with contextlib.ExitStack() as opened:
-            files = {
-                (split, shard): opened.enter_context((folder / shard_name(split, shard, shards_of[split])).open("w", encoding="utf-8"))
-                for split in SPLITS
-                for shard in range(shards_of[split])
-            }
-            splits = assign_splits(distinct(), validation_fraction=validation_fraction, test_fraction=test_fraction)
-            bar = opened.enter_context(progress("documents", total=None, unit="documents"))
-            for split, document in splits:
-                bar.update(sum(counts.values()))
-                shard = counts[split] % shards_of[split]
-                counts[split] += 1
-                files[split, shard].write(shard_content([document]))
+        _write_shards(folder, splits, shards, counts)
         if not all(counts[split] for split in SPLITS):
             total = sum(counts[split] for split in SPLITS)
             raise UserError(
@@ -122,3 +95,34 @@ def prepare_documents(
             )
         checksums = write_manifest(folder)
     return {"documents": counts, "checksums": checksums}
+
+
+def _distinct(documents: Iterable[Document], threshold: float, counts: dict[str, int]) -> Iterator[Document]:
+    """Yield the documents that are neither empty nor near-duplicates; count the others in `counts`."""
+
+    def nonempty() -> Iterator[tuple[Document, str]]:
+        for document in documents:
+            if document.text.strip():
+                yield document, document.text
+            else:
+                counts["empty"] += 1
+
+    for document, duplicate in mark_duplicates(nonempty(), threshold=threshold):
+        counts["duplicate"] += duplicate
+        if not duplicate:
+            yield document
+
+
+def _write_shards(folder: AnyPath, splits: Iterable[tuple[str, Document]], train_shards: int, counts: dict[str, int]) -> None:
+    """Write the documents to the shards of their splits in turn; count them in `counts`."""
+    shards_of = {split: train_shards if split == "train" else 1 for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        files = {
+            split: [stack.enter_context((folder / shard_name(split, i, shards)).open("w", encoding="utf-8")) for i in range(shards)]
+            for split, shards in shards_of.items()
+        }
+        bar = stack.enter_context(progress("documents", total=None, unit="documents"))
+        for split, document in splits:
+            bar.update(sum(counts.values()))
+            files[split][counts[split] % len(files[split])].write(shard_content([document]))
+            counts[split] += 1

@@ -14,7 +14,7 @@ BANDS = 32  # a pair of Jaccard similarity s becomes a candidate with probabilit
 
 
 def minhash(text: str) -> RMinHash:
-    """The MinHash signature of the set of the text's word 5-grams (of all its words, if it has fewer)."""
+    """Return the MinHash signature of the text's set of word 5-grams; a shorter text is one shingle."""
     words = re.findall(r"\w+", text.lower()) or [text]
     shingles = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
@@ -23,7 +23,7 @@ def minhash(text: str) -> RMinHash:
 
 
 class Signatures:
-    """The MinHash signatures of some texts, among which similar ones are found without comparing all."""
+    """A searchable collection of MinHash signatures."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -31,23 +31,23 @@ class Signatures:
         self._kept: list[RMinHash] = []
 
     def add(self, signature: RMinHash) -> None:
-        """Adds a text's signature."""
+        """Add the signature of a text."""
         self._lsh.insert(len(self._kept), signature)
         self._kept.append(signature)
 
     def similar(self, signature: RMinHash) -> list[int]:
-        """Numbers, in the order of adding, of the texts with an estimated Jaccard similarity of `threshold` or more."""
+        """Return the numbers, in order of addition, of the texts whose estimated Jaccard similarity is `threshold` or more."""
         return [other for other in self._lsh.query(signature) if signature.jaccard(self._kept[other]) >= self.threshold]
 
     def has_similar(self, signature: RMinHash) -> bool:
-        """Whether there is such a text."""
+        """Return whether `similar` finds a text."""
         return bool(self.similar(signature))
 
 
 def mark_duplicates(texts: Iterable[tuple[T, str]], *, threshold: float) -> Iterator[tuple[T, bool]]:
-    """Yields every label with True when an earlier text has an estimated Jaccard similarity of `threshold` or more.
+    """Yield every label with True if an earlier kept text has an estimated Jaccard similarity of `threshold` or more.
 
-    The first of several near-duplicates stays, so the answer depends on the order of the texts.
+    The first of several near-duplicates is kept, so the result depends on the order of the texts.
     """
     kept = Signatures(threshold)
     for label, text in texts:

@@ -19,48 +19,55 @@ from resmem_lm.text import descriptions, docstrings
 from resmem_lm.workdir import storage
 from resmem_lm.workdir.storage import AnyPath, files_below, with_home
 
-TEXT_SUFFIXES = (".txt", ".md")
-LINES_SUFFIXES = (".jsonl", ".json")
-COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
-EMBEDDED, DESCRIPTIONS = "docstrings", "descriptions"  # texts of the installation
+Source = str | list[str] | tuple[str, ...]  # files, directories and globs, or a text of the installation
+DOCSTRINGS, DESCRIPTIONS = "docstrings", "descriptions"  # the texts of the installation
+
+_TEXT_SUFFIXES = (".txt", ".md")
+_LINES_SUFFIXES = (".jsonl", ".json")
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open, ".bz2": bz2.open}
 
 
 class Document(NamedTuple):
-    """One file, or one record of a JSON-lines file; documents of one `group`, such as the chapters of a book, go into one split."""
+    """One file or one record of a JSON-lines file. Documents of one `group`, such as the chapters of a book, go into one split."""
 
     id: str
     text: str
     group: str | None = None
 
 
-def _kind(path: AnyPath) -> str | None:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1].lower() in COMPRESSED_SUFFIXES:
-        suffixes.pop()
-    suffix = suffixes[-1].lower() if suffixes else ""
-    return "text" if suffix in TEXT_SUFFIXES else "lines" if suffix in LINES_SUFFIXES else None
+def read_documents(text: Source, *, duplicate_threshold: float, group: str | None = None) -> Iterator[Document]:
+    """Yield every document of a text, including empty ones.
+
+    Args:
+        text: files, directories and globs, or "docstrings" or "descriptions" for a text of the installation.
+        duplicate_threshold: Jaccard similarity at which a docstring is a near-duplicate; files are not compared.
+        group: a field of the JSON lines.
+
+    Raises:
+        UserError: a file or a line cannot be read; the message names it.
+    """
+    if text == DOCSTRINGS:
+        yield from (Document(*pair) for pair in docstrings.documents(duplicate_threshold=duplicate_threshold))
+    elif text == DESCRIPTIONS:
+        yield from (Document(*pair) for pair in descriptions.documents())
+    else:
+        for path in text_files(text):
+            yield from read_file(path, group=group)
 
 
-@contextlib.contextmanager
-def _open(path: AnyPath) -> Iterator[Any]:
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zstd.open}
-    with path.open("rb") as raw, openers.get(path.suffix.lower(), lambda file, _: contextlib.nullcontext(file))(raw, "rb") as file:
-        yield file
-
-
-def text_files(text: str | list[str] | tuple[str, ...]) -> list[AnyPath]:
-    """The files that `text` names: files, directories (searched through) and globs, in a stable order."""
-    known = ", ".join((*TEXT_SUFFIXES, *LINES_SUFFIXES))
+def text_files(text: Source) -> list[AnyPath]:
+    """Return the files of a text in a stable order, each once. Directories are searched recursively."""
+    suffixes = ", ".join((*_TEXT_SUFFIXES, *_LINES_SUFFIXES))
     found: list[AnyPath] = []
     for pattern in [text] if isinstance(text, str) else text:
         matches = _matches(pattern)
-        inside = [f for m in matches if m.is_dir() for f in files_below(m) if _kind(f)]
-        files = [m for m in matches if m.is_file()]
+        inside = [file for match in matches if match.is_dir() for file in files_below(match) if _kind(file)]
+        files = [match for match in matches if match.is_file()]
         for file in files:
             if _kind(file) is None:
-                raise UserError(f"{file} is no text that can be read: TEXT takes {known}, also with {', '.join(COMPRESSED_SUFFIXES)}")
+                raise UserError(f"{file} has an unknown suffix: TEXT takes {suffixes}, also with {', '.join(_OPENERS)}")
         if not files and not inside:
-            raise UserError(f"no text found at {pattern!r}: TEXT takes files, directories and globs of {known}")
+            raise UserError(f"no text found at {pattern!r}: TEXT takes files, directories and globs of {suffixes}")
         found += files + inside
     return list(dict.fromkeys(found))
 
@@ -68,15 +75,23 @@ def text_files(text: str | list[str] | tuple[str, ...]) -> list[AnyPath]:
 def _matches(pattern: str) -> list[AnyPath]:
     if "://" in pattern:
         return storage.glob(pattern)
-    # A name is taken as it is before it is taken as a glob: "notes[1].txt" may be a file.
     if pattern.startswith("~/"):
-        pattern = os.fspath(with_home(pattern))
+        pattern = str(with_home(pattern))
+    # First a name, then a glob: "notes[1].txt" may be a file.
     names = [pattern] if pattern and Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     return [Path(name) for name in names]
 
 
+def _kind(path: AnyPath) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _OPENERS:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    return "text" if suffix in _TEXT_SUFFIXES else "lines" if suffix in _LINES_SUFFIXES else None
+
+
 def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
-    """The documents of one file, empty ones included. Raises UserError naming the file and the line that is wrong."""
+    """Yield the documents of one file, including empty ones, as `read_documents` does."""
     for place, record in read_records(path):
         if group and _kind(path) == "lines":
             if not isinstance(record.get(group), str):
@@ -86,7 +101,11 @@ def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
 
 
 def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place in the file, record with a `text`) of everything in one file. Raises UserError as `read_file` does."""
+    """Yield (place in the file, record with a `text`) for everything in one file.
+
+    Raises:
+        UserError: the file or a line cannot be read; the message names it.
+    """
     name = os.fsencode(str(path)).decode("utf-8", "replace")
     try:
         with _open(path) as file:
@@ -97,12 +116,17 @@ def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{name}#{number}", _record(line, f"{name}, line {number}")
-    except OSError as error:
-        if error.errno is None:
-            raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
-        raise UserError(f"{name} cannot be read ({error.strerror}): make it readable or leave it out of TEXT") from None
-    except (EOFError, lzma.LZMAError, zstd.ZstdError, zlib.error) as error:
+    except (OSError, EOFError, lzma.LZMAError, zstd.ZstdError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{name} cannot be read ({error.strerror}): make it readable or leave it out of TEXT") from None
         raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
+
+
+@contextlib.contextmanager
+def _open(path: AnyPath) -> Iterator[Any]:
+    opener = _OPENERS.get(path.suffix.lower(), lambda raw, _: contextlib.nullcontext(raw))
+    with path.open("rb") as raw, opener(raw, "rb") as file:
+        yield file
 
 
 def _decode(content: bytes, place: str) -> str:
@@ -116,7 +140,7 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(_decode(line, place))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error}): mend or remove the line") from None
+        raise UserError(f"{place} is not JSON ({error}): correct or remove the line") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{place} has no field "text" with a string: every line must be {{"text": "..."}}')
@@ -128,16 +152,4 @@ def _check_unicode(value: str, field: str, place: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f'{place} has a "{field}" that is not Unicode ({error.reason}): mend or remove the line') from None
-
-
-def read_documents(text: str | list[str] | tuple[str, ...], *, duplicate_threshold: float, group: str | None = None) -> Iterator[Document]:
-    """Every document of `text`, or of the installation for the words "docstrings" and "descriptions"; `group` is a field of JSON lines."""
-    if text == EMBEDDED:
-        yield from (Document(*pair) for pair in docstrings.documents(duplicate_threshold=duplicate_threshold))
-        return
-    if text == DESCRIPTIONS:
-        yield from (Document(*pair) for pair in descriptions.documents())
-        return
-    for path in text_files(text):
-        yield from read_file(path, group=group)
+        raise UserError(f'{place} has a "{field}" that is not Unicode ({error.reason}): correct or remove the line') from None

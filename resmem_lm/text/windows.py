@@ -1,8 +1,8 @@
-"""Tokens -> windows: each document alone, in overlapping windows; every token is emitted once (paper, appendix C).
+"""Tokens -> windows: overlapping windows of each document, in which every token is emitted once (paper, appendix C).
 
-A window holds up to `length` tokens; the next begins `length - context` later and emits only what lies behind its first
-`context` tokens, so a token has at least `context` tokens before it wherever its document has them. A document that fills
-less than a row shares it with others, behind segment ids, so that little is computed for padding.
+A window has up to `length` tokens. The next window begins `length - context` tokens later and emits the tokens after its first `context`
+tokens, so a token has at least `context` tokens before it where its document has them. Windows that are shorter than a row share a row,
+separated by segment ids, so that little is computed for padding.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from resmem_lm.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-    """The paper's 256 tokens with 64 of context, that is, a stride of 192."""
+    """The length of a window and its context in tokens. The paper has 256 and 64, a stride of 192."""
 
     length: int = 256
     context: int = 64
@@ -25,12 +25,12 @@ class WindowSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.context < self.length:
             raise UserError(
-                f"a window of {self.length} tokens cannot have {self.context} of context: context must be 0 or more and below the length"
+                f"a window of {self.length} tokens cannot have {self.context} of context: set a context from 0 to the length - 1"
             )
 
     @property
     def stride(self) -> int:
-        """Tokens from the beginning of a window to that of the next."""
+        """Return the distance between the beginnings of two windows in tokens."""
         return self.length - self.context
 
 
@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
 
 class WindowRows(NamedTuple):
-    """Rows for the model. `positions` counts a document's tokens through all documents given; -1 is not emitted."""
+    """Rows for the model. `positions` is the place of an emitted token in the concatenated documents, and -1 for other tokens."""
 
     tokens: Int[np.ndarray, "rows length"]
     segment_ids: Int[np.ndarray, "rows length"]
@@ -52,12 +52,12 @@ class WindowRows(NamedTuple):
 
     @property
     def emitted(self) -> Bool[np.ndarray, "rows length"]:
-        """Which tokens are emitted."""
+        """Return which tokens are emitted."""
         return self.positions >= 0
 
 
 def cut(document_lengths: list[int], spec: WindowSpec) -> Iterator[Window]:
-    """The windows of documents of the given numbers of tokens."""
+    """Yield the windows of documents with the given numbers of tokens."""
     for document, tokens in enumerate(document_lengths):
         begin = emit = 0
         while emit < tokens:
@@ -67,7 +67,7 @@ def cut(document_lengths: list[int], spec: WindowSpec) -> Iterator[Window]:
 
 
 def _fill(windows: Iterator[Window], length: int) -> Iterator[list[Window]]:
-    """Windows grouped into rows: first-fit over the last few rows that are not full."""
+    """Yield the windows of each row: first fit over the last 32 rows that are not full."""
     unfilled: list[tuple[int, list[Window]]] = []
     for window in windows:
         size = window.end - window.begin
@@ -87,7 +87,7 @@ def _fill(windows: Iterator[Window], length: int) -> Iterator[list[Window]]:
 
 
 def window_rows(documents: list[Int[np.ndarray, "_"]], spec: WindowSpec, rows: int) -> Iterator[WindowRows]:
-    """The windows of `documents` in batches of `rows` rows; the last batch is padded with empty rows (segment 0)."""
+    """Yield the windows of `documents` in batches of `rows` rows; empty rows (segment 0) fill the last batch."""
     lengths = [len(document) for document in documents]
     first_position = np.concatenate([[0], np.cumsum(lengths)])
 

@@ -81,7 +81,7 @@ def test_docstrings_are_found_at_every_depth_in_the_order_of_the_source(tmp_path
     "content",
     [b"", b"x = 1", b"def broken(:", b'"""Python 2"""\nprint "x"\n', b'"""nul"""\n\0', b'# coding: nonsense\n"""x"""', b'"""\xff"""'],
 )
-def test_a_file_that_does_not_parse_or_has_none_gives_none(tmp_path, content):
+def test_a_file_that_does_not_parse_or_has_no_docstrings_gives_none(tmp_path, content):
     path = tmp_path / "a.py"
     path.write_bytes(content)
     assert module_docstrings(path) == []
@@ -92,11 +92,11 @@ def test_a_file_that_cannot_be_opened_gives_none(tmp_path):
     assert module_docstrings(tmp_path) == []
 
 
-def test_invalid_escapes_of_other_peoples_code_do_not_warn(tmp_path):
+def test_invalid_escapes_do_not_warn(tmp_path):
     assert module_docstrings(write(tmp_path / "a.py", '"""A \\d digit."""\n')) == ["A \\d digit."]
 
 
-def test_declared_encodings_are_obeyed(tmp_path):
+def test_declared_encodings_are_used(tmp_path):
     path = tmp_path / "a.py"
     path.write_bytes('# -*- coding: latin-1 -*-\n"""Café"""\n'.encode("latin-1"))
     assert module_docstrings(path) == ["Café"]
@@ -109,7 +109,7 @@ def test_a_docstring_can_always_be_written_as_utf_8(tmp_path):
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega"
 
 
-def test_a_module_is_one_document_without_docstrings_seen_before(tmp_path, monkeypatch):
+def test_a_module_is_one_document_without_near_duplicate_docstrings(tmp_path, monkeypatch):
     reverse = " ".join(reversed(WORDS.split()))
     modules = {
         "first": f'"""{WORDS}"""\ndef f():\n    """Another docstring."""\n',

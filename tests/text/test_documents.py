@@ -43,7 +43,7 @@ def lines(*records):
 
 
 def prepared(workdir, split=None):
-    """The documents that were written for a split, or for all."""
+    """Return the documents in the shards of a split, or of all splits."""
     splits = SPLITS if split is None else [split]
     return [document for name in splits for path in shard_paths(Run(workdir), name) for document in read_shard(path)]
 
@@ -53,7 +53,7 @@ def different_texts(count, words=30):
 
 
 def message(call, *args, **kwargs):
-    """The one line that a UserError says."""
+    """Return the message of a UserError, which is one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -70,14 +70,14 @@ def test_a_text_file_is_one_document(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["c4.jsonl", "c4-train.00000-of-01024.json"])
-def test_a_line_with_a_text_is_one_document_and_its_other_fields_are_passed_over(tmp_path, name):
+def test_a_line_with_a_text_is_one_document_and_its_other_fields_are_ignored(tmp_path, name):
     record = {"text": "From C4.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.com/"}
     path = write(tmp_path / name, lines(record) + "\n" + lines({"text": "ü\u2028\n", "meta": None}))
     assert list(read_file(path)) == [Document(f"{path}#1", "From C4."), Document(f"{path}#3", "ü\u2028\n")]
 
 
 @COMPRESSED
-def test_compressed_files_hold_what_the_plain_ones_do(tmp_path, suffix):
+def test_compressed_files_have_the_content_of_the_plain_ones(tmp_path, suffix):
     long_text = " ".join(different_texts(500))
     for name, content in {"a.txt": long_text, "b.jsonl": lines({"text": long_text}, {"text": "short"})}.items():
         plain = write(tmp_path / name, content)
@@ -86,7 +86,7 @@ def test_compressed_files_hold_what_the_plain_ones_do(tmp_path, suffix):
 
 
 @COMPRESSED
-def test_a_compressed_file_may_be_several_one_after_another(tmp_path, suffix):
+def test_a_compressed_file_may_have_several_parts(tmp_path, suffix):
     long_text = " ".join(different_texts(500))
     compress = COMPRESS[suffix]
     path = write(tmp_path / f"a.txt{suffix}", compress(long_text.encode()) + compress(b"") + compress(b"end"))
@@ -106,13 +106,13 @@ def test_byte_order_marks_and_carriage_returns_are_dropped(tmp_path):
     assert texts(str(tmp_path)) == ["one\ntwo\nthree\n", "four", "five"]
 
 
-def test_a_directory_is_searched_through_for_what_can_be_read(tmp_path):
+def test_a_directory_is_searched_recursively_for_readable_files(tmp_path):
     for name in ("b.txt", "a/deep/c.md", "a/b.jsonl.gz", "a/picture.png", "a/notes", "z.gz"):
         write(tmp_path / name, gzip.compress(lines({"text": name}).encode()) if name.endswith(".jsonl.gz") else name)
     assert texts(str(tmp_path)) == ["a/b.jsonl.gz", "a/deep/c.md", "b.txt"]
 
 
-def test_globs_and_lists_name_files_and_none_is_read_twice(tmp_path):
+def test_globs_and_lists_name_files_and_each_file_is_read_once(tmp_path):
     for name in ("a.txt", "b.txt", "c.md", "sub/d.txt"):
         write(tmp_path / name, name)
     assert texts(f"{tmp_path}/*.txt") == ["a.txt", "b.txt"]
@@ -145,14 +145,14 @@ def test_a_file_name_that_is_not_utf_8_becomes_an_id_that_is(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["nothing-here", "*.txt", "sub", ""])
-def test_where_nothing_matches_the_pattern_is_named(tmp_path, monkeypatch, pattern):
+def test_a_pattern_that_matches_nothing_is_named(tmp_path, monkeypatch, pattern):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "picture.png", "not read")
     monkeypatch.chdir(tmp_path)
     assert message(texts, pattern) == f"no text found at {pattern!r}: TEXT takes files, directories and globs of .txt, .md, .jsonl, .json"
 
 
-def test_a_name_with_a_line_break_is_told_on_one_line(tmp_path):
+def test_an_error_about_a_name_with_a_line_break_is_one_line(tmp_path):
     assert message(texts, str(write(tmp_path / "two\nlines.jsonl", "{"))).startswith(f"{tmp_path}/two lines.jsonl, line 1 is not JSON (")
 
 
@@ -160,7 +160,7 @@ def test_a_name_with_a_line_break_is_told_on_one_line(tmp_path):
 def test_an_unknown_suffix_is_named_with_the_known_ones(tmp_path, name):
     path = write(tmp_path / name, "text")
     assert message(texts, str(path)) == (
-        f"{path} is no text that can be read: TEXT takes .txt, .md, .jsonl, .json, also with .gz, .xz, .zst, .bz2"
+        f"{path} has an unknown suffix: TEXT takes .txt, .md, .jsonl, .json, also with .gz, .xz, .zst, .bz2"
     )
 
 
@@ -182,9 +182,9 @@ def test_a_line_that_is_not_utf_8_is_named_with_its_number(tmp_path):
 @pytest.mark.parametrize("line", ["{", '{"text": "a"', "text", "[" * 100_000, "{'text': 'a'}"], ids=lambda line: line[:8])
 def test_a_line_that_is_not_json_is_named_with_its_number(tmp_path, line):
     path = write(tmp_path / "a.jsonl", lines({"text": "fine"}) + "\n" + line + "\n")
-    said = message(texts, str(path))
-    assert said.startswith(f"{path}, line 3 is not JSON (")
-    assert said.endswith("): mend or remove the line")
+    error = message(texts, str(path))
+    assert error.startswith(f"{path}, line 3 is not JSON (")
+    assert error.endswith("): correct or remove the line")
 
 
 @pytest.mark.parametrize("record", [{}, {"content": "a"}, {"text": 3}, {"text": None}, {"text": ["a"]}, [], "text", 3, None])
@@ -195,7 +195,9 @@ def test_a_line_without_a_text_is_named_with_its_number(tmp_path, record):
 
 def test_half_of_a_surrogate_pair_is_named_with_its_line(tmp_path):
     path = write(tmp_path / "a.jsonl", lines({"text": "whole \U0001f600"}, {"text": "half \ud83d"}))
-    assert message(texts, str(path)) == f'{path}, line 2 has a "text" that is not Unicode (surrogates not allowed): mend or remove the line'
+    assert (
+        message(texts, str(path)) == f'{path}, line 2 has a "text" that is not Unicode (surrogates not allowed): correct or remove the line'
+    )
 
 
 @COMPRESSED
@@ -203,18 +205,18 @@ def test_half_of_a_surrogate_pair_is_named_with_its_line(tmp_path):
 def test_a_truncated_file_is_named(tmp_path, suffix, kept):
     whole = COMPRESS[suffix](" ".join(different_texts(500)).encode())
     path = write(tmp_path / f"a.txt{suffix}", whole[: int(len(whole) * kept)])
-    said = message(texts, str(path))
-    assert said.startswith(f"{path} cannot be decompressed (")
-    assert said.endswith("): fetch it again")
+    error = message(texts, str(path))
+    assert error.startswith(f"{path} cannot be decompressed (")
+    assert error.endswith("): fetch it again")
 
 
 @COMPRESSED
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_file_that_is_not_what_its_suffix_says_is_named(tmp_path, suffix, name):
+def test_a_file_that_does_not_match_its_suffix_is_named(tmp_path, suffix, name):
     path = write(tmp_path / f"{name}{suffix}", "plain text")
-    said = message(texts, str(path))
-    assert said.startswith(f"{path} cannot be decompressed (")
-    assert said.endswith("): fetch it again")
+    error = message(texts, str(path))
+    assert error.startswith(f"{path} cannot be decompressed (")
+    assert error.endswith("): fetch it again")
 
 
 def test_a_gzip_file_with_damage_inside_is_named(tmp_path):
@@ -231,7 +233,7 @@ DIFFERENT = st.lists(st.integers(), unique=True, max_size=40).map(lambda ids: [D
 
 
 def split_of(documents, validation, test):
-    """Document -> split. Every document has exactly one."""
+    """Return document -> split; check that every document has exactly one."""
     assigned = list(assign_splits(documents, validation_fraction=validation, test_fraction=test))
     assert collections.Counter(document for _, document in assigned) == collections.Counter(documents)
     return {document: split for split, document in assigned}
@@ -243,7 +245,7 @@ def natural(document, validation, test):
 
 
 def inner(documents):
-    """All but the two documents of the lowest position and the one of the highest."""
+    """Return all documents except the two of the lowest position and the one of the highest."""
     return sorted(documents, key=lambda document: position(document.text))[2:-1]
 
 
@@ -253,19 +255,19 @@ def test_every_document_is_in_exactly_one_of_the_splits(documents, validation, t
 
 
 @given(DIFFERENT.filter(lambda documents: len(documents) >= 3), FRACTIONS, FRACTIONS)
-def test_from_three_documents_on_no_split_is_empty_whatever_the_fractions(documents, validation, test):
+def test_no_split_of_three_or_more_documents_is_empty(documents, validation, test):
     assert set(split_of(documents, validation, test).values()) == set(SPLITS)
 
 
 @given(DIFFERENT, FRACTIONS, FRACTIONS)
-def test_the_position_alone_decides_but_for_the_two_lowest_and_the_highest(documents, validation, test):
+def test_the_position_alone_decides_except_for_the_two_lowest_and_the_highest(documents, validation, test):
     splits = split_of(documents, validation, test)
     for document in inner(documents):
         assert splits[document] == natural(document, validation, test)
 
 
 @given(DIFFERENT, st.floats(0.2, 0.4), st.floats(0.2, 0.4))
-def test_the_position_alone_decides_where_that_leaves_no_split_empty(documents, validation, test):
+def test_the_position_alone_decides_if_no_split_would_be_empty(documents, validation, test):
     wanted = {document: natural(document, validation, test) for document in documents}
     if set(wanted.values()) == set(SPLITS):
         assert split_of(documents, validation, test) == wanted
@@ -306,10 +308,10 @@ def test_a_field_of_json_lines_groups_them(tmp_path):
     assert all(d.group == book[d.text] for split in SPLITS for path in shard_paths(Run(tmp_path / "run"), split) for d in read_shard(path))
     assert sum(len(some) for some in books) == len(set.union(*books))
     half = write(tmp_path / "half.jsonl", b'{"text": "a", "book": "\\ud83d"}\n')
-    said = message(prepare_documents, tmp_path / "other", text=str(half), group="book")
-    assert said == f'{half}#1 has a "book" that is not Unicode (surrogates not allowed): mend or remove the line'
-    said = message(prepare_documents, tmp_path / "other", text=str(tmp_path / "in.jsonl"), group="author")
-    assert said == f'{tmp_path / "in.jsonl"}#1 has no field "author" with a string: prepare_documents.group names a field of every line'
+    error = message(prepare_documents, tmp_path / "other", text=str(half), group="book")
+    assert error == f'{half}#1 has a "book" that is not Unicode (surrogates not allowed): correct or remove the line'
+    error = message(prepare_documents, tmp_path / "other", text=str(tmp_path / "in.jsonl"), group="author")
+    assert error == f'{tmp_path / "in.jsonl"}#1 has no field "author" with a string: prepare_documents.group names a field of every line'
 
 
 def test_fractions_are_shares_of_the_documents():
@@ -333,7 +335,7 @@ def test_empty_documents_and_duplicates_are_counted_and_dropped(tmp_path):
 
 @settings(max_examples=20)
 @given(st.lists(st.text(max_size=40), min_size=3, max_size=10), st.integers(1, 4))
-def test_what_is_written_is_what_was_read(source, shards):
+def test_the_shards_have_the_documents_that_were_read(source, shards):
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / "a.jsonl", lines(*[{"text": text} for text in source]))
         workdir = Path(folder) / "run"
@@ -391,15 +393,15 @@ def test_the_same_text_gives_the_same_shards(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_fewer_than_three_documents_are_refused_and_nothing_is_left(tmp_path, count):
+def test_fewer_than_three_documents_are_refused_without_an_output(tmp_path, count):
     source = different_texts(count)
     path = write(tmp_path / "a.jsonl", lines(*[{"text": text} for text in [*source, *source, " "]]))
-    said = message(prepare_documents, tmp_path / "run", text=str(path))
-    assert said == f"'{path}' has {count} different documents for 3 splits (1 more are empty, {count} repeat others): give at least 3"
+    error = message(prepare_documents, tmp_path / "run", text=str(path))
+    assert error == f"'{path}' has {count} different documents for 3 splits (1 more are empty, {count} repeat others): give at least 3"
     assert not (tmp_path / "run" / "documents").exists()
 
 
-def test_bad_text_is_refused_and_nothing_is_left(tmp_path):
+def test_a_bad_line_is_refused_without_an_output(tmp_path):
     path = write(tmp_path / "a.jsonl", lines(*[{"text": text} for text in different_texts(5)], {}))
     assert "line 6" in message(prepare_documents, tmp_path / "run", text=str(path))
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == {"stages", ".lock"}
@@ -420,6 +422,6 @@ def test_bad_text_is_refused_and_nothing_is_left(tmp_path):
 )
 def test_a_setting_out_of_its_range_is_named_with_its_value(tmp_path, setting, value):
     source = write(tmp_path / "a.jsonl", lines(*[{"text": text} for text in different_texts(5)]))
-    said = message(prepare_documents, tmp_path / "run", text=str(source), **{setting: value})
-    assert f"{setting} = {value}" in said
-    assert "take" in said
+    error = message(prepare_documents, tmp_path / "run", text=str(source), **{setting: value})
+    assert f"{setting} = {value}" in error
+    assert "take" in error

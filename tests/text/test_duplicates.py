@@ -15,7 +15,7 @@ def long_text(seed, words=200):
 
 
 def edited(text, edits, seed):
-    """The text with a few words replaced."""
+    """Return the text with a few words replaced."""
     words, chance = text.split(), random.Random(seed)
     for place in chance.sample(range(len(words)), edits):
         words[place] = f"edit{seed}"
@@ -27,7 +27,7 @@ def kept(texts, threshold=0.7):
 
 
 def jaccard(a, b):
-    """The true similarity of two texts' sets of five words in a row."""
+    """Return the true Jaccard similarity of two texts' word 5-grams."""
 
     def shingles(text):
         words = re.findall(r"\w+", text.lower())
@@ -38,7 +38,7 @@ def jaccard(a, b):
 
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 1000))
-def test_of_lightly_edited_copies_the_first_stays(families, seed):
+def test_the_first_of_lightly_edited_copies_is_kept(families, seed):
     originals = [long_text(family) for family in families]
     copies = [edited(text, edits=2 if number else 0, seed=seed + number) for number, text in enumerate(originals)]
     firsts = [copies[families.index(family)] for family in dict.fromkeys(families)]
@@ -57,7 +57,7 @@ SMALL_TEXTS = st.lists(st.text("ab ", max_size=30), max_size=15)
 
 
 @given(SMALL_TEXTS)
-def test_a_text_is_marked_if_and_only_if_one_like_it_was_kept_before(texts):
+def test_a_text_is_marked_if_and_only_if_a_similar_one_was_kept_before(texts):
     before = []
     for text, duplicate in mark_duplicates(((text, text) for text in texts), threshold=0.7):
         signature = minhash(text)
@@ -68,12 +68,12 @@ def test_a_text_is_marked_if_and_only_if_one_like_it_was_kept_before(texts):
 
 @settings(max_examples=20)
 @given(st.lists(st.text(max_size=20), max_size=5))
-def test_of_equal_texts_one_stays_whatever_they_hold(texts):
+def test_one_of_several_equal_texts_is_kept(texts):
     assert kept([*texts, *texts], threshold=1.0) == kept(texts, threshold=1.0)
     assert len(set(kept(texts))) == len(kept(texts))
 
 
-def test_what_is_like_a_dropped_text_only_stays():
+def test_a_text_that_is_similar_to_a_dropped_text_only_is_kept():
     first = long_text(0)
     second = edited(first, 5, 1)
     third = edited(second, 5, 2)

@@ -11,13 +11,13 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
 def numbered_documents(lengths):
-    """Documents whose tokens count from 1 through all of them."""
+    """Return documents whose concatenated tokens are 1, 2, 3, ..."""
     ends = np.cumsum(lengths, dtype=np.int32)
     return [np.arange(end - length + 1, end + 1, dtype=np.int32) for length, end in zip(lengths, ends, strict=True)]
 
 
 @given(LENGTHS, st.integers(1, 20))
-def test_rows_one_after_another_are_the_documents_one_after_another(lengths, row_length):
+def test_concatenated_rows_are_the_concatenated_documents(lengths, row_length):
     tokens, segment_ids = pack(numbered_documents(lengths), row_length)
     np.testing.assert_array_equal(tokens.ravel()[: sum(lengths)], np.arange(1, sum(lengths) + 1))
     assert (segment_ids.ravel()[: sum(lengths)] > 0).all()
@@ -33,7 +33,7 @@ def test_padding_is_less_than_a_row_and_at_the_very_end(lengths, row_length):
 
 
 @given(LENGTHS, st.integers(1, 20), st.integers(1, 7))
-def test_one_pass_has_every_row_once_in_order_and_full_batches(lengths, row_length, batch_size):
+def test_one_pass_has_every_row_once_in_order_in_full_batches(lengths, row_length, batch_size):
     packed = pack(numbered_documents(lengths), row_length)
     passed = one_pass(packed, batch_size=batch_size)
     for name, rows in (("decoder_target_tokens", packed[0]), ("decoder_segment_ids", packed[1])):
@@ -62,7 +62,7 @@ def test_segments_count_from_one_in_every_row_and_change_where_documents_do(leng
 
 
 def by_hand(tokens, segment_ids):
-    """Decoder inputs, one position at a time."""
+    """Compute the decoder inputs one position at a time."""
     inputs = np.zeros_like(tokens)
     for row in range(tokens.shape[0]):
         for column in range(1, tokens.shape[1]):
@@ -81,13 +81,13 @@ PACKED = pack(numbered_documents([7, 1, 12, 30, 3, 9, 22, 16]), 8)  # 100 tokens
 
 
 def row_numbers(batch):
-    """Which rows of PACKED a batch holds: every row begins with a token of its own."""
+    """Return the numbers of the rows of PACKED in a batch; every row begins with another token."""
     return ((batch["decoder_target_tokens"][:, 0] - 1) // 8).tolist()
 
 
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 60), max_size=8), st.integers(0, 60), st.integers(1, 5), st.integers(0, 3))
-def test_a_batch_is_the_same_whichever_were_read_before(read_before, number, batch_size, seed):
+def test_a_batch_does_not_depend_on_the_batches_read_before(read_before, number, batch_size, seed):
     straight_to_it = batches(PACKED, batch_size=batch_size, seed=seed)[number]
     sequence = batches(PACKED, batch_size=batch_size, seed=seed)
     for other in read_before:
@@ -97,7 +97,7 @@ def test_a_batch_is_the_same_whichever_were_read_before(read_before, number, bat
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13, 20])
-def test_every_pass_shows_every_row_once_in_an_order_of_its_own(batch_size):
+def test_every_pass_has_every_row_once_in_a_different_order(batch_size):
     sequence = batches(PACKED, batch_size=batch_size, seed=0)
     rows = [row for number in range(-(-39 // batch_size)) for row in row_numbers(sequence[number])]
     passes = [rows[:13], rows[13:26], rows[26:39]]

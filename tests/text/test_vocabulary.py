@@ -23,7 +23,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def prepare(workdir):
-    """Documents of made-up words, 200 lines of them."""
+    """Prepare documents with 200 lines of invented words."""
     chance = random.Random(0)
     words = ["".join(chance.choices(LETTERS, k=chance.randint(1, 8))) for _ in range(400)]
     records = [{"text": "\n".join(" ".join(chance.choices(words, k=20)) for _ in range(5))} for _ in range(40)]
@@ -46,14 +46,14 @@ def vocabulary(workdir):
 
 
 def message(call, *args, **kwargs):
-    """The one line that a UserError says."""
+    """Return the message of a UserError, which is one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_ids_0_1_2_pad_end_and_stand_for_what_is_unknown(vocabulary):
+def test_ids_0_1_2_are_padding_end_and_unknown(vocabulary):
     assert vocabulary.pieces([0, 1, 2]) == ["<pad>", "</s>", "<unk>"]
     assert vocabulary.eos_id == 1
     assert vocabulary.encode("漢").tolist()[-2:] == [2, 1]
@@ -93,7 +93,7 @@ def test_ids_above_the_vocabulary_are_shown_as_numbers(vocabulary):
 
 
 @given(st.lists(TEXTS, max_size=5))
-def test_documents_are_encoded_together_as_they_are_alone(vocabulary, texts):
+def test_encode_documents_equals_encode_of_each(vocabulary, texts):
     together = vocabulary.encode_documents([Document(str(number), text) for number, text in enumerate(texts)])
     assert [tokens.tolist() for tokens in together] == [vocabulary.encode(text).tolist() for text in texts]
 
@@ -107,13 +107,12 @@ def test_the_tokens_of_a_split_are_those_of_its_documents_in_order(workdir, voca
 
 @pytest.mark.parametrize("training_lines", [100_000, 120], ids=["every line", "lines drawn at random"])
 def test_training_in_another_process_gives_the_same_bytes(tmp_path, training_lines):
-    files = []
-    for run in ("first", "second"):
-        prepare(tmp_path / run)
-        code = f"from resmem_lm.vocabulary import make_vocabulary as m; from pathlib import Path; m(Path({str(tmp_path / run)!r}), size=200"
-        subprocess.run([sys.executable, "-c", f"{code}, training_lines={training_lines})"], check=True)
-        files.append((tmp_path / run / "vocabulary" / "vocabulary.model").read_bytes())
-    assert files[0] == files[1]
+    first, second = (prepare(tmp_path / run) for run in ("first", "second"))
+    make_vocabulary(first, size=200, training_lines=training_lines)
+    code = f"make_vocabulary({str(second)!r}, size=200, training_lines={training_lines})"
+    subprocess.run([sys.executable, "-c", f"from resmem_lm.text.vocabulary import make_vocabulary; {code}"], check=True)
+    one, two = ((run / "vocabulary" / "vocabulary.model").read_bytes() for run in (first, second))
+    assert one == two
 
 
 @given(st.lists(st.text(LETTERS, max_size=3), max_size=30), st.integers(1, 40))
@@ -131,7 +130,7 @@ def test_each_line_is_as_likely_to_be_drawn(tmp_path):
     assert counts.max() < 1150
 
 
-def test_only_the_train_split_is_learned_from(tmp_path):
+def test_only_the_train_split_is_training_text(tmp_path):
     workdir = prepare(tmp_path)
     for split in ("validation", "test"):
         (path,) = shard_paths(Run(workdir), split)
@@ -154,9 +153,9 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     for call in (lambda: Vocabulary(path), lambda: make_vocabulary(prepare(tmp_path / "run"), model=str(path))):
-        said = message(call)
-        assert said.startswith(f"{path} is no SentencePiece model (")
-        assert said.endswith("): give a .model file, or None to train one")
+        error = message(call)
+        assert error.startswith(f"{path} is no SentencePiece model (")
+        assert error.endswith("): give a .model file, or None to train one")
     assert not (tmp_path / "run" / "vocabulary").exists()
 
 
@@ -167,19 +166,17 @@ def test_a_model_that_does_not_pad_with_0_is_named(tmp_path):
     )
     path = tmp_path / "given.model"
     path.write_bytes(trained.getvalue())
-    assert message(Vocabulary, path) == (
-        f"{path} must pad with id 0 and have an end-of-sentence id: train it with pad_id=0, eos_id=1, unk_id=2"
-    )
+    assert message(Vocabulary, path) == (f"{path} needs padding id 0 and an end-of-sentence id: train it with pad_id=0, eos_id=1, unk_id=2")
 
 
 @pytest.mark.parametrize(
-    ("size", "mend"),
+    ("size", "reason"),
     [(100_000, "Vocabulary size too high (100000). Please set it to a value <= "), (5, "smaller than required_chars. 5 vs 20. Increase")],
 )
-def test_a_size_that_the_text_does_not_allow_is_named_with_one_that_it_does(tmp_path, size, mend):
-    said = message(make_vocabulary, prepare(tmp_path), size=size)
-    assert said.startswith(f"make_vocabulary.size = {size} does not suit this text: ")
-    assert mend in said
+def test_an_error_about_the_size_names_a_possible_size(tmp_path, size, reason):
+    error = message(make_vocabulary, prepare(tmp_path), size=size)
+    assert error.startswith(f"make_vocabulary.size = {size} does not suit this text: ")
+    assert reason in error
     assert not (tmp_path / "vocabulary").exists()
 
 

@@ -12,13 +12,13 @@ ROWS = st.integers(1, 4)
 
 
 def numbered_documents(lengths):
-    """Documents whose tokens count from 1 through all of them, so that a token tells where it comes from."""
+    """Return documents whose concatenated tokens are 1, 2, 3, ..."""
     ends = np.cumsum(lengths, dtype=np.int32)
     return [np.arange(end - length + 1, end + 1, dtype=np.int32) for length, end in zip(lengths, ends, strict=True)]
 
 
 def segments(lengths, spec, rows):
-    """(tokens, positions) of every segment of every row, in order."""
+    """Yield (tokens, positions) of every segment of every row, in order."""
     for batch in window_rows(numbered_documents(lengths), spec, rows):
         for tokens, segment_ids, positions in zip(*batch, strict=True):
             for segment in range(1, segment_ids.max() + 1):
@@ -38,7 +38,7 @@ def test_an_emitted_token_is_the_one_at_its_position(lengths, spec, rows):
 
 
 @given(LENGTHS, SPECS, ROWS)
-def test_a_segment_is_a_stretch_of_one_document_and_emits_its_end(lengths, spec, rows):
+def test_a_segment_is_a_part_of_one_document_and_emits_its_end(lengths, spec, rows):
     document_of = np.repeat(np.arange(len(lengths)), lengths)
     for tokens, positions in segments(lengths, spec, rows):
         assert (np.diff(tokens) == 1).all()
@@ -57,7 +57,7 @@ def test_an_emitted_token_has_the_context_before_it_that_its_document_has(length
 
 
 @given(LENGTHS, SPECS, ROWS)
-def test_rows_have_one_shape_and_only_padding_behind_their_segments(lengths, spec, rows):
+def test_rows_have_one_shape_and_only_padding_after_their_segments(lengths, spec, rows):
     for batch in window_rows(numbered_documents(lengths), spec, rows):
         for array in batch:
             assert array.shape == (rows, spec.length)
@@ -84,7 +84,7 @@ def test_short_documents_share_rows():
     assert len(batches) == 13  # 100 * 8 tokens in rows of 64
 
 
-def test_the_papers_window_moves_on_by_192_tokens():
+def test_the_papers_window_has_a_stride_of_192_tokens():
     assert WindowSpec().stride == 192
     assert [(window.begin, window.emit, window.end) for window in cut([500], WindowSpec())] == [
         (0, 0, 256),
@@ -94,9 +94,9 @@ def test_the_papers_window_moves_on_by_192_tokens():
 
 
 @given(st.integers(-3, 20), st.integers(-3, 20))
-def test_context_must_leave_room_in_the_window(length, context):
+def test_a_context_below_0_or_above_the_length_is_refused(length, context):
     if 0 <= context < length:
         assert WindowSpec(length, context).stride >= 1
     else:
-        with pytest.raises(UserError, match=f"^a window of {length} tokens cannot have {context} of context: context must be .*$"):
+        with pytest.raises(UserError, match=f"^a window of {length} tokens cannot have {context} of context: set a context from .*$"):
             WindowSpec(length, context)
