@@ -12,11 +12,11 @@ import griffe
 import resmem_lm.commands  # noqa: F401 - it registers every stage and study
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = {  # of the settings page: the modules whose functions they have
-    "Text": ("resmem_lm.text.", "beam_pipelines.sample_documents"),
-    "Model": ("resmem_lm.model.",),
-    "Memory": ("beam_pipelines.build_",),
-    "Evaluation and report": ("beam_pipelines.search_", "resmem_lm.evaluation.", "resmem_lm.report."),
+SECTIONS = {  # of the settings page, with their modules in order
+    "Text": ("resmem_lm.text.documents", "beam_pipelines.sample_documents", "resmem_lm.text.vocabulary"),
+    "Model": ("resmem_lm.model.config", "resmem_lm.model.train", "resmem_lm.model.take_checkpoint"),
+    "Memory": ("beam_pipelines.build_datastore", "beam_pipelines.build_index"),
+    "Evaluation and report": ("beam_pipelines.search_neighbors", "resmem_lm.evaluation.evaluate", "resmem_lm.report.report"),
     "Plan": ("resmem_lm.planning.",),
     "Studies": ("resmem_lm.studies.",),
 }
@@ -73,10 +73,11 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 def settings_page() -> str:
     """Return Markdown with a table for each function."""
     lines: list[str] = []
+    found = sorted(configurables(), key=lambda entry: entry.name)
     for title, modules in SECTIONS.items():
         lines += [f"## {title}", ""]
-        for entry in configurables():
-            if entry.module.startswith(modules):
+        for module in modules:
+            for entry in (entry for entry in found if entry.module.startswith(module)):
                 lines += [f"### {entry.name}", "", entry.summary, "", *_table(entry.settings), ""]
     return "\n".join(lines)
 
