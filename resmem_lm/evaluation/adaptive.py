@@ -104,7 +104,7 @@ def gate_features(block: Block, sigma: float | Float[Array, ""], unit: int) -> G
 
 def distribution(gate: Gate, some: GateFeatures) -> Distribution:
     """Return q at the neighbors' tokens."""
-    change = gate_network.GateNetwork().apply({"params": gate.weights}, (some.features - gate.mean) / gate.scale)
+    change: Any = gate_network.GateNetwork().apply({"params": gate.weights}, (some.features - gate.mean) / gate.scale)
     return normalized(some.base, some.base * jnp.exp(jnp.clip(change, -LARGEST, LARGEST)), some.counted)
 
 

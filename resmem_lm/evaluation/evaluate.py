@@ -1,26 +1,60 @@
-"""Neighbors -> the table: hyperparameters chosen on validation, results told on test."""
+"""Cached neighbors -> results.json: hyperparameters are chosen on validation, all methods are compared on test."""
 
 import importlib.metadata
 import platform
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from resmem_lm.errors import UserError
+from resmem_lm.evaluation.adaptive import Gate
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.examples import corrected_tokens
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import Predictions, SplitScorer
 from resmem_lm.evaluation.statistics import accuracy_metrics, bootstrap_interval, probability_metrics
 from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
-from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.memory.datastore import Datastore, open_datastore
 from resmem_lm.text.shards import QUERY_SPLITS
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
 from resmem_lm.workdir.storage import Record, read_json, sha256, write_json
 
+ON_SIMPLEX = ("deepnet", "knnlm", "knnlm_perplexity", "resmem_calibrated")
+IN_CURVES = ("knnlm", "resmem_lambda1", "resmem")
 DIFFERENCES = (("resmem_adaptive", "resmem"), ("resmem_adaptive", "knnlm"), ("resmem", "knnlm"))
+SCORED_FILES = ("residual_ids.npy", "quantized_residuals.npy", "target_log_probability.npy", "log_power_sums.npy")
+STAGES = ("documents", "vocabulary", "train", "build", "index", "search")
+PACKAGES = ("resmem_lm", "jax", "flax", "optax", "apache-beam", "faiss-cpu", "scann", "sentencepiece", "numpy")
+
+
+class Grid(NamedTuple):
+    """Hyperparameters to try."""
+
+    ks: list[int]
+    sigmas: list[float]
+    temperatures: list[float]
+    lambdas: list[float]
+
+
+class Choice(NamedTuple):
+    """The settings of all methods but Adaptive ResMem, and the latter's gate."""
+
+    methods: dict[str, Setting]
+    gate: Gate
+
+
+class Outputs(NamedTuple):
+    """Predictions for a split, of all methods in a `Choice`."""
+
+    found: dict[Setting, tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]  # prediction, certified
+    on_simplex: dict[Setting, Predictions]
+    adaptive: Predictions
+
+
+Curves = dict[str, dict[str, list[Setting]]]  # axis -> method -> settings
 
 
 @stage(name="evaluate", after=("search", "build", "train"), policy="redo")
@@ -32,128 +66,150 @@ def evaluate(
     temperatures: tuple[float, ...] | list[float] = (0.7, 1.0, 1.4),
     lambdas: tuple[float, ...] | list[float] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5),
 ) -> Record:
-    """Chooses hyperparameters on validation, evaluates on test, and writes WORKDIR/results.json.
+    """Choose hyperparameters on validation, evaluate on test, and write WORKDIR/results.json.
 
     Args:
-        ks: numbers of neighbors to try; those above the searched number are passed over.
+        run: has a datastore and cached neighbors.
+        ks: numbers of neighbors to try; those above the searched number are skipped.
         sigmas: bandwidths to try.
-        temperatures: temperatures to try, out of those the datastore was built for.
-        lambdas: factors of r_kNN to try; those up to 1 are kNN-LM's too. 1.0 must be among them.
+        temperatures: temperatures to try, out of those of the datastore.
+        lambdas: factors of r_kNN to try; kNN-LM uses those up to 1. They must include 1.0.
 
     Raises:
-        UserError: a temperature that the datastore has no powers' sums for, or no usable k.
+        UserError: a temperature that the datastore has no sums of powers for, or no usable k.
     """
     datastore = open_datastore(run.datastore)
-    datastore.check_files(*(f"{name}.npy" for name in ("residual_ids", "quantized_residuals", "target_log_probability", "log_power_sums")))
-    missing = [t for t in temperatures if t not in datastore.binding.temperatures]
-    if missing:
-        raise UserError(
-            f"evaluate.temperatures: the datastore was built for {list(datastore.binding.temperatures)}, not {missing}: take some of those"
-        )
+    datastore.check_files(*SCORED_FILES)
+    _check_temperatures(temperatures, datastore)
     scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
-    if not sigmas or not lambdas or min(sigmas) <= 0 or min(lambdas) < 0:
-        raise UserError(f"evaluate: needs sigmas above 0 and lambdas of 0 or more; has {sigmas}, {lambdas}")
-    searched = scorers["test"].queries.rows.shape[1]
-    usable = [k for k in ks if 1 <= k <= searched]
-    if not usable or 1.0 not in lambdas or min(lambdas) >= 1 or 1.0 not in temperatures:
-        raise UserError(
-            f"evaluate: needs 1 to {searched} in ks, 1.0 and less in lambdas, 1.0 in temperatures: {ks}, {lambdas}, {temperatures}"
-        )
-
-    grid = grid_of(lambdas)
-    tuned = tune(scorers["validation"].count_correct(usable, list(sigmas), list(temperatures), grid))
-    paper = Setting("resmem", min(50, searched), 1.0, 1.0, 1.0)
-    calibrated = calibrate(scorers["validation"].log_losses(list(sigmas), list(temperatures), simplex_grid(lambdas)))
-    methods = {
-        "deepnet": DEEPNET,
-        "knn": tuned["knn"],
-        "knnlm": tuned["knnlm"],
-        "knnlm_perplexity": calibrated["knnlm_perplexity"],
-        "resmem_paper": paper,
-        "resmem_lambda1": tuned["resmem_lambda1"],
-        "resmem": tuned["resmem"],
-        "resmem_calibrated": calibrated["resmem_calibrated"],
-    }
-    on_simplex = [methods[name] for name in ("deepnet", "knnlm", "knnlm_perplexity", "resmem_calibrated")]
-    sigma = tuned["resmem"].sigma
-    gate = fit_gate(scorers["validation"], sigma)
-    lines = ("knnlm", "resmem_lambda1", "resmem")
-    curves = {
-        "k": {name: [methods[name]._replace(k=k) for k in usable] for name in lines},
-        "sigma": {name: [methods[name]._replace(sigma=sigma) for sigma in sigmas] for name in lines},
-    }
-    results: Record = {"splits": {}}
-    for split, scorer in scorers.items():
-        wanted = {setting for setting in methods.values() if setting.formula in grid}
-        if split == "test":
-            wanted |= {setting for by_name in curves.values() for settings in by_name.values() for setting in settings}
-        found = scorer.predict(sorted(wanted))
-        told = scorer.distributions(on_simplex)
-        results["splits"][split] = _describe_split(run, split, scorer, methods, found, told, scorer.adaptive(gate, sigma))
-        if split == "test":
-            targets = np.asarray(scorer.queries.tokens)
-            results["curves"] = {
-                axis: {
-                    "values": usable if axis == "k" else list(sigmas),
-                    "accuracy": {name: [float(np.mean(found[s][0] == targets)) for s in settings] for name, settings in by_name.items()},
-                }
-                for axis, by_name in curves.items()
-            }
-            deepnet, corrected = found[methods["deepnet"]][0], found[methods["resmem"]][0]
-            results["examples"] = corrected_tokens(run, scorer.queries, datastore, methods["resmem"], deepnet, corrected)
-    results["datastore"] = {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows}
-    index = read_json(run.index / "index.json")
-    results["index"] = {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])}
-    results["model"] = read_json(run.checkpoints / "model.json")["config"]
-    records = {name: run.record(name) for name in ("documents", "vocabulary", "train", "build", "index", "search")}
-    results["documents"] = records["documents"]["result"]["documents"]
-    results["seconds"] = {name: record["seconds"] for name, record in records.items()}
-    results["versions"] = {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name)
-        for name in ("resmem_lm", "jax", "flax", "optax", "apache-beam", "faiss-cpu", "scann", "sentencepiece", "numpy")
-        if _installed(name)
+    test = scorers["test"]
+    grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test.queries.rows.shape[1])
+    choice = _choose(scorers["validation"], grid)
+    curves = _curve_settings(choice.methods, grid)
+    outputs = {split: _predict(scorer, choice, curves if split == "test" else {}) for split, scorer in scorers.items()}
+    found, resmem = outputs["test"].found, choice.methods["resmem"]
+    results = {
+        "splits": {split: _describe_split(run, scorers[split], choice.methods, outputs[split]) for split in scorers},
+        "curves": _describe_curves(curves, grid, outputs["test"], np.asarray(test.queries.tokens)),
+        "examples": corrected_tokens(run, test.queries, datastore, resmem, found[DEEPNET][0], found[resmem][0]),
+        **_provenance(run, datastore),
     }
     write_json(run.results, results)
     return {"sha256": sha256(run.results)}
 
 
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _check_temperatures(temperatures: Sequence[float], datastore: Datastore) -> None:
+    available = datastore.binding.temperatures
+    if missing := [temperature for temperature in temperatures if temperature not in available]:
+        raise UserError(f"evaluate.temperatures: the datastore has no sums for T = {missing}; choose from {list(available)}")
 
 
-def _describe_split(
-    run: Run,
-    split: str,
-    scorer: SplitScorer,
-    methods: dict[str, Setting],
-    found: dict[Setting, Any],
-    told: dict[Setting, Predictions],
-    adapted: Predictions,
-) -> Record:
-    groups, targets = scorer.queries.groups, np.asarray(scorer.queries.tokens)
-    deepnet = found[methods["deepnet"]][0]
+def _usable_grid(grid: Grid, searched: int) -> Grid:
+    """Return the grid without the k above the searched number."""
+    ks, sigmas, temperatures, lambdas = grid
+    if not sigmas or not lambdas or min(sigmas) <= 0 or min(lambdas) < 0:
+        raise UserError(f"evaluate: needs sigmas above 0 and lambdas of 0 or more; has {sigmas}, {lambdas}")
+    usable = [k for k in ks if 1 <= k <= searched]
+    if not usable or 1.0 not in lambdas or min(lambdas) >= 1 or 1.0 not in temperatures:
+        raise UserError(
+            f"evaluate: needs a number from 1 to {searched} in ks, 1.0 and a smaller number in lambdas, 1.0 in temperatures; "
+            f"has {ks}, {lambdas}, {temperatures}"
+        )
+    return grid._replace(ks=usable)
+
+
+def _choose(validation: SplitScorer, grid: Grid) -> Choice:
+    ks, sigmas, temperatures, lambdas = grid
+    tuned = tune(validation.count_correct(ks, sigmas, temperatures, grid_of(lambdas)))
+    calibrated = calibrate(validation.log_losses(sigmas, temperatures, simplex_grid(lambdas)))
+    methods = {
+        "deepnet": DEEPNET,
+        "knn": tuned["knn"],
+        "knnlm": tuned["knnlm"],
+        "knnlm_perplexity": calibrated["knnlm_perplexity"],
+        "resmem_paper": Setting("resmem", min(50, validation.queries.rows.shape[1]), 1.0, 1.0, 1.0),
+        "resmem_lambda1": tuned["resmem_lambda1"],
+        "resmem": tuned["resmem"],
+        "resmem_calibrated": calibrated["resmem_calibrated"],
+    }
+    return Choice(methods, fit_gate(validation, methods["resmem"].sigma))
+
+
+def _curve_settings(methods: dict[str, Setting], grid: Grid) -> Curves:
+    """Return settings that vary k or sigma and keep a method's other hyperparameters."""
+    return {
+        "k": {name: [methods[name]._replace(k=k) for k in grid.ks] for name in IN_CURVES},
+        "sigma": {name: [methods[name]._replace(sigma=sigma) for sigma in grid.sigmas] for name in IN_CURVES},
+    }
+
+
+def _predict(scorer: SplitScorer, choice: Choice, curves: Curves) -> Outputs:
+    methods = choice.methods
+    wanted = {setting for setting in methods.values() if setting.formula in ("resmem", "knnlm")}
+    wanted |= {setting for by_name in curves.values() for settings in by_name.values() for setting in settings}
+    return Outputs(
+        scorer.predict(sorted(wanted)),
+        scorer.distributions([methods[name] for name in ON_SIMPLEX]),
+        scorer.adaptive(choice.gate, methods["resmem"].sigma),
+    )
+
+
+def _describe_split(run: Run, scorer: SplitScorer, methods: dict[str, Setting], outputs: Outputs) -> Record:
+    queries, targets = scorer.queries, np.asarray(scorer.queries.tokens)
+    groups, deepnet = queries.groups, outputs.found[DEEPNET][0]
     described: Record = {}
     right: dict[str, Bool[np.ndarray, " tokens"]] = {}
     for name, setting in methods.items():
-        predictions = found[setting] if setting in found else told[setting][:2]
+        predictions = outputs.found[setting] if setting in outputs.found else outputs.on_simplex[setting][:2]
         right[name] = predictions[0] == targets
         described[name] = accuracy_metrics(predictions, deepnet, targets, groups) | {"hyperparameters": setting.hyperparameters()}
-        # ResMem's scores are not on the simplex, and kNN alone gives most tokens probability 0.
-        described[name] |= probability_metrics(told[setting], targets) if setting in told else {}
+        if setting in outputs.on_simplex:  # other scores are not probabilities, or are 0 for most tokens
+            described[name] |= probability_metrics(outputs.on_simplex[setting], targets)
     described["deepnet"]["hyperparameters"] = {}
     described["resmem_calibrated"]["form"] = methods["resmem_calibrated"].formula
-    described["resmem_adaptive"] = accuracy_metrics(adapted[:2], deepnet, targets, groups) | probability_metrics(adapted, targets)
-    described["resmem_adaptive"]["hyperparameters"] = {"k": scorer.queries.rows.shape[1], "sigma": methods["resmem"].sigma}
-    right["resmem_adaptive"] = adapted.predictions == targets
+    adaptive = outputs.adaptive
+    described["resmem_adaptive"] = accuracy_metrics(adaptive[:2], deepnet, targets, groups) | probability_metrics(adaptive, targets)
+    described["resmem_adaptive"]["hyperparameters"] = {"k": queries.rows.shape[1], "sigma": methods["resmem"].sigma}
+    right["resmem_adaptive"] = adaptive.predictions == targets
     differences = []
     for one, other in DIFFERENCES:
         difference = right[one].astype(np.float64) - right[other]
         interval = bootstrap_interval(difference, groups)
         differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
-    facts = read_json(run.neighbors / "neighbors.json")[split]
+    facts = read_json(run.neighbors / "neighbors.json")[scorer.name]
     shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")} | {"groups": int(groups.max()) + 1}
     return shown | {"methods": described, "differences": differences}
+
+
+def _describe_curves(curves: Curves, grid: Grid, outputs: Outputs, targets: Int[np.ndarray, " tokens"]) -> Record:
+    """Return test accuracy for every setting of the curves."""
+    values: dict[str, list[Any]] = {"k": grid.ks, "sigma": grid.sigmas}
+
+    def accuracy(settings: list[Setting]) -> list[float]:
+        return [float(np.mean(outputs.found[setting][0] == targets)) for setting in settings]
+
+    return {
+        axis: {"values": values[axis], "accuracy": {name: accuracy(settings) for name, settings in by_name.items()}}
+        for axis, by_name in curves.items()
+    }
+
+
+def _provenance(run: Run, datastore: Datastore) -> Record:
+    """Describe the datastore, the index, the model, and the stages and packages that made them."""
+    index = read_json(run.index / "index.json")
+    records = {name: run.record(name) for name in STAGES}
+    return {
+        "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
+        "index": {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])},
+        "model": read_json(run.checkpoints / "model.json")["config"],
+        "documents": records["documents"]["result"]["documents"],
+        "seconds": {name: record["seconds"] for name, record in records.items()},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES if _version(name)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,4 +1,4 @@
-"""Tokens that ResMem mends, in the form of the paper's Figure 2, with the neighbors that decided them."""
+"""Tokens that ResMem corrects, as in the paper's Figure 2, with the neighbors that decided them."""
 
 import functools
 
@@ -19,29 +19,28 @@ CONTEXT_TOKENS = 32
 EXAMPLES, SHOWN_NEIGHBORS = 10, 3
 
 
-class _Texts:
-    """Contexts of tokens, from the documents themselves."""
+class Contexts:
+    """The text before a token, and the token itself, from the documents of a run."""
 
-    def __init__(self, run: Run, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, run: Run, datastore: Datastore, vocabulary: Vocabulary, length: int) -> None:
+        self.datastore, self.vocabulary, self.length = datastore, vocabulary, length
         self._documents = functools.lru_cache(maxsize=4)(lambda name: {d.id: d for d in read_shard(run.documents / name)})
 
-    def context(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
-        return self.vocabulary.decode(tokens[max(0, position - CONTEXT_TOKENS) : position])
+    def before(self, tokens: Int[np.ndarray, " tokens"], position: int) -> str:
+        """Return the text of the last `length` tokens before a position."""
+        return self.vocabulary.decode(tokens[max(0, position - self.length) : position])
 
-    def neighbor(self, datastore: Datastore, row: int) -> Record:
-        shard, name, position = datastore.locate(row)
-        document = self._documents(datastore.shards[shard]["provenance"]["documents"])[name]
+    def of_row(self, row: int) -> Record:
+        """Return the document of a row of the datastore, the row's token and the text before it."""
+        shard, name, position = self.datastore.locate(row)
+        document = self._documents(self.datastore.shards[shard]["provenance"]["documents"])[name]
         tokens = self.vocabulary.encode(document.text)
-        return {
-            "document": document.id,
-            "context": self.context(tokens, position),
-            "token": self.vocabulary.pieces(tokens[position : position + 1])[0],
-        }
+        token = self.vocabulary.pieces(tokens[position : position + 1])[0]
+        return {"document": document.id, "context": self.before(tokens, position), "token": token}
 
 
 def draw_tokens(pool: Int[np.ndarray, " pool"], count: int) -> Int[np.ndarray, " chosen"]:
-    """So many of the pool's tokens, or all where there are fewer, drawn at random and the same each time; in order."""
+    """Draw `count` of the pool's tokens, or all if there are fewer, in order. The draw is always the same."""
     return np.sort(np.random.default_rng(0).choice(pool, size=min(count, len(pool)), replace=False))
 
 
@@ -54,53 +53,50 @@ def corrected_tokens(
     corrected: Int[np.ndarray, " tokens"],
     chosen: Int[np.ndarray, " chosen"] | None = None,
 ) -> list[Record]:
-    """Test tokens that DeepNet gets wrong and ResMem right, with the neighbors that add most to the right one.
+    """Describe test tokens that DeepNet gets wrong and ResMem right, with the neighbors that add most to the right token.
 
-    There may be none: what the residuals take from DeepNet's own prediction can be enough.
+    An example may have no neighbors: the residuals can lower DeepNet's own prediction enough.
 
     Args:
-        run: of the run.
+        run: has the documents and the vocabulary.
         q: the test split's queries.
-        datastore: of their neighbors.
+        datastore: of the neighbors.
         setting: ResMem's.
         deepnet: DeepNet's predictions.
-        corrected: ResMem's.
-        chosen: which tokens; None draws EXAMPLES of all.
+        corrected: ResMem's predictions.
+        chosen: the tokens to describe; None draws EXAMPLES of all.
     """
     vocabulary = load_vocabulary(run)
-    texts = _Texts(run, vocabulary)
+    contexts = Contexts(run, datastore, vocabulary, CONTEXT_TOKENS)
     if chosen is None:
         chosen = draw_tokens(np.flatnonzero((deepnet != q.tokens) & (corrected == q.tokens)), EXAMPLES)
     documents = query_documents(run, "test")
     first = np.concatenate([[0], np.cumsum(q.document_lengths)])
     examples = []
-    for query in chosen:
+    for query in chosen.tolist():
         number = int(np.searchsorted(first, query, side="right") - 1)
         tokens = vocabulary.encode(documents[number].text)
-        target = int(q.tokens[query])
-        rows, distances, neighbor_tokens = (array[query[None]][0] for array in (q.rows, q.distances, q.neighbor_tokens))
-        weights = np.asarray(neighbor_weights(jnp.asarray(distances[None, : setting.k]), setting.sigma))[0]
-        # A neighbor adds its weight times its residual at its own token, the first of its entries.
-        added = weights * datastore.residuals(np.maximum(rows[: setting.k], 0), setting.temperature)[1][:, 0]
-        helps = (rows[: setting.k] >= 0) & (neighbor_tokens[: setting.k] == target)
-        order = np.argsort(np.where(helps, -added, np.inf), kind="stable")[: min(SHOWN_NEIGHBORS, int(helps.sum()))]
-        neighbors = [
-            {
-                **texts.neighbor(datastore, int(rows[i])),
-                "distance": float(distances[i]),
-                "weight": float(weights[i]),
-            }
-            for i in order
-        ]
-        target_piece, deepnet_piece, mended_piece = vocabulary.pieces([target, int(deepnet[query]), int(corrected[query])])
+        target, wrong, right = vocabulary.pieces([int(ids[query]) for ids in (q.tokens, deepnet, corrected)])
         examples.append(
             {
                 "document": documents[number].id,
-                "context": texts.context(tokens, int(query - first[number])),
-                "target": target_piece,
-                "deepnet": deepnet_piece,
-                "resmem": mended_piece,
-                "neighbors": neighbors,
+                "context": contexts.before(tokens, query - int(first[number])),
+                "target": target,
+                "deepnet": wrong,
+                "resmem": right,
+                "neighbors": _helpful_neighbors(q, query, setting, contexts),
             }
         )
     return examples
+
+
+def _helpful_neighbors(q: Queries, query: int, setting: Setting, contexts: Contexts) -> list[Record]:
+    """Describe the neighbors that add most to the query's token, most helpful first."""
+    place = np.array([query])
+    rows, distances, neighbor_tokens = (array[place][0, : setting.k] for array in (q.rows, q.distances, q.neighbor_tokens))
+    weights = np.asarray(neighbor_weights(jnp.asarray(distances[None]), setting.sigma))[0]
+    # A neighbor adds its weight times its residual at its own token, which is the first of its entries.
+    added = weights * contexts.datastore.residuals(np.maximum(rows, 0), setting.temperature)[1][:, 0]
+    helps = (rows >= 0) & (neighbor_tokens == q.tokens[query])
+    order = np.argsort(np.where(helps, -added, np.inf), kind="stable")[: min(SHOWN_NEIGHBORS, int(helps.sum()))]
+    return [contexts.of_row(int(rows[i])) | {"distance": float(distances[i]), "weight": float(weights[i])} for i in order]

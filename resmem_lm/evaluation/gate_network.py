@@ -16,6 +16,7 @@ class GateNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*some features"]) -> Float[Array, "*some"]:
+        """Return the change for each neighbor."""
         x = nn.gelu(nn.Dense(HIDDEN, name="first")(x))
         x = nn.gelu(nn.Dense(HIDDEN, name="second")(x))
         return x @ self.param("out", nn.initializers.zeros, (HIDDEN,))

@@ -1,10 +1,11 @@
-"""Index -> neighbors of every validation and test token, cached so that hyperparameters are swept without searching again.
+"""Cached neighbors of every validation and test token, so that hyperparameters are swept without searching again.
 
 `WORKDIR/neighbors/` has a published folder of row-aligned .npy files for each shard of the queries' documents: neighbors (`rows`,
-`distances`, nearest first), the query's token, and what DeepNet says of the tokens that can win (see `resmem_lm.candidates`).
+`distances`, nearest first), the query's token, and DeepNet's logits of the candidates (see `resmem_lm.evaluation.candidates`).
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ BASE_CANDIDATES = 32
 
 
 class Queries(NamedTuple):
-    """A split's cached arrays; row i is the i-th token of the split's documents in order. Arrays of NumPy are in memory."""
+    """A split's cached arrays: row i is the i-th token of the split's documents in order. NumPy arrays are in memory, others mapped."""
 
     rows: ShardedArray  # Int[queries k]
     distances: ShardedArray  # Float[queries k]
@@ -37,27 +38,31 @@ class Queries(NamedTuple):
     bound: ShardedArray  # Float[queries]
     log_partition: ShardedArray  # Float[queries temperatures]
     document_lengths: Int[np.ndarray, " documents"]
-    document_groups: Int[np.ndarray, " documents"]  # equal where `prepare_documents.group` is
+    document_groups: Int[np.ndarray, " documents"]  # equal for documents with equal `prepare_documents.group`
 
     @property
     def groups(self) -> Int[np.ndarray, " queries"]:
-        """Numbers from 0 in the order of appearance, equal for tokens of one group of documents, which are not independent."""
+        """Number the groups of documents from 0 in order of appearance, for each token. Tokens of one group are not independent."""
         _, first, numbers = np.unique(self.document_groups, return_index=True, return_inverse=True)
         return np.repeat(np.argsort(np.argsort(first))[numbers], self.document_lengths)
 
 
 def open_queries(run: Run, split: str) -> Queries:
-    """The cached neighbors of a split. UserError if they are damaged, or are of another datastore than there is now."""
+    """Open the cached neighbors of a split.
+
+    Raises:
+        UserError: they are damaged, or belong to another datastore or version.
+    """
     folder = run.neighbors
     facts = read_json(folder / "neighbors.json")
-    mend = f"delete {folder} and {run.record_path('search')}, and run `resmem evaluate`"
+    fix = f"delete {folder} and {run.record_path('search')}, and run `resmem evaluate`"
     if facts["datastore"] != sha256(run.datastore / "manifest.json"):
-        raise UserError(f"{folder} was made from another datastore: {mend}")
+        raise UserError(f"{folder} was made from another datastore: {fix}")
     for shard in facts[split]["shards"]:
         for problem in damaged_files(folder, shard, checksums=True):
-            raise UserError(f"{problem}: {mend}")
+            raise UserError(f"{problem}: {fix}")
         if missing := [name for name in Queries._fields if f"{name}.npy" not in shard["files"]]:
-            raise UserError(f"{folder} was made by another version, without {', '.join(missing)}: {mend}")
+            raise UserError(f"{folder} was made by another version, without {', '.join(missing)}: {fix}")
 
     def array(name: str) -> ShardedArray:
         return ShardedArray([load_array(folder_of(folder, shard) / f"{name}.npy") for shard in facts[split]["shards"]])
@@ -67,10 +72,14 @@ def open_queries(run: Run, split: str) -> Queries:
 
 
 def truncate_neighbors(queries: Queries, k: int) -> Queries:
-    """The queries as a search for k neighbors would have left them. UserError if not so many were searched."""
+    """Return the queries as a search for k neighbors finds them.
+
+    Raises:
+        UserError: k is below 1 or above the searched number.
+    """
     searched = queries.rows.shape[1]
     if not 1 <= k <= searched:
-        raise UserError(f"the {k} nearest are not known: {searched} neighbors were searched")
+        raise UserError(f"k = {k}: {searched} neighbors were searched; choose from 1 to {searched}")
 
     def cut(array: ShardedArray, columns: int) -> ShardedArray:
         return ShardedArray([part[:, :columns] for part in array.parts])
@@ -83,13 +92,29 @@ def truncate_neighbors(queries: Queries, k: int) -> Queries:
 
 
 def common(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> int:
-    """How many of the exact k nearest were found."""
+    """Count the exact k nearest that were found; negative rows are none."""
     return sum(len(np.intersect1d(a, b[b >= 0])) for a, b in zip(found, exact, strict=True))
 
 
 def recall(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> float:
-    """Share of the exact k nearest that were found."""
+    """Return the share of the exact k nearest that were found."""
     return common(found, exact) / max(1, int((exact >= 0).sum()))
+
+
+# The model's method is a static argument, equal for one model: the program is compiled once for each model.
+@functools.partial(jax.jit, static_argnames=("logits_of", "temperatures"))
+def _outputs(
+    parameters: dict[str, Any],
+    hidden: Array,
+    targets: Array,
+    tokens: Array,
+    *,
+    logits_of: Callable[[dict[str, Any], Array], Array],
+    temperatures: tuple[float, ...],
+) -> tuple[Array, ...]:
+    logits = logits_of(parameters, hidden)
+    target_logits = jax.numpy.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return target_logits, *choose_candidates(logits, tokens, BASE_CANDIDATES), log_partition(logits, temperatures)
 
 
 def deepnet_outputs(
@@ -99,19 +124,20 @@ def deepnet_outputs(
     targets: Int[np.ndarray, " queries"],
     neighbor_tokens: Integer[np.ndarray, "queries k"],
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of (target_logits, candidate_ids, candidate_logits, bound, log_partition)."""
-    temperatures = datastore.binding.temperatures
+    """Yield blocks of (target_logits, candidate_ids, candidate_logits, bound, log_partition), in the queries' order.
 
-    @jax.jit
-    def block(parameters: dict, some_hidden: Array, some_targets: Array, some_tokens: Array) -> tuple[Array, ...]:
-        logits = model.logits(parameters, some_hidden)
-        target_logits = jax.numpy.take_along_axis(logits, some_targets[:, None], axis=1)[:, 0]
-        return target_logits, *choose_candidates(logits, some_tokens, BASE_CANDIDATES), log_partition(logits, temperatures)
-
+    Args:
+        model: DeepNet.
+        datastore: has the temperatures.
+        hidden: last hidden states of the queries.
+        targets: their tokens.
+        neighbor_tokens: their neighbors' tokens.
+    """
     for start in range(0, len(targets), TOKENS):
         count = min(TOKENS, len(targets) - start)
         some = [
             np.pad(array[start : start + count], [(0, TOKENS - count)] + [(0, 0)] * (array.ndim - 1))
             for array in (hidden, targets, neighbor_tokens.astype(np.int32))
         ]
-        yield tuple(np.asarray(part)[:count] for part in block(model.parameters, *some))
+        parts = _outputs(model.parameters, *some, logits_of=model.logits, temperatures=datastore.binding.temperatures)
+        yield tuple(np.asarray(part)[:count] for part in parts)

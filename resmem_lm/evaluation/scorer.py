@@ -48,8 +48,8 @@ class Weightings(NamedTuple):
 class Temperature(NamedTuple):
     """A temperature and its index among those of the datastore."""
 
-    value: np.float32
-    position: np.int32
+    value: Float[Array, ""]
+    position: Int[Array, ""]
 
 
 class Predictions(NamedTuple):
@@ -209,24 +209,22 @@ class SplitScorer:
         padding = BLOCK - (some.stop - start)
         padded = np.concatenate([np.arange(start, some.stop), np.full(padding, start)])
         rows = np.maximum(q.rows[padded], 0)
-        log_partition = q.log_partition[padded]
-        candidates = Candidates(
-            *(jnp.asarray(array[padded]) for array in (q.candidate_ids, q.candidate_logits, q.bound)), jnp.asarray(log_partition)
-        )
+        arrays = [array[padded] for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition)]
         ids, quantized = (self.datastore.take(name, rows)[..., : self.others] for name in ("residual_ids", "quantized_residuals"))
         neighbors = Neighbors(
             jnp.asarray(q.distances[padded]),
             jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
-            jnp.asarray(quantized_at(q.candidate_ids[padded], ids, quantized)),
+            jnp.asarray(quantized_at(arrays[0], ids, quantized)),
             jnp.asarray(self.datastore.take("target_log_probability", rows).astype(np.float32)),
             jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
         )
         targets = jnp.asarray(np.pad(q.tokens[some].astype(np.int32), (0, padding), constant_values=-1))
         target_logits = q.target_logits[padded].astype(np.float64)[:, None] / np.array(self.temperatures)
-        return some, Block(candidates, neighbors, targets, jnp.asarray(np.exp(target_logits - log_partition).astype(np.float32)))
+        target_base = np.exp(target_logits - arrays[-1])
+        return some, Block(Candidates(*map(jnp.asarray, arrays)), neighbors, targets, jnp.asarray(target_base.astype(np.float32)))
 
     def _temperature(self, value: float) -> Temperature:
-        return Temperature(np.float32(value), np.int32(self.temperatures.index(value)))
+        return Temperature(jnp.float32(value), jnp.int32(self.temperatures.index(value)))
 
     def count_correct(
         self,

@@ -11,14 +11,14 @@ BOOTSTRAP_SAMPLES = 2000
 
 
 def bootstrap_interval(values: Float[np.ndarray, " tokens"], groups: Int[np.ndarray, " tokens"]) -> tuple[float, float] | None:
-    """95% interval of the mean of `values` over tokens, groups drawn with replacement (tokens of one are not independent).
+    """Return the 95% interval of the mean of `values` over tokens, by bootstrap over groups (tokens of one group are not independent).
 
     Args:
         values: of each token.
-        groups: the number of its document, or of the work that has several (`Queries.groups`): 0, 1, ...
+        groups: the number of each token's document or group of documents (`Queries.groups`): 0, 1, ...
 
     Returns:
-        Its ends; None for a single group, which says nothing of others.
+        The ends of the interval; None for a single group, which has no spread.
     """
     sums, tokens = np.bincount(groups, weights=values), np.bincount(groups)
     if len(sums) < 2:
@@ -35,7 +35,16 @@ def accuracy_metrics(
     targets: Int[np.ndarray, " tokens"],
     groups: Int[np.ndarray, " tokens"],
 ) -> Record:
-    """Accuracy, TPR (DeepNet wrong, this right), FPR (the reverse) and gain = TPR - FPR, as shares of all tokens (paper, Table 2)."""
+    """Return accuracy, TPR, FPR and gain, as shares of all tokens (paper, Table 2).
+
+    TPR counts tokens where DeepNet is wrong and this method right, FPR the reverse; gain = TPR - FPR.
+
+    Args:
+        found: the method's predictions, and which of them are certified.
+        deepnet: DeepNet's predictions.
+        targets: the true tokens.
+        groups: see `bootstrap_interval`.
+    """
     predictions, sure = found
     right, deepnet_right = predictions == targets, deepnet == targets
     tpr, fpr = float(np.mean(right & ~deepnet_right)), float(np.mean(~right & deepnet_right))
@@ -50,10 +59,10 @@ def accuracy_metrics(
     }
 
 
-def probability_metrics(told: Predictions, targets: Int[np.ndarray, " tokens"]) -> Record:
-    """Perplexity and expected calibration error of a method whose scores are probabilities."""
-    least = np.finfo(np.float32).tiny  # a token may be less probable than float32 can say
+def probability_metrics(found: Predictions, targets: Int[np.ndarray, " tokens"]) -> Record:
+    """Return perplexity and expected calibration error of a method whose scores are probabilities."""
+    least = np.finfo(np.float32).tiny  # in place of probabilities that underflow to 0
     return {
-        "perplexity": float(np.exp(-np.mean(np.log(np.maximum(told.target_probability, least), dtype=np.float64)))),
-        "calibration_error": calibration_error(told.confidence, told.predictions == targets),
+        "perplexity": float(np.exp(-np.mean(np.log(np.maximum(found.target_probability, least), dtype=np.float64)))),
+        "calibration_error": calibration_error(found.confidence, found.predictions == targets),
     }

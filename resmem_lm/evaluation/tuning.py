@@ -1,4 +1,4 @@
-"""Hyperparameters, chosen on validation."""
+"""Choose hyperparameters on validation."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,19 @@ from resmem_lm.evaluation.calibrated import SimplexFormula
 from resmem_lm.evaluation.candidates import Formula, Setting
 from resmem_lm.evaluation.scorer import SplitScorer
 
-BOOSTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # lambda of "boosted", where r_kNN is a change of the logits
-FIT_TOKENS = 2**16  # of validation, that the adaptive gate is fitted to
+BOOSTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # lambdas of "boosted", where r_kNN changes logits
+FIT_TOKENS = 2**16  # of validation
 
 
 def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
-    """The settings with most right predictions: of kNN alone, kNN-LM, and ResMem with lambda 1 and with any lambda."""
+    """Return the settings with most right predictions, for kNN alone, kNN-LM, ResMem with lambda 1, and ResMem with any lambda."""
 
     def winner(allowed: list[Setting]) -> Setting:
-        return max(allowed, key=counts.__getitem__)  # the first of those
+        return max(allowed, key=counts.__getitem__)  # the first of equals
 
     resmem, knnlm = ([s for s in counts if s.formula == formula] for formula in ("resmem", "knnlm"))
     return {
-        "knn": winner([s for s in knnlm if s.lambda_ == 1])._replace(temperature=1.0),  # p_kNN has none
+        "knn": winner([s for s in knnlm if s.lambda_ == 1])._replace(temperature=1.0),  # p_kNN has no temperature
         "knnlm": winner([s for s in knnlm if s.lambda_ < 1]),
         "resmem_lambda1": winner([s for s in resmem if s.lambda_ == 1]),
         "resmem": winner(resmem),
@@ -27,7 +27,7 @@ def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
 
 
 def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
-    """The settings under which the true tokens are most probable: of kNN-LM, and of Calibrated ResMem in either form."""
+    """Return the settings with the lowest log loss, for kNN-LM and for Calibrated ResMem in either form."""
 
     def winner(*formulas: Formula) -> Setting:
         return min((setting for setting in losses if setting.formula in formulas), key=lambda setting: losses[setting])
@@ -36,15 +36,15 @@ def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
 
 
 def grid_of(lambdas: Sequence[float]) -> dict[Formula, list[float]]:
-    """What `tune` chooses among: every lambda for ResMem, those up to 1 for kNN-LM."""
+    """Return the lambdas for `tune` to try: all for ResMem, those up to 1 for kNN-LM."""
     return {"resmem": list(lambdas), "knnlm": [value for value in lambdas if value <= 1]}
 
 
 def simplex_grid(lambdas: Sequence[float]) -> dict[SimplexFormula, list[float]]:
-    """What `calibrate` chooses among. kNN alone, of lambda 1, gives most tokens no probability."""
+    """Return the lambdas for `calibrate` to try. kNN-LM needs lambda < 1: kNN alone gives most tokens probability 0."""
     return {"knnlm": [value for value in lambdas if value < 1], "boosted": list(BOOSTS), "clipped": list(lambdas)}
 
 
 def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
-    """Adaptive ResMem's gate, fitted on the tokens of validation with all of their neighbors."""
+    """Fit Adaptive ResMem's gate on validation tokens with all of their neighbors."""
     return adaptive.fit(*validation.gate_features(sigma, FIT_TOKENS))

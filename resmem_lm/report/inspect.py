@@ -1,46 +1,86 @@
-"""What DeepNet and ResMem predict for each token of a text, and the neighbors that changed it."""
+"""DeepNet's and ResMem's predictions for each token of a text, and the neighbors that changed them."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import Setting
-from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.evaluation.examples import SHOWN_NEIGHBORS, Contexts
+from resmem_lm.memory.datastore import Datastore, open_datastore
 from resmem_lm.memory.encoder import Encoder, query_head
 from resmem_lm.memory.open_index import search_shards
-from resmem_lm.model.checkpoints import load_model
+from resmem_lm.model.checkpoints import Model, load_model
 from resmem_lm.resmem import merge_sparse, neighbor_weights, predict
-from resmem_lm.text.shards import read_shard
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
-CONTEXT_TOKENS, SHOWN_NEIGHBORS = 12, 3
+CONTEXT_TOKENS = 12
+
+
+class _Predicted(NamedTuple):
+    """Predictions for the tokens of a text, and their neighbors, nearest first."""
+
+    deepnet: Int[np.ndarray, " tokens"]
+    resmem: Int[np.ndarray, " tokens"]
+    rows: Int[np.ndarray, "tokens k"]
+    distances: Float[np.ndarray, "tokens k"]
+    weights: Float[np.ndarray, "tokens k"]
+    neighbor_tokens: Int[np.ndarray, "tokens k"]
+
+    def deciding(self, place: int) -> Iterator[int]:
+        """Yield the neighbors with ResMem's token that weigh most, if DeepNet predicts another."""
+        deepnet, resmem, rows, _, weights, neighbor_tokens = (array[place] for array in self)
+        agree = neighbor_tokens == resmem
+        for i in np.argsort(-weights * agree, kind="stable")[:SHOWN_NEIGHBORS]:
+            if deepnet != resmem and rows[i] >= 0 and agree[i]:
+                yield int(i)
 
 
 def inspect(run: Run, text: str) -> list[dict[str, Any]]:
-    """Each token of the text: what it is, what DeepNet and ResMem say, and, where they differ, the neighbors that weigh most.
+    """Return each token of a text, DeepNet's and ResMem's predictions, and, where they differ, the neighbors that weigh most.
 
-    ResMem has the hyperparameters that `evaluate` chose, over the whole vocabulary.
+    ResMem has the hyperparameters that `evaluate` chose. The predictions are over the whole vocabulary.
 
     Raises:
-        UserError: an empty text, one that is not UTF-8, or a stage that has not finished.
+        UserError: the text is empty or not UTF-8, or a stage has not finished.
     """
-    if not text.strip():
-        raise UserError('resmem inspect: give a text, such as "The quick brown fox"')
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a shell's bytes that are not UTF-8 come as surrogates
-        raise UserError("resmem inspect: the text is not UTF-8: convert it, such as with iconv") from None
+    _check_text(text)
     for stage in ("index", "evaluate"):
         run.finished(stage)
     model, vocabulary = load_model(run.checkpoints), load_vocabulary(run)
     datastore = open_datastore(run.datastore, model=model.fingerprint, vocabulary=vocabulary.sha256)
-    chosen = read_json(run.results)["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
-    setting = Setting.of("resmem", chosen)
+    setting = Setting.of("resmem", read_json(run.results)["splits"]["test"]["methods"]["resmem"]["hyperparameters"])
     tokens = vocabulary.encode(text)
+    found = _predict(run, model, datastore, tokens, setting)
+    contexts = Contexts(run, datastore, vocabulary, CONTEXT_TOKENS)
+
+    def neighbor(place: int, i: int) -> dict[str, Any]:
+        measures = {"weight": float(found.weights[place, i]), "distance": float(found.distances[place, i])}
+        return contexts.of_row(int(found.rows[place, i])) | measures
+
+    described = []
+    for place, token in enumerate(tokens):
+        pieces = vocabulary.pieces([int(token), int(found.deepnet[place]), int(found.resmem[place])])
+        neighbors = [neighbor(place, i) for i in found.deciding(place)]
+        described.append(dict(zip(("token", "deepnet", "resmem"), pieces, strict=True)) | {"neighbors": neighbors})
+    return described
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise UserError('resmem inspect: the text is empty: give a text, such as "The quick brown fox"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a shell passes bytes that are not UTF-8 as surrogates
+        raise UserError("resmem inspect: the text is not UTF-8: convert it, such as with iconv") from None
+
+
+def _predict(run: Run, model: Model, datastore: Datastore, tokens: Int[np.ndarray, " tokens"], setting: Setting) -> _Predicted:
     encoded = list(Encoder(model, datastore.binding.window, query_head, datastore.projection)([tokens]))
     order = np.argsort(np.concatenate([positions for positions, _ in encoded]))
     keys, hidden = (np.concatenate(arrays)[order] for arrays in zip(*(rows for _, rows in encoded), strict=True))
@@ -49,51 +89,24 @@ def inspect(run: Run, text: str) -> list[dict[str, Any]]:
     logits = model.logits(model.parameters, jnp.asarray(hidden)) / setting.temperature
     base = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     base = base / jnp.sum(base, axis=-1, keepdims=True)
-    known = np.maximum(rows, 0)
     weights = neighbor_weights(jnp.asarray(distances), setting.sigma)
-    ids, values = datastore.residuals(known, setting.temperature)
-    neighbor_tokens = ids[..., 0]
+    ids, values = datastore.residuals(np.maximum(rows, 0), setting.temperature)
     merged = merge_sparse(base, weights, jnp.asarray(ids), jnp.asarray(values), setting.lambda_)
-    deepnet, resmem = np.asarray(predict(base)), np.asarray(predict(merged))
-
-    def neighbor(row: int, weight: float, distance: float) -> dict[str, Any]:
-        shard, name, position = datastore.locate(row)
-        documents = read_shard(run.documents / datastore.shards[shard]["provenance"]["documents"])
-        its = vocabulary.encode(next(document.text for document in documents if document.id == name))
-        return {
-            "document": name,
-            "context": vocabulary.decode(its[max(0, position - CONTEXT_TOKENS) : position]),
-            "token": vocabulary.pieces([int(its[position])])[0],
-            "weight": weight,
-            "distance": distance,
-        }
-
-    told: list[dict[str, Any]] = []
-    for place, token in enumerate(tokens):
-        pieces = vocabulary.pieces([int(token), int(deepnet[place]), int(resmem[place])])
-        told.append({"token": pieces[0], "deepnet": pieces[1], "resmem": pieces[2], "neighbors": []})
-        if deepnet[place] != resmem[place]:
-            order = np.argsort(-np.asarray(weights[place]) * (neighbor_tokens[place] == resmem[place]), kind="stable")[:SHOWN_NEIGHBORS]
-            told[-1]["neighbors"] = [
-                neighbor(int(rows[place, i]), float(weights[place, i]), float(distances[place, i]))
-                for i in order
-                if rows[place, i] >= 0 and neighbor_tokens[place, i] == resmem[place]
-            ]
-    return told
+    return _Predicted(np.asarray(predict(base)), np.asarray(predict(merged)), rows, distances, np.asarray(weights), ids[..., 0])
 
 
-def format_tokens(told: list[dict[str, Any]]) -> str:
-    """As lines for a terminal: `+` where only ResMem is right, `-` where only DeepNet is."""
+def format_tokens(described: list[dict[str, Any]]) -> str:
+    """Return lines for a terminal: `+` marks tokens that only ResMem predicts, `-` those that only DeepNet predicts."""
 
-    def shown(piece: str) -> str:
+    def visible(piece: str) -> str:
         return piece.replace(" ", "␣").replace("\n", "⏎")
 
     lines = [f"  {'token':20} {'DeepNet':20} ResMem"]
-    for t in told:
+    for t in described:
         right = t["deepnet"] == t["token"], t["resmem"] == t["token"]
         mark = {(False, True): "+", (True, False): "-"}.get(right, " ")
-        lines.append(f"{mark} {shown(t['token']):20} {shown(t['deepnet']):20} {shown(t['resmem'])}")
+        lines.append(f"{mark} {visible(t['token']):20} {visible(t['deepnet']):20} {visible(t['resmem'])}")
         for n in t["neighbors"]:
             context = " ".join(n["context"].split())
-            lines.append(f"      {n['weight']:.2f}  {n['distance']:.2f}  ...{context}[{shown(n['token'])}]  {n['document']}")
+            lines.append(f"      {n['weight']:.2f}  {n['distance']:.2f}  ...{context}[{visible(n['token'])}]  {n['document']}")
     return "\n".join(lines)

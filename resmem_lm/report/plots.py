@@ -1,4 +1,4 @@
-"""Plots as SVG in the colors of the page around them, light or dark; in light ones where there is no page."""
+"""Plots as SVG, in the colors of the page around them: light or dark, and light outside of a page."""
 
 import io
 import re
@@ -11,18 +11,18 @@ with epy.lazy_imports():
     from matplotlib import figure as figure_module
     from matplotlib import style
 
-INK = "#00000"  # and a digit: stands for that ink of the page, which is another in the dark; 0, black, is matplotlib's default
+INK = "#00000"  # INK and a digit is a placeholder for that ink of the page; 0, black, is matplotlib's default
 INKS = {0: "#1f2328", 1: "#0067a5", 2: "#00805e", 3: "#c2410c", 4: "#7c3aed", 5: "#79066a", 9: "#e3e6ea"}  # on a light page
-# Of each line: marker, its size, dashes. So a line is known without its color, and those that agree lie on each other and stay visible:
-# hollow markers nest, and the last, a cross, reaches beyond all of them.
+# Marker, marker size and dashes of each line: they identify a line without its color. Lines with equal values stay visible, because
+# hollow markers nest and the last, a cross, is larger than all others.
 STYLES: tuple[tuple[str, int, Any], ...] = (("s", 9, "-"), ("^", 7, "-"), ("o", 5, "-"), ("D", 3, (0, (6, 2))), ("x", 11, (0, (1.5, 1.5))))
-Figure = Any  # matplotlib's, which is imported when something is drawn
+Figure = Any  # a matplotlib figure
 
 
 def to_svg(draw: Callable[[Figure], None]) -> str:
-    """What `draw` draws into an empty figure: the same text whenever it draws the same."""
+    """Return the SVG of a figure that `draw` fills. Equal drawings give equal text."""
     options = {
-        "svg.hashsalt": "resmem_lm",  # ids that stay the same
+        "svg.hashsalt": "resmem_lm",  # stable ids
         "svg.fonttype": "none",
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -30,7 +30,7 @@ def to_svg(draw: Callable[[Figure], None]) -> str:
         "grid.color": f"{INK}9",
     }
     image = io.StringIO()
-    with style.context(["default", options]):  # "default", because a user's matplotlibrc must not show in the page
+    with style.context(["default", options]):  # "default": a user's matplotlibrc must not change the page
         figure = figure_module.Figure(figsize=(10, 3.8), layout="constrained")
         draw(figure)
         metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
@@ -40,7 +40,7 @@ def to_svg(draw: Callable[[Figure], None]) -> str:
 
 
 def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str) -> None:
-    """A line in ink `number` + 1 and its style, up to five in a plot."""
+    """Plot a line in ink `number` + 1 with its style; a plot has up to five."""
     marker, size, dashes = STYLES[number]
     axes.plot(
         x,
@@ -53,3 +53,16 @@ def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | flo
         linewidth=1.5,
         label=label,
     )
+
+
+def legend_above(figure: Figure) -> None:
+    """Place one legend above all axes, with the lines of the first."""
+    handles, labels = figure.get_axes()[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+
+
+def log_ticks(axes: Any, values: Sequence[int | float], label: Callable[[float], str] = "{:g}".format, *, base: int = 2) -> None:
+    """Make the x-axis logarithmic, with ticks at the given values only."""
+    axes.set_xscale("log", base=base)
+    axes.set_xticks(values, [label(value) for value in values])
+    axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""results.json -> report.html, one file that needs nothing else: a page with the table, two plots and ten examples."""
+"""results.json -> report.html: one self-contained page with the table, two plots, ten examples and the studies."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ from resmem_lm.workdir.storage import AnyPath, Record, files_below, read_json, s
 with epy.lazy_imports():
     import jinja2
 
-# Shows the examples of a study that have every word of what is typed. The page's policy lets no other script run than this one.
+# Shows the examples of a study that contain every typed word. The page's policy allows this script only.
 FILTER = """
 for (const filtered of document.querySelectorAll(".filtered")) {
   const filter = filtered.querySelector(".filter"), input = filter.querySelector("input");
@@ -43,12 +43,12 @@ for (const filtered of document.querySelectorAll(".filtered")) {
 
 @stage(name="report", after=("evaluate",), policy="redo")
 def write_report(run: Run) -> Record:
-    """Writes WORKDIR/report.html from results.json, studies and config.gin: the same bytes whenever these are the same.
+    """Write WORKDIR/report.html from results.json, studies and config.gin. Equal inputs give equal bytes.
 
-    A study of another datastore or evaluation than the work directory has now is left out, and named on standard error.
+    The page omits a study whose datastore or evaluation has changed since; standard error names it.
 
     Returns:
-        The checksum of the page.
+        The page's checksum.
 
     Raises:
         UserError: results.json is missing, damaged or of another version.
@@ -63,9 +63,9 @@ def write_report(run: Run) -> Record:
         if f"study-{folder.name}" in stages:
             sections.append(_study(folder))
         else:
-            print(f"report: without the study {folder.name}, which is of other results: `resmem study {folder.name}`", file=sys.stderr)
+            print(f"report: omits the study {folder.name}, whose inputs have changed: run `resmem study {folder.name}`", file=sys.stderr)
     script = FILTER if any(section["examples"] is not None for section in sections) else ""
-    config = run.config  # written by the command `resmem`; stages called from Python have none
+    config = run.config  # the command `resmem` writes it; stages called from Python do not
     page = _template().render(
         results=results,
         test=results["splits"]["test"],
@@ -80,7 +80,7 @@ def write_report(run: Run) -> Record:
         config=config.read_text("utf-8") if config.exists() else "",
         inks=INKS,
     )
-    # A file name that is not UTF-8 becomes a document id with surrogates, which have no encoding.
+    # A document id has surrogates if its file name is not UTF-8; surrogates have no encoding.
     write_bytes(run.report, page.encode("utf-8", "replace"))
     return {"sha256": sha256(run.report)}
 
@@ -89,8 +89,8 @@ def _study(folder: AnyPath) -> dict[str, Any]:
     results, figure = read_json(folder / "results.json"), folder / "figure.svg"
     header, *rows = study_rows(results)
     plot = figure.read_text("utf-8") if figure.exists() else ""
-    told = {name: results.get(name) for name in ("title", "text", "examples")}
-    return told | {"header": header, "rows": rows, "plot": plot}
+    section = {name: results.get(name) for name in ("title", "text", "examples")}
+    return section | {"header": header, "rows": rows, "plot": plot}
 
 
 def _template() -> Any:
@@ -106,12 +106,12 @@ def _template() -> Any:
 
 
 def _piece(token: str) -> str:
-    """A token with its spaces visible: many differ only in the one they begin with."""
+    """Make a token's spaces visible: many tokens differ only in a leading space."""
     return token.replace(" ", "␣")
 
 
 def _plots(results: dict[str, Any]) -> str:
-    """Test accuracy against k and against sigma, side by side in one SVG."""
+    """Plot test accuracy against k and against sigma, side by side in one SVG."""
     deepnet = 100 * results["splits"]["test"]["methods"]["deepnet"]["accuracy"]
 
     def draw(figure: Figure) -> None:

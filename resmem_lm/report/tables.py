@@ -1,4 +1,4 @@
-"""results.json and the results of studies -> tables, as text."""
+"""results.json and the results of studies -> tables as text."""
 
 import io
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def percent(value: float) -> str:
 
 
 def interval(values: Sequence[float] | None) -> str:
-    """Return an interval as [12.34, 13.45]; - if there is none."""
+    """Return an interval as [12.34, 13.45], or - if there is none."""
     return f"[{percent(values[0])}, {percent(values[1])}]" if values else "-"
 
 
@@ -38,11 +38,11 @@ def hyperparameters(values: dict[str, int | float]) -> str:
     return ", ".join(f"{names[key]} {value:g}" for key, value in values.items())
 
 
-def rows(results: dict[str, Any], split: str = "test") -> list[list[str]]:
+def rows(results: dict[str, Any]) -> list[list[str]]:
     """Return one row per method, with the columns of `HEADER`."""
     found = []
     for name, title in METHOD_TITLES.items():
-        m = results["splits"][split]["methods"][name]
+        m = results["splits"]["test"]["methods"][name]
         simplex = [f"{m['perplexity']:.1f}", percent(m["calibration_error"])] if "perplexity" in m else ["-", "-"]
         shares = [percent(m["tpr"]), percent(m["fpr"]), percent(m["gain"]), interval(m["gain_ci95"])]
         shares = ["-"] * 4 if name == "deepnet" else shares
@@ -74,16 +74,16 @@ def format_results(results: dict[str, Any]) -> str:
     return "\n".join(["", aligned(HEADER, rows(results)), facts, *differences(results)])
 
 
-def differences(results: dict[str, Any], split: str = "test") -> list[str]:
+def differences(results: dict[str, Any]) -> list[str]:
     """Return one line per pair of methods: the difference of their accuracies, with its interval."""
     return [
         f"{METHOD_TITLES[d['method']]} over {METHOD_TITLES[d['over']]}: {100 * d['accuracy']:+.2f} {interval(d['accuracy_ci95'])}"
-        for d in results["splits"][split]["differences"]
+        for d in results["splits"]["test"]["differences"]
     ]
 
 
 def study_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Return a study's table as text, its header first."""
+    """Return a study's table as rows of text, the header first."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
