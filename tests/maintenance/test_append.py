@@ -3,14 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.maintenance import append as module
-from resmem_lm.maintenance.append import append
-from resmem_lm.maintenance.delete import delete
-from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines import build_datastore as datastore_module
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance import append as module
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.text.shards import position, read_shard, shard_paths
@@ -23,7 +23,7 @@ WORDS = ["amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbo
 
 @pytest.fixture
 def more(tiny_copy):
-    """New documents, and among them an empty one, one of the test split, and one twice."""
+    """Nine new documents, one of them twice, an empty document, and a document of the test split."""
     test = json.loads(shard_paths(Run(tiny_copy), "test")[0].read_text().splitlines()[0])["text"]
     rng = np.random.default_rng(0)
     texts = [f"Letter {n}: " + " ".join(rng.choice(WORDS, 40)) for n in range(9)]
@@ -37,7 +37,7 @@ def command(workdir, *rest):
     return [*rest, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]
 
 
-def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, capsys):
+def test_new_documents_are_added_once_and_earlier_rows_are_unchanged(tiny_copy, more, capsys):
     before = open_datastore(tiny_copy / "datastore")
     arrays = {name: np.asarray(before.array(name)) for name in ARRAYS}
     assert main(command(tiny_copy, "build", f"--append={more}")) == 0
@@ -62,7 +62,7 @@ def test_new_documents_are_added_once_and_the_rows_before_stay(tiny_copy, more, 
     assert verify(Run(tiny_copy)) == []
 
 
-def test_what_was_indexed_is_not_indexed_again(tiny_copy, more, monkeypatch):
+def test_index_shards_of_old_rows_are_not_rebuilt_after_an_append(tiny_copy, more, monkeypatch):
     monkeypatch.setattr("beam_pipelines.build_index.group_shards", lambda rows, most: [(shard, 1) for shard in range(len(rows))])
     (tiny_copy / "stages/index.json").unlink()
     assert main(command(tiny_copy, "index")) == 0
@@ -74,8 +74,8 @@ def test_what_was_indexed_is_not_indexed_again(tiny_copy, more, monkeypatch):
     assert folders < after
 
 
-@pytest.mark.parametrize("moment", ["write_manifest", "encode_units", "describe"])
-def test_a_killed_append_goes_on(tiny_copy, more, monkeypatch, moment):
+@pytest.mark.parametrize("moment", ["write_manifest", "encode_units", "datastore_summary"])
+def test_a_killed_append_resumes(tiny_copy, more, monkeypatch, moment):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -92,12 +92,12 @@ def test_a_killed_append_goes_on(tiny_copy, more, monkeypatch, moment):
     assert verify(Run(tiny_copy)) == []
 
 
-def test_appending_to_nothing_is_refused(tmp_path, more):
+def test_append_without_a_datastore_is_refused(tmp_path, more):
     with pytest.raises(UserError, match="the stage build has not finished"):
         append(Run(tmp_path), str(more))
 
 
-def test_what_was_deleted_stays_so_though_a_worker_given_up_long_ago_writes_its_shard_once_more(tiny_copy, more):
+def test_a_deleted_document_stays_deleted_if_an_abandoned_worker_publishes_its_shard_again(tiny_copy, more):
     datastore = open_datastore(tiny_copy / "datastore")
     record = datastore.shards[1]
     delete(Run(tiny_copy), document=datastore.documents(1)[0]["id"])
@@ -115,7 +115,7 @@ def test_what_was_deleted_stays_so_though_a_worker_given_up_long_ago_writes_its_
 
 
 @pytest.mark.parametrize("moment", [(module, "encode_units"), (datastore_module, "write_manifest")])
-def test_documents_of_an_append_that_was_killed_can_be_deleted(tiny_copy, more, monkeypatch, moment):
+def test_documents_of_a_killed_append_can_be_deleted(tiny_copy, more, monkeypatch, moment):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -124,14 +124,14 @@ def test_documents_of_an_append_that_was_killed_can_be_deleted(tiny_copy, more, 
         with pytest.raises(KeyboardInterrupt):
             append(Run(tiny_copy), str(more))
     delete(Run(tiny_copy), source=f"{more}")
-    append(Run(tiny_copy), str(tiny_copy.parent / "corpus.jsonl"))  # which goes on with the other, and has nothing new
+    append(Run(tiny_copy), str(tiny_copy.parent / "corpus.jsonl"))  # resumes the killed append, and adds nothing itself
     assert open_datastore(tiny_copy / "datastore").live_rows == read_json(tiny_copy / "stages/build.json")["result"]["rows"]
     assert not [d for path in shard_paths(Run(tiny_copy), "added") for d in read_shard(path)]
     datastore = open_datastore(tiny_copy / "datastore")
     assert not [d for shard in range(3, len(datastore.shards)) for d in datastore.documents(shard)]
 
 
-def test_parts_of_a_work_that_is_held_out_are_not_added(tiny_copy, tmp_path):
+def test_documents_of_a_held_out_group_are_not_added(tiny_copy, tmp_path):
     record = read_json(tiny_copy / "stages/documents.json")
     record["settings"]["group"] = "work"
     write_json(tiny_copy / "stages/documents.json", record)
@@ -149,7 +149,7 @@ def test_parts_of_a_work_that_is_held_out_are_not_added(tiny_copy, tmp_path):
         append(Run(tiny_copy), str(path))
 
 
-def test_what_is_added_to_sampled_text_is_named_by_its_address(tiny_copy, more):
+def test_documents_added_to_sampled_text_are_named_by_their_addresses(tiny_copy, more):
     record = read_json(tiny_copy / "stages/documents.json")
     record["settings"]["held_out"] = "c4-validation.json"
     write_json(tiny_copy / "stages/documents.json", record)

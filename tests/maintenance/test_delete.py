@@ -3,15 +3,16 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.maintenance import delete as module
-from resmem_lm.maintenance.compact import compact
-from resmem_lm.maintenance.delete import delete
-from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines.build_index import build_index
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.maintenance import compact as compact_module
+from resmem_lm.maintenance import delete as delete_module
+from resmem_lm.maintenance.compact import compact
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import datastore_summary, open_datastore
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.open_index import index_manifest, open_index
@@ -26,7 +27,7 @@ def ids_of(workdir, shard=1):
 
 
 def rows_of(datastore, name):
-    """Global rows of a document."""
+    """Return the rows of a document."""
     found = []
     for shard, offset in zip(range(len(datastore.shards)), datastore.offsets, strict=False):
         for d in datastore.documents(shard):
@@ -43,7 +44,7 @@ def evaluate_again(workdir):
 
 @pytest.fixture
 def with_faiss(tiny_copy, monkeypatch):
-    """A finished run whose index has files, few as its rows are."""
+    """A finished run with a faiss index, although it has few rows."""
     monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
     shutil.rmtree(tiny_copy / "index")
     (tiny_copy / "stages/index.json").unlink()
@@ -52,7 +53,7 @@ def with_faiss(tiny_copy, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["faiss", "exact"])
-def test_rows_of_a_deleted_document_are_never_returned_even_for_its_own_keys(with_faiss, kind):
+def test_a_deleted_document_is_never_a_neighbor_even_of_its_own_keys(with_faiss, kind):
     tiny_copy = with_faiss
     before = open_datastore(tiny_copy / "datastore")
     name = ids_of(tiny_copy)[0]
@@ -75,7 +76,7 @@ def test_rows_of_a_deleted_document_are_never_returned_even_for_its_own_keys(wit
     assert datastore.live_rows == before.rows - len(gone)
 
 
-def test_more_can_be_deleted_than_faiss_proposes_and_k_neighbors_are_still_found(with_faiss):
+def test_k_neighbors_are_found_if_more_rows_are_deleted_than_faiss_proposes(with_faiss):
     tiny_copy = with_faiss
     for name in ids_of(tiny_copy, 0) + ids_of(tiny_copy, 1) + ids_of(tiny_copy, 2)[3:]:
         delete(Run(tiny_copy), document=name)
@@ -87,7 +88,7 @@ def test_more_can_be_deleted_than_faiss_proposes_and_k_neighbors_are_still_found
     assert not datastore.is_deleted(found).any()
 
 
-def test_nothing_that_shows_a_deleted_document_stays(tiny_copy):
+def test_outputs_that_may_show_a_deleted_document_are_removed(tiny_copy):
     name = ids_of(tiny_copy)[0]
     delete(Run(tiny_copy), document=name)
     assert not any((tiny_copy / place).exists() for place in ("neighbors", "results.json", "report.html", "stages/search.json"))
@@ -101,7 +102,7 @@ def test_nothing_that_shows_a_deleted_document_stays(tiny_copy):
     assert verify(Run(tiny_copy)) == []
 
 
-def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_were(tiny_copy):
+def test_compact_removes_deleted_rows_from_the_files_and_keeps_the_others(tiny_copy):
     before = open_datastore(tiny_copy / "datastore")
     name = ids_of(tiny_copy)[1]
     kept = np.setdiff1d(np.arange(before.rows), rows_of(before, name))
@@ -121,11 +122,11 @@ def test_compact_takes_them_out_of_the_files_and_leaves_the_other_rows_as_they_w
     evaluate_again(tiny_copy)
     assert read_json(tiny_copy / "results.json")["splits"] == wanted["splits"]
     assert verify(Run(tiny_copy)) == []
-    assert compact(Run(tiny_copy))["shards"] == 0  # nothing more to do
+    assert compact(Run(tiny_copy))["shards"] == 0  # nothing left to do
     assert (tiny_copy / "results.json").exists()
 
 
-def test_a_shard_all_of_whose_documents_are_deleted_compacts_to_nothing(tiny_copy):
+def test_a_shard_with_only_deleted_documents_is_compacted_to_no_rows(tiny_copy):
     for name in ids_of(tiny_copy, 0):
         delete(Run(tiny_copy), document=name)
     compact(Run(tiny_copy))
@@ -136,7 +137,7 @@ def test_a_shard_all_of_whose_documents_are_deleted_compacts_to_nothing(tiny_cop
     assert verify(Run(tiny_copy)) == []
 
 
-def test_a_source_is_a_file_or_a_folder_and_not_what_only_begins_alike(tiny_copy):
+def test_a_source_is_a_file_or_a_folder_and_not_any_prefix(tiny_copy):
     name = ids_of(tiny_copy)[0]
     source = name.partition("#")[0]
     for other in (source[:-1], source + "x", source.rpartition(".")[0]):
@@ -147,8 +148,8 @@ def test_a_source_is_a_file_or_a_folder_and_not_what_only_begins_alike(tiny_copy
     assert open_datastore(tiny_copy / "datastore").live_rows == 0
 
 
-@pytest.mark.parametrize("moment", ["write_json", "_remove_text", "datastore_summary"])
-def test_killed_at_any_moment_and_run_again_it_is_deleted(tiny_copy, monkeypatch, moment):
+@pytest.mark.parametrize("moment", ["write_json", "remove_text", "datastore_summary"])
+def test_a_delete_that_is_killed_completes_when_it_is_run_again(tiny_copy, monkeypatch, moment):
     name = ids_of(tiny_copy)[0]
     calls = []
 
@@ -158,9 +159,9 @@ def test_killed_at_any_moment_and_run_again_it_is_deleted(tiny_copy, monkeypatch
             raise KeyboardInterrupt
         return real(*args)
 
-    real = getattr(module, moment)
+    real = getattr(delete_module, moment)
     with monkeypatch.context() as patch:
-        patch.setattr(module, moment, killed)
+        patch.setattr(delete_module, moment, killed)
         with pytest.raises(KeyboardInterrupt):
             delete(Run(tiny_copy), document=name)
     assert not (tiny_copy / "neighbors").exists()
@@ -170,10 +171,10 @@ def test_killed_at_any_moment_and_run_again_it_is_deleted(tiny_copy, monkeypatch
     assert verify(Run(tiny_copy)) == []
 
 
-def test_text_that_a_killed_forget_has_left_is_told_and_goes_with_compact(tiny_copy, monkeypatch):
+def test_text_left_by_a_killed_delete_is_reported_and_removed_by_compact(tiny_copy, monkeypatch):
     name = ids_of(tiny_copy)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_remove_text", lambda *_: 1 / 0)
+        patch.setattr(delete_module, "remove_text", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             delete(Run(tiny_copy), document=name)
     Run(tiny_copy).update_result("build", datastore_summary(Run(tiny_copy)))
@@ -185,7 +186,7 @@ def test_text_that_a_killed_forget_has_left_is_told_and_goes_with_compact(tiny_c
     assert verify(Run(tiny_copy)) == []
 
 
-def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
+def test_a_killed_compact_resumes(tiny_copy, monkeypatch):
     names = [ids_of(tiny_copy, shard)[0] for shard in range(3)]
     for name in names:
         delete(Run(tiny_copy), document=name)
@@ -198,9 +199,9 @@ def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    real = module._without_deleted
+    real = compact_module._without_deleted
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_without_deleted", killed)
+        patch.setattr(compact_module, "_without_deleted", killed)
         with pytest.raises(KeyboardInterrupt):
             compact(Run(tiny_copy))
     assert open_datastore(tiny_copy / "datastore").live_rows == live
@@ -210,11 +211,11 @@ def test_a_killed_compact_goes_on(tiny_copy, monkeypatch):
     assert verify(Run(tiny_copy)) == []
 
 
-def test_a_compact_that_was_killed_before_another_document_is_deleted_goes_on(tiny_copy, monkeypatch):
+def test_a_killed_compact_resumes_after_another_delete(tiny_copy, monkeypatch):
     first, second = ids_of(tiny_copy, 0)[0], ids_of(tiny_copy, 1)[0]
     delete(Run(tiny_copy), document=first)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_remove_what_shows_rows", lambda *_: 1 / 0)
+        patch.setattr(compact_module, "remove_derived", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compact(Run(tiny_copy))
     delete(Run(tiny_copy), document=second)
@@ -225,14 +226,14 @@ def test_a_compact_that_was_killed_before_another_document_is_deleted_goes_on(ti
     assert verify(Run(tiny_copy)) == []
 
 
-def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, monkeypatch):
+def test_a_delete_that_is_killed_while_it_removes_text_without_rows_completes_when_it_is_run_again(tiny_copy, monkeypatch):
     path = shard_paths(Run(tiny_copy), "train")[2]
     document = read_shard(path)[0].id
     datastore = open_datastore(tiny_copy / "datastore")
     few = {"shards": datastore.shards[:1], "rows": datastore.shards[0]["rows"]}
     write_json(tiny_copy / "datastore/manifest.json", datastore.manifest | few)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_bytes", lambda *_: 1 / 0)
+        patch.setattr(delete_module, "write_bytes", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             delete(Run(tiny_copy), document=document)
     assert delete(Run(tiny_copy), document=document) == {"documents": 0, "rows": 0}
@@ -241,7 +242,7 @@ def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, m
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["delete", "--document=nobody"], "datastore has no document 'nobody'"),
         (["delete", "--source=nowhere"], "datastore has no source 'nowhere'"),
@@ -250,15 +251,15 @@ def test_killed_while_text_outside_the_memory_is_removed_it_goes_on(tiny_copy, m
         (["delete", "--document=a", "--source=b"], "give either --document=ID or --source=..."),
     ],
 )
-def test_what_cannot_be_deleted_is_one_line_and_nothing_is_lost(tiny_copy, capsys, command, said):
+def test_a_delete_without_a_match_is_an_error_of_one_line_and_removes_nothing(tiny_copy, capsys, command, message):
     assert main([*command, f"--workdir={tiny_copy}"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("resmem: ")
-    assert said in error
+    assert message in error
     assert (tiny_copy / "results.json").exists()
 
 
-def test_text_goes_from_shards_that_the_datastore_does_not_remember_too(tiny_copy, tmp_path):
+def test_text_is_also_removed_from_train_shards_without_rows(tiny_copy, tmp_path):
     document = read_shard(shard_paths(Run(tiny_copy), "train")[2])[0].id
     for place in ("datastore", "index", "neighbors"):
         shutil.rmtree(tiny_copy / place)
@@ -271,13 +272,13 @@ def test_text_goes_from_shards_that_the_datastore_does_not_remember_too(tiny_cop
     assert document not in [d.id for path in shard_paths(Run(tiny_copy), "train") for d in read_shard(path)]
 
 
-def test_without_a_datastore_it_is_told(tmp_path, capsys):
+def test_delete_and_compact_without_a_work_directory_are_errors(tmp_path, capsys):
     for command in (["delete", "--document=a"], ["compact"]):
         assert main([*command, f"--workdir={tmp_path}"]) == 2
         assert "is no work directory: it has no stages/" in capsys.readouterr().err
 
 
-def test_documents_of_the_splits_that_are_not_in_the_datastore_are_unknown(tiny_copy):
+def test_documents_of_validation_and_test_cannot_be_deleted(tiny_copy):
     held_out = json.loads(shard_paths(Run(tiny_copy), "test")[0].read_text().splitlines()[0])["id"]
     with pytest.raises(UserError, match="validation and test are not in it"):
         delete(Run(tiny_copy), document=held_out)

@@ -1,5 +1,7 @@
+import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,10 +35,11 @@ def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
         assert datastore.locate(row) == (shard, documents[2].id, 3)
 
 
-def test_rows_hold_the_models_residuals_at_the_windows_of_the_paper(tiny_run):
-    """One document, each window encoded alone and in full, against what the pipeline stored."""
+def test_rows_have_the_residuals_of_the_model_at_the_windows_of_the_paper(tiny_run):
+    """Each window of one document is encoded alone and in full, and compared with the stored rows."""
     datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(Run(tiny_run))
     model, spec = load_model(tiny_run / "checkpoints"), datastore.binding.window
+    hidden_of, logits_of = (jax.jit(functools.partial(Decoder(model.config).apply, method=name)) for name in ("hidden", "logits"))
     number, document = max(enumerate(read_shard(shard_paths(Run(tiny_run), "train")[1])), key=lambda d: len(d[1].text))
     tokens = vocabulary.encode(document.text)
     first = int(datastore.offsets[1]) + datastore.documents(1)[number]["first_row"]
@@ -44,9 +47,8 @@ def test_rows_hold_the_models_residuals_at_the_windows_of_the_paper(tiny_run):
     for begin in range(0, len(tokens) - spec.context, spec.stride):
         window = tokens[None, begin : begin + spec.length]
         ones = np.ones_like(window)
-        apply = lambda *a, **k: Decoder(model.config).apply({"params": model.parameters}, *a, **k)  # noqa: E731
-        keys, hidden = apply(jnp.asarray(shift_right(window, ones)), jnp.asarray(ones), method="hidden")
-        logits = np.asarray(apply(hidden, method="logits"))[0].astype(np.float64)
+        keys, hidden = hidden_of({"params": model.parameters}, jnp.asarray(shift_right(window, ones)), jnp.asarray(ones))
+        logits = np.asarray(logits_of({"params": model.parameters}, hidden))[0].astype(np.float64)
         emit = slice(0 if begin == 0 else spec.context, window.shape[1])
         rows = np.arange(first + begin + emit.start, first + begin + emit.stop)
         p = np.exp(logits[emit]) / np.exp(logits[emit]).sum(-1, keepdims=True)
@@ -72,7 +74,7 @@ def test_take_reads_across_shards(tiny_run):
         np.testing.assert_array_equal(datastore.take(name, rows), np.concatenate(datastore.shard_arrays(name))[rows])
 
 
-def test_the_manifest_says_what_made_it_and_what_it_holds(tiny_run):
+def test_the_manifest_has_the_binding_and_the_shards(tiny_run):
     manifest = read_json(tiny_run / "datastore/manifest.json")
     assert manifest["window"] == {"length": 32, "context": 8}
     assert manifest["model"] == load_model(tiny_run / "checkpoints").fingerprint
@@ -88,16 +90,16 @@ def test_another_model_or_vocabulary_is_refused(tiny_run):
 
 
 @pytest.mark.parametrize("name", ["quantized_keys.npy", "documents.jsonl", "tokens.npy"])
-def test_a_changed_cut_or_missing_file_is_named(tiny_copy, name):
+def test_an_altered_truncated_or_missing_file_is_named(tiny_copy, name):
     path = shard_folder(tiny_copy, 2) / name
     content = path.read_bytes()
-    for damaged, says in (
+    for damaged, message in (
         (content[:-1] + bytes([content[-1] ^ 1]), "was altered"),
         (content[:-1], r"has \d+ bytes, its manifest has"),
         (None, "is missing"),
     ):
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{name} {says}"):
+        with pytest.raises(UserError, match=f"{name} {message}"):
             open_datastore(tiny_copy / "datastore", checksums=True)
 
 
@@ -119,7 +121,7 @@ def test_a_manifest_that_was_altered_by_hand_is_refused(tiny_copy):
 
 
 BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json()
-# Of each shard the lengths of its documents, and whether they are deleted.
+# For each shard, the length of each document and whether it is deleted.
 SHARDS = st.lists(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=5), min_size=1, max_size=4)
 
 
@@ -146,6 +148,6 @@ def test_deleted_rows_are_those_of_deleted_documents(shards, data):
     np.testing.assert_array_equal(datastore.is_deleted(backwards), mask[::-1, None])
 
 
-def test_token_ids_fit_their_type():
+def test_token_ids_fit_their_dtype():
     assert token_dtype(2**16) == np.uint16
     assert token_dtype(2**16 + 1) == np.uint32

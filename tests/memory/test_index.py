@@ -29,19 +29,21 @@ BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json(
 
 
 def write_keys(folder, keys, deleted=()):
-    """Just the keys of a datastore, in two shards; `deleted` are ranges of rows of the first."""
+    """Write a datastore with keys only, in two shards; `deleted` are ranges of rows of the first."""
     shards = []
     for number, part in enumerate(np.split(keys, [len(keys) // 3])):
         with publish(folder, shard_name(number, 2), BINDING) as attempt:
-            for name, array in zip(("quantized_keys", "key_scales"), quantize_keys(jnp.asarray(part)), strict=True):
-                np.save(attempt.folder / f"{name}.npy", array)
+            # Padded, because JAX compiles for each shape.
+            padded = np.pad(part, ((0, (1 << len(part).bit_length()) - len(part)), (0, 0)))
+            for name, array in zip(("quantized_keys", "key_scales"), quantize_keys(jnp.asarray(padded)), strict=True):
+                np.save(attempt.folder / f"{name}.npy", np.asarray(array)[: len(part)])
             attempt.facts |= {"rows": len(part), "deleted": [] if number else list(deleted)}
         shards.append(read_json(folder / f"{shard_name(number, 2)}.json"))
     return Datastore(folder, BINDING | {"shards": shards})
 
 
 def clustered(rows, dimensions, *, one_norm=True):
-    """Keys in clusters, as a language model's are."""
+    """Return keys in clusters, like those of a language model."""
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(200, dimensions))[rng.integers(0, 200, rows)] + 0.5 * rng.normal(size=(rows, dimensions))
     if one_norm:
@@ -55,7 +57,7 @@ def brute_force(keys, queries, k):
     return rows, np.take_along_axis(distances, rows, 1)
 
 
-def test_exact_search_is_brute_force_over_all_shards(tmp_path, monkeypatch):
+def test_exact_search_equals_brute_force_over_all_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("resmem_lm.memory.exact_index.EXACT_BLOCK", 100)
     monkeypatch.setattr("resmem_lm.memory.exact_index.QUERY_BLOCK", 8)
     keys, queries = clustered(700, 16, one_norm=False), clustered(20, 16)
@@ -83,13 +85,13 @@ def build_and_open(kind, datastore, folder, *, candidates=300, training_rows=10_
 
 @pytest.fixture
 def few_are_indexed(monkeypatch):
-    """faiss has an index of a few rows too, in place of none."""
+    """faiss builds an index of a few rows too."""
     monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "one_norm"), [(3_000, True), (30_000, True), (30_000, False)])
-def test_nearly_all_is_found_that_exact_search_finds_at_true_distances(tmp_path, few_are_indexed, kind, rows, one_norm):
+def test_approximate_search_finds_nearly_all_exact_neighbors_at_true_distances(tmp_path, few_are_indexed, kind, rows, one_norm):
     keys = clustered(rows + 100, 64, one_norm=one_norm)
     datastore, queries = write_keys(tmp_path / "datastore", keys[100:]), keys[:100]
     found, distances = build_and_open(kind, datastore, tmp_path / "index").search(queries, 10)
@@ -101,22 +103,22 @@ def test_nearly_all_is_found_that_exact_search_finds_at_true_distances(tmp_path,
 
 
 @pytest.mark.parametrize(("one_norm", "measure"), [(True, "dot_product"), (False, "squared_l2")])
-def test_scann_takes_inner_products_where_all_norms_are_one(tmp_path, one_norm, measure):
+def test_scann_uses_inner_products_if_all_norms_are_equal(tmp_path, one_norm, measure):
     assert build("scann", write_keys(tmp_path / "datastore", clustered(300, 16, one_norm=one_norm)), tmp_path)["measure"] == measure
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_builds_of_an_index_find_the_same(tmp_path, kind):
-    """Clusters of very different sizes, some of one point only, as a language model's keys are: random centers would end elsewhere."""
+def test_two_builds_of_an_index_find_the_same_neighbors(tmp_path, kind):
+    """The clusters have very different sizes, some a single point, as for a language model: random centers would converge differently."""
     rng = np.random.default_rng(0)
     keys = clustered(30_000, 32)[(30_000 * rng.power(0.3, 30_000)).astype(int)]
     datastore = write_keys(tmp_path / "datastore", keys)
     found = [build_and_open(kind, datastore, tmp_path / name, candidates=20).search(keys[:300], 20) for name in ("first", "second")]
     np.testing.assert_array_equal(found[0][0], found[1][0])
-    assert recall(found[0][0], ExactIndex(datastore).search(keys[:300], 20)[0]) < 1  # so that it could differ
+    assert recall(found[0][0], ExactIndex(datastore).search(keys[:300], 20)[0]) < 1  # so the builds could differ
 
 
-def test_two_builds_of_faiss_are_equal_to_the_last_byte(tmp_path):
+def test_two_builds_of_faiss_are_equal_in_every_byte(tmp_path):
     datastore = write_keys(tmp_path / "datastore", clustered(25_000, 16))
     files = []
     for name in ("first", "second"):
@@ -125,8 +127,8 @@ def test_two_builds_of_faiss_are_equal_to_the_last_byte(tmp_path):
     assert files[0] == files[1]
 
 
-def test_faiss_finds_neighbors_where_few_dimensions_have_most_of_the_variance(tmp_path):
-    """As principal components do."""
+def test_faiss_finds_neighbors_if_few_dimensions_have_most_of_the_variance(tmp_path):
+    """This is the case for principal components."""
     keys = clustered(40_000, 32) * (0.7 ** np.arange(32, dtype=np.float32))
     datastore = write_keys(tmp_path / "datastore", keys)
     queries = keys[::200] + 0.01
@@ -134,7 +136,7 @@ def test_faiss_finds_neighbors_where_few_dimensions_have_most_of_the_variance(tm
     assert recall(found, ExactIndex(datastore).search(queries, 20)[0]) > 0.97
 
 
-def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
+def test_leaves_with_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("resmem_lm.memory.scann_index.tree", lambda *_: Tree(leaves=1000, probed=1, sample=10_000, rounds=12))
     keys = clustered(30_000, 32)
     datastore = write_keys(tmp_path / "datastore", keys)
@@ -145,7 +147,7 @@ def test_leaves_that_hold_too_few_rows_give_no_row_twice(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.7], ids=["as much variance everywhere", "most in few dimensions"])
-def test_the_lists_that_faiss_looks_through_hold_the_neighbors_and_are_few(tmp_path, spread):
+def test_the_probed_lists_of_faiss_are_few_and_have_the_neighbors(tmp_path, spread):
     keys = clustered(40_000, 32) * spread ** np.arange(32, dtype=np.float32)
     datastore = write_keys(tmp_path / "datastore", keys)
     facts, queries = build("faiss", datastore, tmp_path), keys[::200] + 0.01
@@ -160,14 +162,14 @@ def test_the_lists_that_faiss_looks_through_hold_the_neighbors_and_are_few(tmp_p
     assert recall(found[facts["probe_radius"]], truth) > recall(found[np.inf], truth) - 0.02
 
 
-def test_faiss_takes_keys_that_are_all_equal(tmp_path, few_are_indexed):
+def test_faiss_accepts_keys_that_are_all_equal(tmp_path, few_are_indexed):
     datastore = write_keys(tmp_path / "datastore", np.zeros((200, 8), np.float32))
     rows, distances = build_and_open("faiss", datastore, tmp_path / "index").search(clustered(20, 8), 5)
     assert (rows >= 0).all()
     np.testing.assert_allclose(distances, np.linalg.norm(clustered(20, 8), axis=1, keepdims=True).repeat(5, axis=1), rtol=1e-5)
 
 
-def test_where_lists_hold_too_few_rows_faiss_looks_through_more(tmp_path, few_are_indexed, monkeypatch):
+def test_faiss_probes_more_lists_if_they_have_too_few_rows(tmp_path, few_are_indexed, monkeypatch):
     monkeypatch.setattr("resmem_lm.memory.faiss_index.tree", lambda *_: Tree(leaves=100, probed=1, sample=3000, rounds=10))
     keys = clustered(3000, 16)
     rows, distances = build_and_open("faiss", write_keys(tmp_path / "datastore", keys), tmp_path / "index").search(keys[:100], 200)
@@ -177,7 +179,7 @@ def test_where_lists_hold_too_few_rows_faiss_looks_through_more(tmp_path, few_ar
 
 
 @pytest.mark.parametrize("kind", ["exact", *KINDS])
-def test_deleted_rows_are_passed_over_and_the_next_nearest_are_found(tmp_path, few_are_indexed, kind):
+def test_the_nearest_live_rows_are_found_and_deleted_rows_are_not(tmp_path, few_are_indexed, kind):
     keys = clustered(3000, 48)
     deleted, queries, k = np.r_[0:400, 500:900], keys[:50], 10
     datastore = write_keys(tmp_path / "datastore", keys, [[0, 400], [500, 400]])
@@ -186,14 +188,14 @@ def test_deleted_rows_are_passed_over_and_the_next_nearest_are_found(tmp_path, f
     assert not np.isin(rows, deleted).any()
     live = np.setdiff1d(np.arange(3000), deleted)
     expected, expected_distances = brute_force(datastore.keys(live), queries, k)
-    # ScaNN compares so few rows all, faiss their codes.
+    # ScaNN compares all of these few keys exactly, faiss compares codes.
     same = rows == live[expected]
     assert same.mean() > 0.97 if kind == "faiss" else same.all()
     np.testing.assert_allclose(distances[same], expected_distances[same], rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["exact", *KINDS])
-def test_where_too_few_rows_are_remembered_there_are_fewer_neighbors(tmp_path, few_are_indexed, kind):
+def test_fewer_than_k_live_rows_give_fewer_neighbors(tmp_path, few_are_indexed, kind):
     keys = clustered(60, 16)
     datastore = write_keys(tmp_path / "datastore", keys, [[0, 20]])
     rows, distances = build_and_open(kind, datastore, tmp_path / "index", candidates=20).search(keys[:5], 50)
@@ -210,7 +212,7 @@ def test_where_too_few_rows_are_remembered_there_are_fewer_neighbors(tmp_path, f
     training_rows=st.sampled_from([1, 10**6]),
     deleted=st.integers(0, 5),
 )
-def test_faiss_takes_any_rows_and_dimensions_and_finds_each_row_once(rows, dimensions, k, training_rows, deleted):
+def test_faiss_finds_each_row_once_for_any_number_of_rows_and_dimensions(rows, dimensions, k, training_rows, deleted):
     keys = np.random.default_rng(rows).normal(size=(rows, dimensions)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
@@ -225,7 +227,7 @@ def test_faiss_takes_any_rows_and_dimensions_and_finds_each_row_once(rows, dimen
     assert not np.isin(found, np.arange(deleted)).any()
 
 
-def test_few_rows_have_no_files_of_faiss_and_are_all_compared(tmp_path):
+def test_faiss_writes_no_file_for_few_rows(tmp_path):
     datastore = write_keys(tmp_path / "datastore", clustered(300, 16))
     assert build("faiss", datastore, tmp_path / "index") == {}
     assert list((tmp_path / "index").iterdir()) == []
@@ -233,7 +235,7 @@ def test_few_rows_have_no_files_of_faiss_and_are_all_compared(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dimensions", [32, 75])
-def test_bytes_are_those_of_the_files(tmp_path, kind, dimensions):
+def test_index_bytes_is_the_size_of_the_files(tmp_path, kind, dimensions):
     rows = SMALL + 5_001
     build(kind, write_keys(tmp_path / "datastore", clustered(rows, dimensions)), tmp_path / "index")
     found = sum(path.stat().st_size for path in (tmp_path / "index").iterdir())
@@ -250,7 +252,7 @@ def test_a_moved_index_still_opens(tiny_copy):
 
 
 @pytest.mark.parametrize("kind", ["exact", *KINDS])
-def test_what_is_found_does_not_depend_on_the_number_of_cores(tmp_path, few_are_indexed, monkeypatch, kind):
+def test_the_neighbors_do_not_depend_on_the_number_of_cores(tmp_path, few_are_indexed, monkeypatch, kind):
     keys = clustered(3000, 16)
     index = build_and_open(kind, write_keys(tmp_path / "datastore", keys), tmp_path / "index")
     found = []
@@ -270,7 +272,7 @@ def test_trees_grow_with_the_rows(kind):
     assert library(kind).tree(10**8, 512, 100_000).leaves > library(kind).tree(10**6, 512, 100_000).leaves
 
 
-def test_codes_keep_scanns_fast_path():
+def test_scann_has_few_enough_codes_for_its_fast_path():
     assert all(-(-dimensions // block(dimensions)) <= 256 for dimensions in (32, 128, 512, 768, 1024))
 
 
@@ -299,7 +301,7 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(tmp_path, few_ar
         index_manifest(Run(tmp_path), datastore)
 
 
-def test_where_scann_is_not_installed_it_is_told_what_to_install(tmp_path, monkeypatch):
+def test_scann_that_is_not_installed_is_an_error_with_the_command_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scann.scann_ops.py", None)
     with pytest.raises(UserError, match=r"pip install 'resmem_lm\[scann\]', or set build_index.kind = 'faiss'"):
         build("scann", write_keys(tmp_path / "datastore", clustered(100, 16)), tmp_path / "index")
@@ -320,14 +322,14 @@ def test_groups_are_consecutive_as_large_as_fits_and_stay_when_shards_are_added(
     assert longer[len(groups) - 1][0] == groups[-1][0]
 
 
-# As indexes give them: each row once, few distances, and none where there are fewer.
+# As from an index: each row once, many ties, and rows of -1 at infinite distances.
 FOUND = st.permutations(range(12)).flatmap(
     lambda rows: st.lists(st.sampled_from([0.5, 1.0, 2.0, np.inf]), min_size=12, max_size=12).map(lambda d: list(zip(rows, d, strict=True)))
 )
 
 
 @given(FOUND, st.sampled_from([1, 3, 4]), st.integers(1, 12))
-def test_merging_gives_what_sorting_everything_gives(found, parts, k):
+def test_merging_equals_sorting_everything(found, parts, k):
     pairs = np.array([(distance, -1 if np.isinf(distance) else row) for row, distance in found])
     split = [(part[None, :, 1].astype(np.int64), part[None, :, 0].astype(np.float32)) for part in np.split(pairs, parts)]
     rows, distances = merge_nearest(split, k)
@@ -340,12 +342,12 @@ def test_an_index_of_the_most_rows_fits_and_one_more_does_not(kind, memory, more
     rows = largest_index(kind, memory, emb, 100_000)
     assert largest_index(kind, memory + more, emb, 100_000) >= rows
     assert rows == 0 or index_memory(kind, rows, emb, 100_000) <= memory
-    # ScaNN's tree takes less for each row than the keys do that are kept where rows are few.
+    # With a tree, ScaNN stores less for each row than the keys, which it stores if there are few rows.
     fewer_bytes = kind == "scann" and index_bytes(kind, rows + 1, emb) < index_bytes(kind, rows, emb)
     assert index_memory(kind, rows + 1, emb, 100_000) > memory or fewer_bytes
 
 
-def test_a_query_in_a_large_deleted_cluster_does_not_widen_scanns_search_for_others(tmp_path, monkeypatch):
+def test_a_query_in_a_large_deleted_cluster_does_not_widen_the_search_of_scann_for_others(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     keys = clustered(7_500, 16)
     keys[:2500] = keys[0] + 1e-3 * rng.normal(size=(2500, 16))

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
 from beam_pipelines.search_neighbors import search
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.evaluate import evaluate
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.projection import load_projection, principal_components, save_projection
 from resmem_lm.report.inspect import inspect
@@ -16,11 +16,11 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, remove, sha256
 from tests.tiny import shard_folder
 
-MADE_FROM_ROWS = ("datastore", "index", "neighbors", "results.json")
+DERIVED_FROM_ROWS = ("datastore", "index", "neighbors", "results.json")
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_components_are_orthonormal_and_keep_what_varies(seed):
+def test_components_are_orthonormal_and_keep_the_variance(seed):
     rng = np.random.default_rng(seed)
     plane = rng.normal(size=(2, 6))
     keys = (rng.normal(size=(300, 2)) @ plane + 0.001 * rng.normal(size=(300, 6)) + 5).astype(np.float32)
@@ -31,13 +31,13 @@ def test_components_are_orthonormal_and_keep_what_varies(seed):
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_no_direction_has_most_of_what_varies(seed):
+def test_no_direction_has_most_of_the_variance(seed):
     keys = np.random.default_rng(seed).normal(size=(400, 48)) * 0.8 ** np.arange(48)
     deviations = (keys @ principal_components(keys.astype(np.float32), 16)).std(axis=0)
     assert deviations.max() < 3 * deviations.mean()
 
 
-def test_it_comes_back_and_an_altered_one_is_refused(tmp_path):
+def test_a_saved_projection_is_loaded_and_an_altered_one_is_refused(tmp_path):
     projection, path = np.arange(6, dtype=np.float32).reshape(3, 2), tmp_path / "projection.npy"
     save_projection(path, projection)
     checksum = sha256(path)
@@ -54,7 +54,7 @@ def settings(workdir, name):
 def test_a_run_on_projected_keys(tiny_copy):
     tried = {name: settings(tiny_copy, name) for name in ("build", "index", "search", "evaluate")}
     before = read_json(tiny_copy / "results.json")
-    for name in MADE_FROM_ROWS:
+    for name in DERIVED_FROM_ROWS:
         remove(tiny_copy / name)
     for name in tried:
         remove(tiny_copy / "stages" / f"{name}.json")
@@ -72,7 +72,7 @@ def test_a_run_on_projected_keys(tiny_copy):
 
     projection = next((tiny_copy / "datastore").glob("projection-*.npy"))
     stamp, made = projection.stat().st_mtime_ns, sha256(shard_folder(tiny_copy, 0) / "quantized_keys.npy")
-    remove(shard_folder(tiny_copy, 0))  # the shard is made again with the same projection
+    remove(shard_folder(tiny_copy, 0))  # the shard is rebuilt with the same projection
     remove(tiny_copy / "stages" / "build.json")
     build_datastore(tiny_copy, **tried["build"] | {"key_dimensions": 24})
     assert projection.stat().st_mtime_ns == stamp
@@ -81,7 +81,7 @@ def test_a_run_on_projected_keys(tiny_copy):
     assert any("was altered: delete" in problem for problem in verify(Run(tiny_copy)))
 
 
-def test_dimensions_that_the_model_has_not_are_told(tiny_copy):
+def test_more_dimensions_than_the_model_has_are_refused(tiny_copy):
     tried = settings(tiny_copy, "build")
     for name in ("datastore", "stages/build.json"):
         remove(tiny_copy / name)

@@ -6,7 +6,7 @@ from resmem_lm.memory.sharded import ShardedArray
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.sampled_from([(), (3,), (2, 2)]), st.data())
-def test_shards_are_as_one_array(lengths, width, data):
+def test_shards_behave_as_one_array(lengths, width, data):
     whole = np.arange(sum(lengths) * int(np.prod(width))).reshape(-1, *width)
     parts = np.split(whole, np.cumsum(lengths)[:-1])
     sharded = ShardedArray(parts)
