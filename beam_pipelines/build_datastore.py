@@ -1,64 +1,65 @@
-"""Documents -> datastore, as a Beam pipeline.
+"""Build the datastore from documents, as a Beam pipeline.
 
-One unit of work is a shard of documents: it is read, cut into windows, encoded and published by one worker; the manifest is written when
-all are there. A shard is published when it is finished and not in a later step, because runners finish a whole step before the next: a
-build that is killed would lose all of it. A shard that an earlier run finished is not made again.
+One unit of work is a shard of documents: one worker reads it, cuts it into windows, encodes and publishes it. The manifest is written when
+all shards are published. The worker publishes its shard at once because runners finish a whole step before the next: with a separate step
+for publishing, a killed build would lose everything. A shard that an earlier run finished is not built again.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from beam_pipelines.runner import count, run_units
-from resmem_lm.errors import DamagedError, UserError, check_least
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.memory.datastore import datastore_summary
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
-from resmem_lm.memory.encoder import Encoder, query_head
-from resmem_lm.memory.projection import principal_components, projection_path, save_projection
+from resmem_lm.memory.fit_projection import project_keys
+from resmem_lm.memory.manifest import finished_shards, listed_shards, write_manifest
 from resmem_lm.memory.schema import COUNTERS, FILES, Binding, document_line, shard_name
-from resmem_lm.model.checkpoints import Model, load_model
+from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.sources import Document
-from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
+from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec
-from resmem_lm.workdir.artifacts import damaged_files, find_record, name_of, publish, record_path, remove_orphans, require_record
+from resmem_lm.workdir.artifacts import find_record, publish, remove_orphans, require_record
 from resmem_lm.workdir.lock import assert_held
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors, stage
-from resmem_lm.workdir.storage import AnyPath, Record, read_json, sha256, write_json
+from resmem_lm.workdir.storage import Record
 
-PROJECTED_TOKENS = 20_000  # whose keys tell the principal components
-LEAST_TEMPERATURE = 0.2  # below, powers of probabilities leave the range of float32
+LEAST_TEMPERATURE = 0.2  # below it, powers of probabilities leave the range of float32
 
 
 class ShardJob(NamedTuple):
-    """A shard of documents, and the name of the shard that it becomes."""
+    """A shard of documents, and the name of its shard of the datastore."""
 
     documents: str
     name: str
 
+    def provenance(self, binding: Binding) -> Record:
+        """Return the provenance of the shard of the datastore."""
+        return binding.to_json() | {"documents": self.documents}
 
+
+@dataclasses.dataclass(frozen=True)
 class EncodeShard:
-    """Encodes a shard of documents and publishes it."""
+    """Encode a shard of documents and publish it."""
 
-    def __init__(self, run: Run, binding: Binding) -> None:
-        self.run, self.binding = run, binding
+    run: Run
+    binding: Binding
 
     def setup(self) -> EncodingWorker:
-        """Loads the model."""
+        """Load the model."""
         return EncodingWorker(self.run, self.binding)
 
     def process(self, unit: ShardJob, worker: EncodingWorker) -> Iterator[str]:
-        """The shard's name, when it is published."""
-        run, provenance = self.run, self.binding.to_json() | {"documents": unit.documents}
-        folder = run.datastore
-        if not find_record(folder, unit.name, provenance):  # a runner may repeat what is finished
-            documents = read_shard(run.documents / unit.documents)
+        """Yield the shard's name once it is published."""
+        folder, provenance = self.run.datastore, unit.provenance(self.binding)
+        if not find_record(folder, unit.name, provenance):  # a runner may repeat finished work
+            documents = read_shard(self.run.documents / unit.documents)
             tokens = worker.vocabulary.encode_documents(documents)
             with disk_errors(folder), publish(folder, unit.name, provenance, FILES) as attempt:
                 _write_documents(attempt.folder / "documents.jsonl", documents, tokens)
@@ -78,7 +79,11 @@ def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndar
 
 
 def units_of(run: Run, shards: int | None) -> list[ShardJob]:
-    """The shards of documents that the datastore remembers: the first so many of the train split, and all that were added."""
+    """Return the shards of the datastore: the first `shards` of the train split, and all that were added later.
+
+    Raises:
+        UserError: the train split has fewer shards.
+    """
     train, added = (shard_paths(run, split) for split in ("train", "added"))
     count = len(train) if shards is None else shards
     if not 1 <= count <= len(train):
@@ -88,48 +93,18 @@ def units_of(run: Run, shards: int | None) -> list[ShardJob]:
 
 
 def encode_units(run: Run, binding: Binding, units: list[ShardJob], pipeline_options: str) -> None:
-    """Publishes what is not yet published of the units, and writes the manifest of all."""
+    """Publish the shards that are not yet published, and write the manifest of all."""
     folder = run.datastore
     folder.mkdir(parents=True, exist_ok=True)
-
-    def provenance(unit: ShardJob) -> Record:
-        return binding.to_json() | {"documents": unit.documents}
-
-    # What the manifest says of a shard goes before its own record: a worker that was given up long ago may still write one. Without
-    # a record of its own it is made again: that is how a damaged one is told.
-    listed = read_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else []
-    in_manifest = {name_of(record): record for record in listed}
-    finished: dict[str, Record] = {}
-    for unit in units:
-        record = in_manifest.get(unit.name)
-        if (
-            record is None
-            or not (folder / f"{unit.name}.json").exists()
-            or record["provenance"] != provenance(unit)
-            or list(damaged_files(folder, record))
-        ):
-            record = find_record(folder, unit.name, provenance(unit))
-        if record:
-            finished[unit.name] = record
+    provenances = {unit.name: unit.provenance(binding) for unit in units}
+    listed = listed_shards(folder)
+    finished = finished_shards(folder, listed, provenances)
     remove_orphans(folder, [*finished.values(), *listed])
-    names = [unit.name for unit in units]
     todo = [unit for unit in units if unit.name not in finished]
-    run_units("Build", todo, EncodeShard(run, binding), pipeline_options, published=folder, names=names)
+    run_units("Build", todo, EncodeShard(run, binding), pipeline_options, published=folder, names=list(provenances))
     assert_held(run.path)
-    write_manifest(folder, binding, [finished.get(unit.name) or require_record(folder, unit.name, provenance(unit)) for unit in units])
-
-
-def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> None:
-    """Binds published shards together; what else is published in the folder is removed."""
-    with disk_errors(folder):
-        write_json(folder / "manifest.json", binding.to_json() | {"rows": sum(r["rows"] for r in records), "shards": records})
-        remove_orphans(folder, records)
-        for record in records:
-            path = record_path(folder, record)
-            with contextlib.suppress(DamagedError):
-                if read_json(path) == record:
-                    continue
-            write_json(path, record)
+    records = [finished.get(name) or require_record(folder, name, provenance) for name, provenance in provenances.items()]
+    write_manifest(folder, binding, records)
 
 
 @stage(name="build", after=("documents", "vocabulary", "train"), free=("pipeline_options",))
@@ -144,30 +119,30 @@ def build_datastore(
     shards: int | None = None,
     pipeline_options: str = "",
 ) -> Record:
-    """Writes WORKDIR/datastore: key, sparse residual and token of every train token.
+    """Write WORKDIR/datastore: the key, the sparse residual and the token of every train token.
 
     Args:
-        window_length: tokens the model sees at once (paper: 256).
-        window_context: tokens at the head of a window that are context only (paper: 64).
-        entries: residual components kept of each row (paper: 128).
-        temperatures: for which the powers' sums are kept, so that T can be chosen later; 1.0 must be among them, and none below 0.2.
-        key_dimensions: of a key, the principal components of a sample; None keeps all that the model has (as the paper).
-        shards: the first so many shards of the train split; None takes all. (The paper's datastore is 1% of C4.)
-        pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
+        window_length: tokens in a window of the model (paper: 256).
+        window_context: tokens at the start of a window that serve as context only (paper: 64).
+        entries: components kept of each residual (paper: 128).
+        temperatures: the choices of T for the evaluation; 1.0 must be one of them, and none may be below 0.2.
+        key_dimensions: principal components kept of each key; None keeps the whole key (as in the paper).
+        shards: how many shards of the train split to encode, from the first; None for all. (The paper's datastore is 1% of C4.)
+        pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 
     Returns:
-        The manifest's checksum, the number of rows, the bytes on disk, and what was counted on the way.
+        The manifest's checksum, the number of rows, the bytes on disk, and the counters of the encoding.
 
     Raises:
-        UserError: no space left, a number out of its range, a checkpoint of another vocabulary, or what a worker reported.
+        UserError: no space left, a number out of its range, another vocabulary than the checkpoint's, or an error in a worker.
     """
     if 1.0 not in temperatures or min(temperatures) < LEAST_TEMPERATURE:
         raise UserError(
-            f"build_datastore.temperatures = {temperatures} must have 1.0 among them, at which residuals are kept, and none below "
+            f"build_datastore.temperatures = {temperatures}: include 1.0, the temperature of the stored residuals, and none below "
             f"{LEAST_TEMPERATURE}"
         )
     check_least("build_datastore", 1, entries=entries)
-    units = units_of(run, shards)  # refused before anything is written
+    units = units_of(run, shards)  # raises before anything is written
     model, vocabulary = load_model(run.checkpoints), load_vocabulary(run)
     binding = Binding(
         model=model.fingerprint,
@@ -177,25 +152,6 @@ def build_datastore(
         entries=entries,
     )
     if key_dimensions is not None:
-        if not 1 <= key_dimensions <= model.config.emb_dim:
-            raise UserError(f"build_datastore.key_dimensions = {key_dimensions}: take 1 to {model.config.emb_dim}, or None for all")
-        path = projection_path(run.datastore, model.fingerprint, key_dimensions)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with disk_errors(path.parent):
-                save_projection(path, principal_components(_sample_keys(run, model, vocabulary, binding.window), key_dimensions))
-        binding = dataclasses.replace(binding, key_dimensions=key_dimensions, projection=sha256(path))
+        binding = project_keys(run, model, vocabulary, binding, key_dimensions)
     encode_units(run, binding, units, pipeline_options)
     return datastore_summary(run)
-
-
-def _sample_keys(run: Run, model: Model, vocabulary: Vocabulary, window: WindowSpec) -> Float[np.ndarray, "rows emb"]:
-    """Of some train tokens: whole documents from every shard in turn."""
-    paths, tokens, count = shard_paths(run, "train"), [], 0
-    for number, path in enumerate(paths, start=1):
-        for document in read_shard(path):
-            if count * len(paths) >= PROJECTED_TOKENS * number:
-                break
-            tokens.append(vocabulary.encode(document.text))
-            count += len(tokens[-1])
-    return np.concatenate([encoded.keys for _, encoded in Encoder(model, window, query_head)(tokens)])

@@ -1,5 +1,9 @@
-"""Datastore -> index, as a Beam pipeline: one shard of the index for as many shards of the datastore as a worker's memory holds."""
+"""Build the index from the datastore, as a Beam pipeline.
 
+An index shard covers as many consecutive shards of the datastore as a worker's memory holds.
+"""
+
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,7 +25,7 @@ from resmem_lm.workdir.storage import Record, drop_copy, write_json
 
 
 class IndexJob(NamedTuple):
-    """Consecutive shards of the datastore, and the name of the shard of the index that they become."""
+    """Consecutive shards of the datastore, and the name of their index shard."""
 
     first: int
     shards: int
@@ -29,31 +33,33 @@ class IndexJob(NamedTuple):
 
 
 class OneAtATime:
-    """What the threads of a worker process share, so that one index is in memory and not one for each thread."""
+    """The lock of a worker process: one index is in memory, and not one per thread."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
 
 
+@dataclasses.dataclass(frozen=True)
 class BuildShard:
-    """Builds a shard of the index and publishes it."""
+    """Build an index shard and publish it."""
 
-    def __init__(self, run: Run, manifest: Record, settings: Record) -> None:
-        self.run, self.manifest, self.settings = run, manifest, settings
+    run: Run
+    manifest: Record
+    settings: Record
 
     def setup(self) -> OneAtATime:
-        """Makes the process's lock."""
+        """Return the process's lock."""
         return OneAtATime()
 
-    def process(self, unit: IndexJob, turn: OneAtATime) -> Iterator[str]:
-        """The shard's name, when it is published."""
-        run = self.run
-        part = Datastore(run.datastore, self.manifest).part(unit.first, unit.shards)
-        provenance = source_of(part, self.settings)
-        with turn.lock:
-            if not find_record(run.index, unit.name, provenance):
+    def process(self, unit: IndexJob, process: OneAtATime) -> Iterator[str]:
+        """Yield the shard's name once it is published."""
+        folder = self.run.index
+        part = Datastore(self.run.datastore, self.manifest).part(unit.first, unit.shards)
+        provenance = provenance_of(part, self.settings)
+        with process.lock:
+            if not find_record(folder, unit.name, provenance):
                 part.check_files(*KEY_FILES)
-                with disk_errors(run.index), publish(run.index, unit.name, provenance) as attempt:
+                with disk_errors(folder), publish(folder, unit.name, provenance) as attempt:
                     if self.settings["kind"] != "exact":
                         attempt.facts |= library(self.settings["kind"]).build(part, attempt.folder, self.settings)
                     attempt.facts["rows"] = part.rows
@@ -64,8 +70,8 @@ class BuildShard:
         yield unit.name
 
 
-def source_of(part: Datastore, settings: Record) -> Record:
-    """What a shard of the index is made from."""
+def provenance_of(part: Datastore, settings: Record) -> Record:
+    """Return the provenance of an index shard."""
     return {**settings, "folders": [shard["folder"] for shard in part.shards]}
 
 
@@ -80,28 +86,45 @@ def build_index(
     memory_gib: float = 8.0,
     pipeline_options: str = "",
 ) -> Record:
-    """Writes WORKDIR/index. Where shards of the datastore were added or changed, only what holds them is made again.
+    """Write WORKDIR/index. After shards of the datastore were added or changed, only their index shards are built again.
 
     Args:
-        kind: "faiss"; "scann", the paper's (pip install 'resmem_lm[scann]'); or "exact" where every comparison is wanted.
-        candidates: neighbors that each shard of the index proposes for a query; the nearest by true distance are kept.
-        training_rows: rows from which lists (ScaNN's leaves) and codes are learned, at most; faiss takes no more than help it.
-        threads: that ScaNN builds with; 0 is all cores. With 1, two of its builds are equal; with more, a row that is equally near to two
-            leaves is in either, and one query in some 60,000 finds other neighbors. faiss takes all cores and builds the same each time.
-        memory_gib: of one worker process, which says how many rows a shard of the index has; a finished index stays as it is.
-        pipeline_options: Beam's own, such as "--runner=..."; without a runner, Beam's in-process one.
+        kind: "faiss"; "scann", as in the paper (pip install 'resmem_lm[scann]'); or "exact", which compares a query with every key.
+        candidates: neighbors that an index shard proposes for a query; the nearest by true distance are kept.
+        training_rows: rows from which lists (ScaNN's leaves) and codebooks are learned, at most; faiss uses fewer where more do not help.
+        threads: of a ScaNN build; 0 for all cores. One thread gives the same index every time. With more, a row at the same distance from
+            two leaves is in either, and one query in 60,000 has other neighbors. faiss uses all cores and gives the same index every time.
+        memory_gib: memory of one worker process, which limits the rows of an index shard; a finished index stays as it is.
+        pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 
     Returns:
-        The datastore's shards, the kind and its parameters.
+        The kind and its parameters, and the rows and the provenance of each index shard.
 
     Raises:
-        UserError: ScaNN cannot be imported, the datastore is damaged, or the memory does not hold one of its shards.
+        UserError: ScaNN cannot be imported, the datastore is damaged, or the memory is too small for one of its shards.
     """
-    if not 0 < memory_gib < math.inf:
-        raise UserError(f"build_index.memory_gib = {memory_gib}: take a number above 0")
     datastore = open_datastore(run.datastore)
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
     emb = datastore.binding.key_dimensions or load_config(run.checkpoints).emb_dim
+    jobs, provenances = _jobs(datastore, settings, _most_rows(datastore, settings, emb, memory_gib))
+    folder = run.index
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if find_record(folder, job.name, provenances[job.name]) is None]
+    work = BuildShard(run, datastore.manifest, settings)
+    run_units("Index", todo, work, pipeline_options, published=folder, names=list(provenances))
+    records = [require_record(folder, name, provenance) for name, provenance in provenances.items()]
+    assert_held(run.path)
+    facts: Record = {"kind": kind, "candidates": candidates}
+    write_json(folder / "index.json", facts | {"shards": records})
+    remove_orphans(folder, records)
+    return facts | {"shards": [{"rows": record["rows"], "provenance": record["provenance"]} for record in records]}
+
+
+def _most_rows(datastore: Datastore, settings: Record, emb: int, memory_gib: float) -> int:
+    """Return the most rows of an index shard; raise UserError if the memory is too small for a shard of the datastore."""
+    if not 0 < memory_gib < math.inf:
+        raise UserError(f"build_index.memory_gib = {memory_gib}: take a number above 0")
+    kind, training_rows = settings["kind"], settings["training_rows"]
     most = largest_index(kind, int(memory_gib * 2**30) - PROCESS_BYTES, emb, training_rows)
     largest = max(shard["rows"] for shard in datastore.shards)
     if largest > most:
@@ -110,26 +133,15 @@ def build_index(
             f"build_index.memory_gib = {memory_gib:g} is too small for the largest shard of the datastore, of {largest} rows: take "
             f"{needed + 0.05:.1f} (--index_memory_gib), or more shards of documents"
         )
-    units = []
-    for first, shards in group_shards([shard["rows"] for shard in datastore.shards], most):
-        source = json.dumps(source_of(datastore.part(first, shards), settings))
-        units.append(IndexJob(first, shards, f"shard-{hashlib.sha256(source.encode()).hexdigest()[:12]}"))
-    folder = run.index
-    folder.mkdir(parents=True, exist_ok=True)
+    return most
 
-    sources = {unit.name: source_of(datastore.part(unit.first, unit.shards), settings) for unit in units}
-    todo = [unit for unit in units if find_record(folder, unit.name, sources[unit.name]) is None]
-    run_units(
-        "Index",
-        todo,
-        BuildShard(run, datastore.manifest, settings),
-        pipeline_options,
-        published=folder,
-        names=[unit.name for unit in units],
-    )
-    records = [require_record(folder, name, provenance) for name, provenance in sources.items()]
-    assert_held(run.path)
-    facts: Record = {"kind": kind, "candidates": candidates}
-    write_json(folder / "index.json", facts | {"shards": records})
-    remove_orphans(folder, records)
-    return facts | {"shards": [{"rows": record["rows"], "provenance": record["provenance"]} for record in records]}
+
+def _jobs(datastore: Datastore, settings: Record, most_rows: int) -> tuple[list[IndexJob], dict[str, Record]]:
+    """Return the index shards, and the provenance of each by name."""
+    jobs, provenances = [], {}
+    for first, shards in group_shards([shard["rows"] for shard in datastore.shards], most_rows):
+        provenance = provenance_of(datastore.part(first, shards), settings)
+        name = f"shard-{hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]}"
+        jobs.append(IndexJob(first, shards, name))
+        provenances[name] = provenance
+    return jobs, provenances

@@ -1,6 +1,6 @@
-"""Work on many units, which a Beam runner processes one at a time: the one of `--pipeline_options`, or Beam's in-process runner.
+"""Run work on many units with Beam: with the runner of `--pipeline_options`, or with Beam's in-process runner.
 
-Beam is imported when there is work: it takes a second, and a finished work directory has none.
+Beam is imported when there is work. The import takes a second, which a finished work directory does not need.
 """
 
 import argparse
@@ -35,28 +35,28 @@ LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 @runtime_checkable
 class Work(Protocol):
-    """What is done with every unit, in any process: a small picklable object."""
+    """The work on every unit, in any process: a small picklable object."""
 
     def setup(self) -> Any:
-        """Return what a process keeps for all of its units and threads (a model, a lock)."""
+        """Return what all units and threads of a process share (a model, a lock)."""
 
     def process(self, unit: Any, kept: Any) -> Iterator[Any]:
-        """Process one unit, perhaps for the second time, and yield something small."""
+        """Process one unit, possibly for the second time, and yield something small."""
 
 
 def run_units(label: str, units: Sequence[Any], work: Work, options: str, *, published: AnyPath, names: Sequence[str]) -> None:
     """Run `work` on every unit, in one linear chain in which no array crosses a stage.
 
     Args:
-        label: of the work, for the runner's pages and for progress.
+        label: name of the work on the runner's pages and in the progress line.
         units: small picklable values.
-        work: processes a unit and publishes what it makes.
-        options: Beam's.
+        work: processes a unit and publishes its output.
+        options: Beam's options.
         published: the folder where the work publishes.
-        names: what is published there in the end, some of it already; progress counts it.
+        names: names that are published there at the end, some of them already before; the progress line counts them.
 
     Raises:
-        UserError: an option that Beam does not know, or an error of a worker that the user can fix.
+        UserError: an option that Beam does not have, or an error of a worker that the user can fix.
     """
     if units:
         with _show_published(label, published, set(names)), open_pipeline(options) as pipeline:
@@ -65,7 +65,7 @@ def run_units(label: str, units: Sequence[Any], work: Work, options: str, *, pub
 
 
 def process_with(work: Work) -> Any:
-    """Return work as a Beam transform; a process calls `setup` once."""
+    """Return a Beam transform that does the work; each process calls `setup` once."""
     return beam.FlatMap(_process, work, shared.Shared())
 
 
@@ -89,7 +89,7 @@ def _show_published(label: str, published: AnyPath, names: set[str]) -> Iterator
     with progress(label.lower(), total=len(names), done=finished(), unit="shards") as bar:
 
         def show() -> None:
-            with contextlib.suppress(Exception):  # an outage, as any storage's package raises it, does not hurt the work
+            with contextlib.suppress(Exception):  # an outage of the storage, which raises errors of any package, does not stop the work
                 bar.update(finished())
 
         def watch() -> None:
@@ -111,7 +111,7 @@ def open_pipeline(options: str) -> Iterator[Any]:
     """Yield a pipeline that runs when the block ends.
 
     Raises:
-        UserError: an option that Beam does not know, or an error of a worker that the user can fix.
+        UserError: an option that Beam does not have, or an error of a worker that the user can fix.
     """
     arguments = arguments_of(options)
     try:
@@ -146,7 +146,7 @@ def _module(error: Exception) -> str:
 
 
 def _reported(wrapped: str) -> str | None:
-    """Return a worker's error that the user can fix. Beam raises it inside its own, with the traceback as text."""
+    """Return the message of a worker's error that the user can fix, which Beam's error has within a traceback as text."""
     found = re.findall(r"^(?:RuntimeError: )?([\w.]+): (.*?)(?: \[while running.*)?$", wrapped, re.MULTILINE)
     for name, message in found:
         if name.rpartition(".")[2] in ("UserError", "DamagedError"):
@@ -159,10 +159,10 @@ def _reported(wrapped: str) -> str | None:
 
 
 def arguments_of(options: str) -> list[str]:
-    """Return Beam's arguments, with the in-process runner where none is named.
+    """Return Beam's arguments, with the in-process runner if none is named.
 
     Raises:
-        UserError: a runner or an option that Beam does not know; Beam itself would ignore it. Options of a job server are not checked.
+        UserError: a runner or an option that Beam does not have and would ignore. Options of a job server are not checked.
     """
     try:
         arguments = shlex.split(options)
@@ -171,7 +171,7 @@ def arguments_of(options: str) -> list[str]:
     if not any(argument.startswith("--runner") for argument in arguments):
         arguments.append(f"--runner={LOCAL_RUNNER}")
         if not any(argument.startswith("--direct_") for argument in arguments):
-            # Two units at a time: what runs on one core for one (selection, files) overlaps with the matrix products of the other.
+            # Two units at a time: the single-threaded work on one unit (files, selection) overlaps with the matrix products of the other.
             arguments += ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
     runner = beam_options.PipelineOptions(arguments).view_as(beam_options.StandardOptions).runner or ""
     _check_runner(runner)
@@ -190,7 +190,7 @@ def _check_runner(runner: str) -> None:
             raise UserError(f"--pipeline_options: the runner {runner} cannot be imported ({error}): install it or name another") from None
     elif runner.lower() not in known and f"{runner.lower()}runner" not in known:
         raise UserError(
-            f"--pipeline_options: the runner {runner} is unknown: take one of {', '.join(sorted(known.values()))}, or its full name"
+            f"--pipeline_options: Beam has no runner {runner}: take one of {', '.join(sorted(known.values()))}, or its full name"
         )
 
 

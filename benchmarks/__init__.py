@@ -1,1 +1,1 @@
-"""Measurements; each prints the processor it ran on."""
+"""Benchmarks; each prints the name of the processor."""

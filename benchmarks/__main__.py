@@ -1,21 +1,21 @@
-"""What each part of the pipeline costs on this machine, beside its floor and its peers.
+"""Measure each part of the pipeline on this machine, beside a lower bound and other libraries.
 
     python -m benchmarks [NAME ...] [--workdir=runs/bench]
 
-WORKDIR is a finished one, for the figures of `docs/performance.md` that of configs/bench_t5_small.gin.
+WORKDIR is a finished work directory; `docs/performance.md` uses that of configs/bench_t5_small.gin. `make bench` also turns on huge pages.
 """
 
 import argparse
 import importlib
 from pathlib import Path
 
-from resmem_lm.cli import use_huge_pages
+from resmem_lm.workdir.run import Run
 
 PARTS = ("encode", "build", "search", "rows", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
 
 
 def main() -> None:
-    """Runs the parts named, or all."""
+    """Run the named parts, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--workdir", type=Path, default=Path("runs/bench"))
@@ -25,9 +25,8 @@ def main() -> None:
     if not (arguments.workdir / "results.json").exists():
         parser.error(f"{arguments.workdir} is not finished: resmem run --gin_file=configs/bench_t5_small.gin --workdir={arguments.workdir}")
     for name in arguments.parts or PARTS:
-        importlib.import_module(f"benchmarks.{name}").run(arguments.workdir)
+        importlib.import_module(f"benchmarks.{name}").run(Run(arguments.workdir))
 
 
 if __name__ == "__main__":
-    use_huge_pages()  # as `resmem` does
     main()

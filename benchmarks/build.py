@@ -1,4 +1,4 @@
-"""The build through Beam, in one process, against a plain loop over the same encoder that keeps nothing."""
+"""Compare a build through Beam, in one process, with a plain loop over the same encoder that writes nothing."""
 
 import contextlib
 import io
@@ -16,28 +16,28 @@ from resmem_lm.workdir.lock import locked
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import remove
 
-TOKENS = 120_000  # or a little more: whole documents; enough that a pipeline's start is a small part
+TOKENS = 120_000  # at least, in whole documents; enough to make the start of a pipeline negligible
 
 
-def run(workdir: Path) -> None:
-    """Prints the table."""
-    binding = open_datastore(workdir / "datastore").binding
-    unit = units_of(Run(workdir), 1)[0]
-    vocabulary, documents, count = load_vocabulary(Run(workdir)), [], 0
-    for document in read_shard(workdir / "documents" / unit.documents):
+def run(run: Run) -> None:
+    """Print the table."""
+    binding = open_datastore(run.datastore).binding
+    unit = units_of(run, 1)[0]
+    vocabulary, documents, count = load_vocabulary(run), [], 0
+    for document in read_shard(run.documents / unit.documents):
         if count < TOKENS:
             documents.append(document)
             count += len(vocabulary.encode(document.text))
     with tempfile.TemporaryDirectory(prefix="resmem-bench-") as name:
-        scratch = Path(name)
-        for folder in ("checkpoints", "vocabulary"):
-            (scratch / folder).symlink_to((workdir / folder).absolute())
-        (scratch / "documents").mkdir()
-        (scratch / "documents" / unit.documents).write_text(shard_content(documents), "utf-8")
-        (scratch / "datastore").mkdir()
-        for path in (workdir / "datastore").glob("projection*"):
-            (scratch / "datastore" / path.name).symlink_to(path.absolute())
-        worker = EncodingWorker(Run(scratch), binding)
+        scratch = Run(name)
+        for folder in (run.checkpoints, run.vocabulary):
+            Path(name, folder.name).symlink_to(folder.absolute())
+        scratch.documents.mkdir()
+        (scratch.documents / unit.documents).write_text(shard_content(documents), "utf-8")
+        scratch.datastore.mkdir()
+        for path in run.datastore.glob("projection*"):
+            Path(name, "datastore", path.name).symlink_to(path.absolute())
+        worker = EncodingWorker(scratch, binding)
         tokens = worker.vocabulary.encode_documents(documents)
 
         def plain() -> None:
@@ -45,11 +45,11 @@ def run(workdir: Path) -> None:
                 pass
 
         def through_beam() -> None:
-            for path in (scratch / "datastore").iterdir():
+            for path in scratch.datastore.iterdir():
                 if not path.name.startswith("projection"):
                     remove(path)
-            with contextlib.redirect_stderr(io.StringIO()), locked(scratch):
-                encode_units(Run(scratch), binding, [unit], "")
+            with contextlib.redirect_stderr(io.StringIO()), locked(scratch.path):
+                encode_units(scratch, binding, [unit], "")
 
         reset_peak_memory()
         times = interleaved({"plain loop": plain, "Beam": through_beam}, rounds=2)

@@ -1,11 +1,10 @@
-"""Bytes of a row on disk, and what they cost in accuracy against rows as the paper has them: float32, all dimensions, 128 entries.
+"""Measure the bytes of a row on disk, and the accuracy compared with rows as in the paper: float32, all dimensions, 128 entries.
 
-All memories are of the same train tokens, searched exactly, scored by the paper's formula in its dense form, each with the sigma and lambda
-under which it does best on validation tokens. Rows are the configured ones with keys of more or fewer dimensions.
+All memories have the same train tokens, exact search, and the paper's formula in its dense form, each with the sigma and lambda that are
+best on validation tokens. Rows have the configured entries, and keys of several numbers of dimensions.
 """
 
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from benchmarks.encode import fast_argmax, some_documents
+from benchmarks.encode import fast_argmax
+from benchmarks.inputs import train_documents
 from benchmarks.measure import table
 from resmem_lm.evaluation.statistics import bootstrap_interval
 from resmem_lm.memory.datastore import open_datastore
@@ -37,7 +37,7 @@ BLOCK = 64  # queries whose dense scores exist at a time
 
 
 class Memory(NamedTuple):
-    """Rows decoded to float32, and how a query's key is made one of theirs."""
+    """Rows in float32, and the projection of their keys."""
 
     keys: Float[Array, "rows dimensions"]
     ids: Int[np.ndarray, "rows entries"]
@@ -50,11 +50,11 @@ class Split(NamedTuple):
 
     queries: QueryRows
     targets: Int[np.ndarray, " queries"]
-    documents: Int[np.ndarray, " queries"]  # their numbers
+    documents: Int[np.ndarray, " queries"]  # the number of the document of each
 
 
 def encode_all(model: Model, head: Any, documents: list[np.ndarray]) -> Any:
-    """The head's output for every token, in order."""
+    """Return the head's output for every token, in order."""
     arrays: list[np.ndarray] | None = None
     count = sum(map(len, documents))
     for positions, rows in Encoder(model, WindowSpec(), head)(documents):
@@ -68,7 +68,7 @@ def encode_all(model: Model, head: Any, documents: list[np.ndarray]) -> Any:
 
 
 class BothRows(NamedTuple):
-    """As the paper has them; what the datastore holds beside the key is in the same order."""
+    """Rows as in the paper, and what `residual_head` needs to make the rows of the datastore."""
 
     keys: Float[Array, "rows emb"]
     ids: Int[Array, "rows entries"]
@@ -84,7 +84,7 @@ def _nearest(queries: Array, keys: Array, norms: Array, k: int) -> tuple[Array, 
 
 
 def neighbors(memory: Memory, queries: Float[np.ndarray, "queries emb"]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and distances of the K nearest, exactly."""
+    """Return rows and distances of the K nearest keys by exact search."""
     keys = queries if memory.projection is None else queries @ memory.projection
     norms = jnp.sum(jnp.square(memory.keys), axis=-1) / 2
     parts = [_nearest(jnp.asarray(keys[i : i + BLOCK]), memory.keys, norms, K) for i in range(0, len(keys), BLOCK)]
@@ -98,7 +98,7 @@ def _predictions(base: Array, distances: Array, ids: Array, values: Array, sigma
 
 
 def predictions(model: Model, memory: Memory, split: Split, sigmas: tuple[float, ...], lambdas: tuple[float, ...]) -> np.ndarray:
-    """Int[sigmas lambdas queries]."""
+    """Return the predictions for every sigma and lambda: Int[sigmas lambdas queries]."""
     rows, distances = neighbors(memory, split.queries.keys)
     blocks = []
     for start in range(0, len(rows), BLOCK):
@@ -109,9 +109,9 @@ def predictions(model: Model, memory: Memory, split: Split, sigmas: tuple[float,
     return np.concatenate(blocks, axis=-1)
 
 
-def run(workdir: Path) -> None:
-    """Prints the table."""
-    model, vocabulary, datastore = load_model(workdir / "checkpoints"), load_vocabulary(Run(workdir)), open_datastore(workdir / "datastore")
+def run(run: Run) -> None:
+    """Print the table."""
+    model, vocabulary, datastore = load_model(run.checkpoints), load_vocabulary(run), open_datastore(run.datastore)
     binding = datastore.binding
     compact = jax.jit(residual_head(model, binding.entries, binding.temperatures))
 
@@ -121,7 +121,7 @@ def run(workdir: Path) -> None:
         _, ids = largest(jnp.abs(r), ENTRIES)
         return BothRows(keys, ids, jnp.take_along_axis(r, ids, axis=1), targets, hidden)
 
-    train = some_documents(workdir, ROWS)
+    train = train_documents(run, ROWS)
     paper = encode_all(model, both, train)
 
     def as_configured(dimensions: int) -> Memory:
@@ -142,7 +142,7 @@ def run(workdir: Path) -> None:
 
     splits = {}
     for name, count in QUERIES.items():
-        documents = first_tokens(vocabulary.encode_documents(query_documents(Run(workdir), name)), count)
+        documents = first_tokens(vocabulary.encode_documents(query_documents(run, name)), count)
         numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
         splits[name] = Split(encode_all(model, query_head, documents), np.concatenate(documents), numbers)
     as_paper = Memory(jnp.asarray(paper.keys), paper.ids, paper.values, None)
@@ -155,7 +155,7 @@ def run(workdir: Path) -> None:
         return found.astype(np.float64), f"sigma {sigma:g}, lambda {lambda_:g}"
 
     (expected, chosen), emb = right(as_paper), paper.keys.shape[1]
-    cells = [(f"as the paper's, {emb}", f"{4 * emb + 8 * ENTRIES:,}", "", chosen, f"{100 * expected.mean():.2f}", "", "")]
+    cells = [(f"as in the paper, {emb}", f"{4 * emb + 8 * ENTRIES:,}", "", chosen, f"{100 * expected.mean():.2f}", "", "")]
     for dimensions in DIMENSIONS:
         found, chosen = right(as_configured(dimensions))
         own = datastore.bytes / datastore.rows - (binding.key_dimensions or emb) + dimensions

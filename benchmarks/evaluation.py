@@ -1,15 +1,16 @@
-"""ResMem end to end, from text to predictions, against DeepNet alone on the same tokens; and the choice of hyperparameters."""
+"""Compare ResMem from text to predictions with DeepNet alone, and the choice of hyperparameters with one setting."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from benchmarks.encode import fast_argmax
+from benchmarks.inputs import our_index
 from benchmarks.measure import interleaved, median, ratio, table
-from benchmarks.search import our_index
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
-from resmem_lm.evaluation.neighbors import Queries, deepnet_outputs
+from resmem_lm.evaluation.deepnet_arrays import deepnet_arrays
+from resmem_lm.evaluation.neighbors import Queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.tuning import grid_of
 from resmem_lm.memory.datastore import open_datastore
@@ -20,17 +21,16 @@ from resmem_lm.text.packing import first_tokens
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import read_json
 
 TOKENS, K = 8000, 50
 
 
-def run(workdir: Path) -> None:
-    """Prints the tables."""
-    model, vocabulary = load_model(workdir / "checkpoints"), load_vocabulary(Run(workdir))
-    datastore = open_datastore(workdir / "datastore")
-    index, _ = our_index(workdir, datastore)
-    documents = first_tokens(vocabulary.encode_documents(query_documents(Run(workdir), "test")), TOKENS)
+def run(run: Run) -> None:
+    """Print the tables."""
+    model, vocabulary = load_model(run.checkpoints), load_vocabulary(run)
+    datastore = open_datastore(run.datastore)
+    index, _ = our_index(run, datastore)
+    documents = first_tokens(vocabulary.encode_documents(query_documents(run, "test")), TOKENS)
     targets = np.concatenate(documents)
     setting = Setting("resmem", K, 1.0, 1.0, 1.0)
     spec = datastore.binding.window
@@ -52,13 +52,11 @@ def run(workdir: Path) -> None:
             keys[positions], hidden[positions] = rows
         rows, distances = index.search(keys, K)
         tokens = index.datastore.take("tokens", np.maximum(rows, 0))
-        described = zip(*deepnet_outputs(model, datastore, hidden, targets, tokens), strict=True)
-        arrays = [ShardedArray([array]) for array in (rows, distances, tokens, *map(np.concatenate, described))]
-        names = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
+        arrays = {"rows": rows, "distances": distances, "neighbor_tokens": tokens}
+        arrays |= deepnet_arrays(model, datastore, hidden, targets, tokens)
+        sharded: dict[str, Any] = {name: ShardedArray([array]) for name, array in arrays.items()}
         lengths = np.array([len(document) for document in documents])
-        queries = Queries(
-            tokens=targets, document_lengths=lengths, document_groups=np.arange(len(lengths)), **dict(zip(names, arrays, strict=True))
-        )
+        queries = Queries(tokens=targets, document_lengths=lengths, document_groups=np.arange(len(lengths)), **sharded)
         return SplitScorer("test", queries, index.datastore)
 
     def resmem() -> dict[Setting, tuple[np.ndarray, np.ndarray]]:
@@ -68,19 +66,19 @@ def run(workdir: Path) -> None:
     times = interleaved({"DeepNet alone": deepnet, "ResMem": resmem}, rounds=3)
     table(
         f"Evaluation ({len(targets):,} tokens, {index.datastore.rows:,} rows, emb {model.config.emb_dim})",
-        ("way", "tokens/s", "of DeepNet's tokens/s"),
+        ("way", "tokens/s", "share of DeepNet's tokens/s"),
         ((way, f"{len(targets) / median(times, way):,.0f}", ratio(times, "DeepNet alone", way)) for way in times),
     )
 
-    tried, found = read_json(workdir / "stages" / "evaluate.json")["settings"], scorer()
+    tried, found = run.record("evaluate")["settings"], scorer()
     grid = [tried[name] for name in ("ks", "sigmas", "temperatures")]
     counts = found.count_correct(*grid, grid_of(tried["lambdas"]))
     times = interleaved(
         {"one setting": lambda: found.predict([setting]), "grid": lambda: found.count_correct(*grid, grid_of(tried["lambdas"]))}, rounds=3
     )
-    names = {"one setting": "one setting", "grid": f"{len(counts):,} settings, of which the best is chosen"}
+    names = {"one setting": "one setting", "grid": f"choice of the best of {len(counts):,} settings"}
     table(
-        f"Scores of {len(targets):,} tokens whose neighbors are known",
+        f"Scores of {len(targets):,} tokens with cached neighbors",
         ("what", "tokens/s", "times one setting"),
         ((name, f"{len(targets) / median(times, way):,.0f}", ratio(times, way, "one setting")) for way, name in names.items()),
     )

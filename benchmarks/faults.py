@@ -1,10 +1,10 @@
-"""Faults lose nothing: kills, a lost Dask worker, a full disk, and changed bytes; prints what was tried and how it ended.
+"""Check that faults lose nothing: kills, a lost Dask worker, a full disk, changed bytes. Prints every fault and its outcome.
 
     python -m benchmarks.faults [--kills=30] [--bytes=100]
 
-A tiny experiment is run once undisturbed, then again and again with a fault and the same command after it. What it ends with must be
-the same: every row, every neighbor, every number of results.json, and no file that no record knows. Takes some 20 minutes on 2 cores.
-The full disk needs root (a small tmpfs); Dask needs the extra `dask`. What cannot be tried here is said.
+A tiny experiment runs once without a fault, then many times with a fault and the same command after it. The outcome must be the same:
+every row, every neighbor, every number of results.json, and no file without a record. Takes about 20 minutes on 2 cores. The full disk
+needs root (a small tmpfs); Dask needs the extra `dask`. Faults that cannot be tried on this machine are reported.
 """
 
 import argparse
@@ -24,26 +24,30 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from resmem_lm.maintenance.verify import verify
+from etils import epy
 
 import resmem_lm.commands  # noqa: F401 - registers every stage with gin
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.planning.machine import processor
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import files_below, read_json
 from tests.tiny import arguments, write_corpus
+
+with epy.lazy_imports():
+    import distributed
 
 LATE = "after the end"
 DASK = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner --dask_npartitions=3"
 
 
 class Experiment:
-    """Commands that follow one another in a work directory."""
+    """Commands that run one after another in a work directory."""
 
     def __init__(self, folder: Path, commands: list[list[str]]) -> None:
         self.folder, self.commands = folder, commands
 
     def start(self, number: int, workdir: Path, *extra: str) -> subprocess.Popen:
-        """One of the commands, in a process group of its own."""
+        """Start one of the commands, in a process group of its own."""
         command, *rest = self.commands[number]
         settings = [a for a in arguments(self.folder, workdir) if command not in ("delete", "compact") or a.startswith("--workdir")]
         log = (self.folder / "log").open("ab")
@@ -52,14 +56,14 @@ class Experiment:
         )
 
     def finish(self, workdir: Path, begin: int = 0) -> None:
-        """All commands from one on."""
+        """Run all commands from one on."""
         for number in range(begin, len(self.commands)):
             if self.start(number, workdir).wait() != 0:
                 raise RuntimeError(f"{self.commands[number][0]} failed:\n{(self.folder / 'log').read_text()[-2000:]}")
 
 
 def outcome(workdir: Path) -> dict[str, str]:
-    """Checksums of all rows and neighbors in order, and of the numbers of results.json."""
+    """Return checksums of all rows and neighbors in order, and of the numbers of results.json."""
 
     def arrays(folder: str, manifest: str) -> str:
         digest = hashlib.sha256()
@@ -80,13 +84,13 @@ def outcome(workdir: Path) -> dict[str, str]:
 
 
 def differences(workdir: Path, wanted: dict[str, str]) -> list[str]:
-    """What is not as it should be."""
+    """Return which outcomes differ, and the problems that `verify` finds."""
     found = outcome(workdir)
     return [name for name in wanted if found[name] != wanted[name]] + verify(Run(workdir))
 
 
 def running(workdir: Path) -> str:
-    """The stage that has begun and not finished."""
+    """Return the stage that has begun and not finished."""
     records = {path.stem: read_json(path) for path in (workdir / "stages").glob("*.json")} if (workdir / "stages").exists() else {}
     return next((name for name, record in records.items() if not record["finished"]), "between stages")
 
@@ -95,14 +99,14 @@ Kill = tuple[int, str, float]  # number of the command, the stage in which to ki
 
 
 def kills_in_stages(reference: Path, count: int, rng: random.Random) -> list[Kill]:
-    """As many in each stage of `resmem run`, at random moments of it."""
+    """Return kills at random moments, equally many in each stage of `resmem run`."""
     stages = ("train", "build", "index", "search", "evaluate")
     seconds = {stage: read_json(reference / "stages" / f"{stage}.json")["seconds"] for stage in stages}
     return [(0, stage, rng.random() * seconds[stage]) for stage in (stages[trial % len(stages)] for trial in range(count))]
 
 
 def kills_in_commands(seconds: list[float], count: int, rng: random.Random) -> list[Kill]:
-    """Spread over the time of all commands."""
+    """Return kills that are spread over the time of all commands."""
     found = []
     for trial in range(count):
         moment, number = (trial + rng.random()) / count * sum(seconds), 0
@@ -113,13 +117,13 @@ def kills_in_commands(seconds: list[float], count: int, rng: random.Random) -> l
 
 
 def begun(workdir: Path, stage: str) -> bool:
-    """Whether a stage has begun."""
+    """Return whether a stage has begun."""
     path = workdir / "stages" / f"{stage}.json"
     return not stage or path.exists()
 
 
 def kills(experiment: Experiment, wanted: dict[str, str], moments: list[Kill], prepared: Path | None) -> None:
-    """Kills the process group of a command at each of some moments, and goes on with the same command."""
+    """Kill the process group of a command at each of some moments, and run the same command again."""
     where: Counter[str] = Counter()
     bad = []
     for trial, (number, stage, moment) in enumerate(moments):
@@ -151,18 +155,16 @@ def kills(experiment: Experiment, wanted: dict[str, str], moments: list[Kill], p
 
 
 def lost_dask_worker(experiment: Experiment, wanted: dict[str, str]) -> None:
-    """Kills one of two Dask workers when the first shard of the build is there."""
+    """Kill one of two Dask workers when the first shard of the build is published."""
     if importlib.util.find_spec("distributed") is None:
-        print("Dask: not tried, install the extra `dask`")
+        print("Dask: not tried: install the extra `dask`")
         return
-    from distributed import LocalCluster
-
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     workdir = experiment.folder / "dask"
     shutil.rmtree(workdir, ignore_errors=True)
     train = Experiment(experiment.folder, [["train"]])
     train.finish(workdir)
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         build = Experiment(experiment.folder, [["build"]])
         process = build.start(0, workdir, f"--pipeline_options={DASK} --dask_client_address={cluster.scheduler_address}")
         while not list(workdir.glob("datastore/shard-*.????????")) and process.poll() is None:
@@ -176,7 +178,7 @@ def lost_dask_worker(experiment: Experiment, wanted: dict[str, str]) -> None:
 
 
 def full_disk(experiment: Experiment, wanted: dict[str, str], sizes: list[int]) -> None:
-    """The run on a tmpfs that is too small, then made larger."""
+    """Run on a tmpfs that is too small, then make it larger and run again."""
     place = experiment.folder / "small"
     place.mkdir()
     same = 0
@@ -184,25 +186,25 @@ def full_disk(experiment: Experiment, wanted: dict[str, str], sizes: list[int]) 
         if subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", place], capture_output=True, check=False
         ).returncode:
-            print("full disk: not tried, mounting a tmpfs needs root")
+            print("full disk: not tried: mounting a tmpfs needs root")
             return
         try:
             code = experiment.start(0, place / "run").wait()
-            said = (experiment.folder / "log").read_text().strip().splitlines()[-1]
+            last_line = (experiment.folder / "log").read_text().strip().splitlines()[-1]
             subprocess.run(["mount", "-o", "remount,size=500m", place], check=True)
             experiment.finish(place / "run")
             wrong = differences(place / "run", wanted)
-            good = code == 2 and said.startswith("resmem: no space left on the disk") and not wrong
+            good = code == 2 and last_line.startswith("resmem: no space left on the disk") and not wrong
             same += good
             if not good:
-                print(f"  full disk of {kilobytes} kB: exit {code}, said {said!r}; {'; '.join(wrong) or 'ended the same'}")
+                print(f"  full disk of {kilobytes} kB: exit {code}, {last_line!r}; {'; '.join(wrong) or 'ended the same'}")
         finally:
-            subprocess.run(["umount", "--lazy", place], check=True)  # what verify mapped may still be open
-    print(f"full disk, {len(sizes)} sizes: {same} told in one line and ended the same after space was made")
+            subprocess.run(["umount", "--lazy", place], check=True)  # files that verify mapped may still be open
+    print(f"full disk, {len(sizes)} sizes: {same} reported in one line and ended the same on a larger disk")
 
 
 def changed_bytes(workdir: Path, count: int, rng: random.Random) -> None:
-    """Single bytes changed in random places of random files."""
+    """Change single bytes in random places of random files."""
     files = [file for file in files_below(workdir) if file.stat().st_size]
     found = 0
     for _ in range(count):
@@ -221,7 +223,7 @@ def changed_bytes(workdir: Path, count: int, rng: random.Random) -> None:
 
 
 def main() -> None:
-    """Tries everything."""
+    """Try every fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--bytes", type=int, default=100)
@@ -239,7 +241,7 @@ def main() -> None:
         lost_dask_worker(experiment, wanted)
         full_disk(experiment, wanted, [200, 400, 800, 1200, 1600])
 
-        write_corpus(folder / "more.jsonl", 90)  # the first 60 are there already
+        write_corpus(folder / "more.jsonl", 90)  # the first 60 are in the datastore already
         delete = ["delete", f"--document={folder / 'corpus.jsonl'}#7"]
         keeping = Experiment(
             folder, [["build", f"--append={folder / 'more.jsonl'}"], delete, ["compact"], ["index"], ["evaluate"], ["report"]]

@@ -1,10 +1,10 @@
-"""Peak memory and time of build, index and search as rows grow: memory must stay under the bound given, time must grow linearly.
+"""Measure peak memory and time of build, index and search for more and more rows: memory stays bounded, and time grows linearly.
 
     python -m benchmarks.growth [--rows 100_000 ... 10_000_000] [--index_memory_gib=1.5] [--folder=...]
 
-Synthetic text of so many tokens, a tiny model (64 numbers a key), real stages in processes of their own. Memory is what a process and its
-children hold for themselves at most (RssAnon, every 50 ms); pages of mapped files are told beside it: the system takes those
-away when something else needs memory. Takes half an hour on 2 cores and 4 GB of disk.
+The text is synthetic and the model tiny (keys of 64 numbers); each stage runs in a process of its own. Memory is the peak of RssAnon of a
+process and its children, read every 50 ms. Pages of mapped files are in a column of their own, because the system frees them when another
+program needs memory. Takes half an hour on 2 cores and 4 GB of disk.
 """
 
 import argparse
@@ -37,12 +37,13 @@ evaluate.ks = (8, 50)
 evaluate.sigmas = (1.0,)
 evaluate.temperatures = (1.0,)
 """
+STAGES = ("build", "index", "search")
 ROWS_OF_SHARD = 100_000
 CHARACTERS_OF_TOKEN = 4.3
 
 
 def write_text(path: Path, tokens: int) -> None:
-    """Documents of random sentences, some 170 tokens each."""
+    """Write documents of random sentences, about 170 tokens each."""
     rng = random.Random(0)
     words = ["array", "shard", "query", "token", "window", "index", "model", "row", "returns", "reads", "writes", "finds", "merges", "of"]
     with path.open("w", encoding="utf-8") as file:
@@ -54,7 +55,7 @@ def write_text(path: Path, tokens: int) -> None:
 
 
 def held(pid: int) -> tuple[int, int]:
-    """Bytes that a process and its children hold: of their own, and of mapped files."""
+    """Return the bytes of a process and its children: of their own, and of mapped files."""
     own = mapped = 0
     try:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Rss"))
@@ -67,7 +68,7 @@ def held(pid: int) -> tuple[int, int]:
 
 
 def run(command: str, folder: Path, *extra: str) -> tuple[int, int]:
-    """Peak bytes of a command, of its own and of mapped files."""
+    """Run a command; return its peak bytes, of its own and of mapped files."""
     arguments = ["--gin_file", str(folder / "growth.gin"), f"--workdir={folder / 'run'}", *extra]
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "resmem_lm", command, *arguments], stdout=log, stderr=log)
@@ -81,18 +82,26 @@ def run(command: str, folder: Path, *extra: str) -> tuple[int, int]:
     return own, mapped
 
 
+def fitted(rows: np.ndarray, seconds: np.ndarray) -> str:
+    """Return the formula seconds = a + c * rows^b with the least relative error, for the best of many exponents b."""
+    fits = []
+    for exponent in np.arange(0.5, 1.6, 0.01):
+        design = np.stack([np.ones_like(rows), (rows / rows[-1]) ** exponent], axis=1) / seconds[:, None]
+        solution, *_ = np.linalg.lstsq(design, np.ones_like(rows), rcond=None)
+        fits.append((float(np.sum((design @ solution - 1) ** 2)), exponent, solution[0]))
+    error, exponent, constant = min(fits)
+    return f"seconds = {constant:.1f} + c * rows^{exponent:.2f} (relative error {np.sqrt(error / len(rows)):.1%})"
+
+
 def main() -> None:
-    """Prints the curve, and the exponents fitted to it."""
+    """Print the measurements, and the exponents fitted to them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000, 1_000_000, 3_000_000, 10_000_000])
     parser.add_argument("--index_memory_gib", type=float, default=1.5)
-    parser.add_argument("--folder", help="where there is room; else the system's temporary folder")
+    parser.add_argument("--folder", help="for temporary files, instead of the system's temporary folder")
     options = parser.parse_args()
-    print(f"{processor()}, {os.cpu_count()} cores; bound of an index shard: {options.index_memory_gib:g} GiB")
-    print(
-        f"{'rows':>11}  {'index shards':>12}  "
-        + "".join(f"{name:>8} s {'own MB':>8} {'mapped':>8}  " for name in ("build", "index", "search"))
-    )
+    print(f"{processor()}, {os.cpu_count()} cores; memory of an index build: {options.index_memory_gib:g} GiB")
+    print(f"{'rows':>11}  {'index shards':>12}  " + "".join(f"{name:>8} s {'own MB':>8} {'mapped':>8}  " for name in STAGES))
     found: list[tuple[int, list[float]]] = []
     for tokens in options.rows:
         with tempfile.TemporaryDirectory(prefix="resmem-growth-", dir=options.folder) as name:
@@ -105,23 +114,15 @@ def main() -> None:
             memory = [run("build", folder)]
             memory.append(run("index", folder, f"--index_memory_gib={options.index_memory_gib}"))
             memory.append(run("evaluate", folder))
-            records = [read_json(folder / "run" / "stages" / f"{stage}.json") for stage in ("build", "index", "search")]
+            records = [read_json(folder / "run" / "stages" / f"{stage}.json") for stage in STAGES]
             seconds = [record["seconds"] for record in records]
             found.append((records[0]["result"]["rows"], seconds))
             cells = "".join(f"{s:10.1f} {own / 1e6:8.0f} {mapped / 1e6:8.0f}  " for s, (own, mapped) in zip(seconds, memory, strict=True))
             print(f"{found[-1][0]:11,}  {len(records[1]['result']['shards']):12}  {cells}", flush=True)
     if len(found) > 2:
         rows = np.array([row for row, _ in found], float)
-        for number, name in enumerate(("build", "index", "search")):
-            seconds = np.array([times[number] for _, times in found])
-            # seconds = once + each * rows^exponent, by least squares of the logarithms over the exponents tried.
-            fits = []
-            for exponent in np.arange(0.5, 1.6, 0.01):
-                design = np.stack([np.ones_like(rows), (rows / rows[-1]) ** exponent], axis=1) / seconds[:, None]
-                solution, *_ = np.linalg.lstsq(design, np.ones_like(rows), rcond=None)
-                fits.append((float(np.sum((design @ solution - 1) ** 2)), exponent, solution[0]))
-            error, exponent, once = min(fits)
-            print(f"{name}: seconds = {once:.1f} + c * rows^{exponent:.2f} (relative error {np.sqrt(error / len(rows)):.1%})")
+        for number, name in enumerate(STAGES):
+            print(f"{name}: {fitted(rows, np.array([times[number] for _, times in found]))}")
 
 
 if __name__ == "__main__":

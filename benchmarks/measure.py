@@ -1,6 +1,6 @@
-"""Times of several ways to do one thing, taken in turns, told as ratios.
+"""Measure several ways to do one thing in turns, and print ratios of their times.
 
-Absolute times mislead where others share the machine; so every way runs once a round, and ratios are taken within rounds.
+Absolute times mislead on a shared machine. So every way runs once per round, and ratios are within rounds.
 """
 
 import os
@@ -15,7 +15,7 @@ Times = dict[str, list[float]]
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], *, rounds: int = 5) -> Times:
-    """Seconds of every way in every round, after one round that is not counted (compilation, caches)."""
+    """Return the seconds of every way in every round, after a first round that is not counted (compilation, caches)."""
     times: Times = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -27,23 +27,23 @@ def interleaved(ways: dict[str, Callable[[], Any]], *, rounds: int = 5) -> Times
 
 
 def ratio(times: Times, one: str, other: str) -> str:
-    """Median and spread of one's seconds over the other's, round by round: "1.07 (1.05 to 1.11)"."""
+    """Return median and range of the ratios of two ways' seconds, round by round: "1.07 (1.05 to 1.11)"."""
     ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def median(times: Times, name: str) -> float:
-    """Seconds."""
+    """Return the median of a way's seconds."""
     return statistics.median(times[name])
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
+    """Return the processor and the number of cores."""
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Prints a table in Markdown, as `docs/performance.md` shows it."""
+    """Print a table in Markdown, for `docs/performance.md`."""
     columns = list(columns)
     print(f"\n### {title}\n\n{machine()}\n")
     print("| " + " | ".join(columns) + " |")

@@ -1,7 +1,6 @@
-"""50 neighbors of 128 entries merged into DeepNet's probabilities, against the dense zero-filled sum."""
+"""Compare the merge of 50 neighbors of 128 entries into DeepNet's probabilities with a dense sum over the vocabulary."""
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from benchmarks.encode import some_documents
+from benchmarks.inputs import train_documents
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.evaluation.candidates import Candidates, Neighbors, best, choose_candidates, quantized_at, score
 from resmem_lm.evaluation.neighbors import BASE_CANDIDATES
@@ -19,16 +18,17 @@ from resmem_lm.memory.quantization import dequantize_probabilities
 from resmem_lm.model.checkpoints import Model, load_model
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.text.windows import WindowSpec
+from resmem_lm.workdir.run import Run
 
 QUERIES, K = 2048, 50
-ENTRIES = (128, 16)  # the paper's, and those of gin/compact.gin
+ENTRIES = (128, 16)  # of the paper, and of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
-THREADS = 2  # that read ahead of the block which is scored, as in `SplitScorer.blocks`
+THREADS = 2  # that read the next blocks while one is scored, as in `SplitScorer.blocks`
 
 
-def run(workdir: Path) -> None:
-    """Prints the tables."""
-    model, documents = load_model(workdir / "checkpoints"), some_documents(workdir, 4 * QUERIES)
+def run(run: Run) -> None:
+    """Print the tables."""
+    model, documents = load_model(run.checkpoints), train_documents(run, 4 * QUERIES)
     for entries in ENTRIES:
         _compare(model, documents, entries)
 
@@ -48,7 +48,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     parts = (candidate_ids, candidate_logits, bound, log_z, distances, tokens, own)
     blocks = [tuple(map(jnp.asarray, some)) for some in zip(*map(_blocks, parts), strict=True)]
     stored = list(map(_blocks, (ids, codes)))
-    known_ids, some_logits = _blocks(np.asarray(candidate_ids)), _blocks(logits)
+    candidate_blocks, logit_blocks = _blocks(np.asarray(candidate_ids)), _blocks(logits)
 
     @jax.jit
     def merged(block: tuple[Array, ...], codes: Array) -> Array:
@@ -58,7 +58,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
 
     def ours() -> Int[np.ndarray, " queries"]:
         return np.concatenate(
-            [merged(block, codes) for block, codes in zip(blocks, threads.map(quantized_at, known_ids, *stored), strict=True)]
+            [merged(block, codes) for block, codes in zip(blocks, threads.map(quantized_at, candidate_blocks, *stored), strict=True)]
         )
 
     choose = jax.jit(lambda logits, tokens: choose_candidates(logits, tokens, BASE_CANDIDATES))
@@ -68,7 +68,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
         return candidates, quantized_at(np.asarray(candidates[0]), ids, codes)
 
     def with_choice() -> Int[np.ndarray, " queries"]:
-        ahead = threads.map(chosen, some_logits, [block[5] for block in blocks], *stored)
+        ahead = threads.map(chosen, logit_blocks, [block[5] for block in blocks], *stored)
         return np.concatenate([merged((*candidates, *block[3:]), codes) for block, (candidates, codes) in zip(blocks, ahead, strict=True)])
 
     base = np.asarray(jax.nn.softmax(logits))
@@ -96,13 +96,13 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     arrays = [jnp.asarray(array) for array in (base, weights, all_ids, values)]
     ways = {
         "ours": ours,
-        "ours, and its candidates chosen among all logits": with_choice,
+        "ours, with the choice of candidates among all logits": with_choice,
         "dense, NumPy": dense_numpy,
         "dense, JAX": lambda: np.asarray(dense_jax(*arrays)),
     }
     expected = ours()
     for name, way in ways.items():
-        assert (way() == expected).all(), f"{name} predicts something else"
+        assert (way() == expected).all(), f"{name} predicts other tokens"
     times = interleaved(ways, rounds=7)
     table(
         f"Merge ({K} neighbors x {entries} entries into {base.shape[1]:,}; the same predictions)",

@@ -1,13 +1,12 @@
-"""How much of the queries' text stands word for word in the train documents: runs of 13 words of each query document, sought there.
+"""Measure how much of the queries' text is in the train documents word for word: the share of runs of 13 words that occur there.
 
     python -m benchmarks.overlap WORKDIR
 
-WORKDIR is one whose documents are made. `prepare_documents` drops near-duplicates as a whole; this tells what is left in parts.
+WORKDIR has documents (`resmem train`). `prepare_documents` drops near-duplicate documents; this measures the overlap that is left.
 """
 
 import argparse
 import re
-from pathlib import Path
 
 from resmem_lm.text.shards import QUERY_SPLITS, query_documents, read_shard, shard_paths
 from resmem_lm.text.sources import Document
@@ -18,26 +17,26 @@ WORDS = 13  # as Brown et al. 2020 (GPT-3), appendix C
 
 
 def runs(document: Document) -> list[int]:
-    """A hash of every run of so many words."""
+    """Return a hash of every run of `WORDS` words."""
     words = re.findall(r"\w+", document.text.lower())
     return [hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1)]
 
 
 def main() -> None:
-    """Prints a line for each split of the queries."""
+    """Print a line for each split of the queries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=Path)
-    workdir = parser.parse_args().workdir
-    queries = {split: [runs(document) for document in query_documents(Run(workdir), split)] for split in QUERY_SPLITS}
-    sought = {run for documents in queries.values() for some in documents for run in some}
-    memory = (document for split in MEMORY_SPLITS for shard in shard_paths(Run(workdir), split) for document in read_shard(shard))
-    found = {run for document in memory for run in runs(document) if run in sought}
+    parser.add_argument("workdir")
+    workdir = Run(parser.parse_args().workdir)
+    queries = {split: [runs(document) for document in query_documents(workdir, split)] for split in QUERY_SPLITS}
+    wanted = {run for documents in queries.values() for some in documents for run in some}
+    memory = (document for split in MEMORY_SPLITS for shard in shard_paths(workdir, split) for document in read_shard(shard))
+    found = {run for document in memory for run in runs(document) if run in wanted}
     for split, documents in queries.items():
         shares = [sum(run in found for run in some) / len(some) for some in documents if some]
         total, there = sum(map(len, documents)), sum(run in found for some in documents for run in some)
         print(
             f"{split}: {there / max(1, total):.1%} of {total:,} runs of {WORDS} words are in the train documents; "
-            f"{sum(share > 0.5 for share in shares)} of {len(documents)} documents have more than half of theirs there"
+            f"{sum(share > 0.5 for share in shares)} of {len(documents)} documents have more than half of their runs there"
         )
 
 

@@ -1,7 +1,7 @@
-"""How the time of search and evaluation grows with the rows of the datastore, and the exponents fitted to it.
+"""Measure how the time of search and evaluation grows with the rows of the datastore, and fit exponents.
 
-The rows are WORKDIR's own as far as they go; beyond, they are repeated with noise of a tenth of a key's deviation. What is searched and
-scored are keys of test tokens, as `resmem evaluate` does it: neighbors, then their residuals, then predictions.
+More rows than WORKDIR has are repeated with noise of a tenth of the keys' standard deviation. The queries are test tokens, as in
+`resmem evaluate`: search, residuals, predictions.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from benchmarks.inputs import query_keys
 from benchmarks.measure import table
-from benchmarks.search import query_keys
 from resmem_lm.evaluation.candidates import Setting
 from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
@@ -27,6 +27,7 @@ from resmem_lm.memory.quantization import quantize_keys
 from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.memory.sharded import ShardedArray
 from resmem_lm.planning.machine import least
+from resmem_lm.workdir.run import Run
 
 ROWS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 QUERIES, K, RECALL_QUERIES, CANDIDATES = 2048, 50, 128, 300
@@ -35,7 +36,7 @@ SETTING = Setting("resmem", K, 1.0, 1.0, 1.0)
 
 
 def grown(source: Datastore, rows: int, folder: Path) -> Datastore:
-    """A datastore of so many rows, written shard by shard."""
+    """Write a datastore with a number of rows, shard by shard."""
     rng, records = np.random.default_rng(0), []
     for shard, first in enumerate(range(0, rows, SHARD)):
         numbers = np.arange(first, min(rows, first + SHARD))
@@ -53,8 +54,8 @@ def grown(source: Datastore, rows: int, folder: Path) -> Datastore:
     return Datastore(folder, source.manifest | {"shards": records})
 
 
-def made_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"], logits: Float[np.ndarray, "queries base"]) -> Queries:
-    """What `resmem evaluate` caches of the keys' neighbors, but for DeepNet's candidates, which are drawn: they cost the same."""
+def random_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"], logits: Float[np.ndarray, "queries base"]) -> Queries:
+    """Return cached neighbors of keys as `resmem evaluate` has them, but with random candidates of DeepNet, which cost the same."""
     rows, distances = index.search(keys, K)
     neighbor_tokens = index.datastore.take("tokens", rows)
     base = np.random.default_rng(0).integers(0, 30_000, logits.shape).astype(np.int32)
@@ -78,18 +79,18 @@ def made_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"]
 
 
 def exponent(rows: list[int], seconds: list[float]) -> str:
-    """Of seconds = c rows^a, by least squares of the logarithms, with its standard error."""
+    """Return a of seconds = c rows^a, by least squares of the logarithms, with its standard error."""
     (slope, _), covariance = np.polyfit(np.log(rows), np.log(seconds), 1, cov=True)
     return f"{slope:.2f} +- {covariance[0, 0] ** 0.5:.2f}"
 
 
-def run(workdir: Path) -> None:
-    """Prints the table."""
-    source, keys = open_datastore(workdir / "datastore"), query_keys(workdir, QUERIES)
+def run(run: Run) -> None:
+    """Print the table."""
+    source, keys = open_datastore(run.datastore), query_keys(run, QUERIES)
     logits = np.zeros((QUERIES, BASE_CANDIDATES), np.float32)
     cells, times = [], {"build": [], "search": [], "evaluation": []}
     for count in ROWS:
-        with tempfile.TemporaryDirectory(prefix="resmem-bench-", dir=workdir) as name:
+        with tempfile.TemporaryDirectory(prefix="resmem-bench-", dir=str(run)) as name:
             datastore = grown(source, count, Path(name))
             start = perf_counter()
             facts = build(datastore, Path(name), {"training_rows": 100_000})
@@ -97,17 +98,17 @@ def run(workdir: Path) -> None:
             searcher = Searcher(datastore, Path(name), facts)
             index, lists = ApproximateIndex(datastore, searcher, CANDIDATES), searcher.lists(searcher.rotation.apply(keys))[2]
             found = index.search(keys[:RECALL_QUERIES], K)[0]
-            reached = recall(found, ExactIndex(datastore).search(keys[:RECALL_QUERIES], K)[0])
+            measured = recall(found, ExactIndex(datastore).search(keys[:RECALL_QUERIES], K)[0])
             times["search"].append(least(lambda index=index: index.search(keys, K)))
-            scorer = SplitScorer("bench", made_queries(index, keys, logits), datastore)
+            scorer = SplitScorer("bench", random_queries(index, keys, logits), datastore)
             with contextlib.redirect_stderr(io.StringIO()):
                 times["evaluation"].append(least(lambda scorer=scorer: scorer.predict([SETTING])))
             each = [f"{1e6 * times[part][-1] / QUERIES:,.0f}" for part in ("search", "evaluation")]
-            told = f"{lists.mean():.1f} of {facts['leaves']:,} (centers to {facts['probe_radius']} of the nearest)"
-            cells.append((f"{count:,}", f"{reached:.3f}", f"{times['build'][-1]:.1f}", told, *each))
+            probed = f"{lists.mean():.1f} of {facts['leaves']:,} (radius {facts['probe_radius']})"
+            cells.append((f"{count:,}", f"{measured:.3f}", f"{times['build'][-1]:.1f}", probed, *each))
     build_time, *others = (exponent(list(ROWS), seconds) for seconds in times.values())
     table(
-        f"Growth ({keys.shape[1]} dimensions, {QUERIES:,} queries, the least of three times)",
-        ("rows", "recall@50", "index build, s", "lists of a query", "search, us a query", "scores, us a query"),
+        f"Growth ({keys.shape[1]} dimensions, {QUERIES:,} queries, the shortest of three times)",
+        ("rows", "recall@50", "index build, s", "probed lists per query", "search, us per query", "scores, us per query"),
         [*cells, ("exponent", "", build_time, "", *others)],
     )

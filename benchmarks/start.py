@@ -1,21 +1,20 @@
-"""How long a command takes on a finished work directory, where all of it is starting and looking at records."""
+"""Measure the start of each command on a finished work directory, where it only reads records."""
 
-import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from benchmarks.measure import interleaved, ratio, table
+from resmem_lm.workdir.run import Run
 
 COMMANDS = ("run", "train", "build", "index", "evaluate", "report")
 FLOOR = "import numpy"
 
 
-def run(workdir: Path) -> None:
-    """Prints the table."""
-    settings = [f"--gin_file={workdir / 'config.gin'}", f"--workdir={workdir}"]
+def run(run: Run) -> None:
+    """Print the table."""
+    settings = [f"--gin_file={run.config}", f"--workdir={run}"]
     arguments = {
         "Python alone": ["-c", "pass"],
         FLOOR: ["-c", "import numpy"],
@@ -33,17 +32,15 @@ def run(workdir: Path) -> None:
 
 
 def _first_line(arguments: list[str]) -> float:
-    """Runs Python to the end; returns the seconds until it had said one line, or ended without one."""
-    # As from a shell: what this process was started with would spare the command its own restart.
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    """Run Python to the end; return the seconds until it printed a line, or ended without one."""
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout
         process.stdout.readline()
         seconds = time.perf_counter() - start
-        said = process.stdout.read()
+        output = process.stdout.read()
     if process.returncode:
-        raise RuntimeError(f"{arguments}: {said.decode()}")
+        raise RuntimeError(f"{arguments}: {output.decode()}")
     return seconds
 
 

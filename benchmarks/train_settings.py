@@ -1,13 +1,12 @@
-"""What some settings of `train` are worth: validation loss, accuracy and tokens/s after training with them.
+"""Measure the effect of settings of `train`: validation loss, accuracy and tokens/s after training with them.
 
     python -m benchmarks.train_settings WORKDIR --gin_file=configs/demo.gin [--gin.train.learning_rate=0.03 ...]
 
-WORKDIR is one whose documents and vocabulary are made (`resmem train`); nothing is written to it.
+WORKDIR has documents and a vocabulary (`resmem train`); nothing is written to it.
 """
 
 import argparse
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,9 +23,9 @@ from resmem_lm.workdir.run import Run
 
 
 def main() -> None:
-    """Trains once and prints one line."""
+    """Train once and print one line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir")
     parser.add_argument("--gin_file", action="append", required=True)
     arguments, rest = parser.parse_known_args()
     bindings = [argument.removeprefix("--gin.") for argument in rest]
@@ -34,11 +33,9 @@ def main() -> None:
     settings = config.parameters(train)
     model, steps = settings["model"], settings["steps"]
 
-    vocabulary = load_vocabulary(Run(arguments.workdir))
-    packed = {
-        split: pack(list(split_tokens(Run(arguments.workdir), split, vocabulary)), settings["sequence_length"])
-        for split in ("train", "validation")
-    }
+    run = Run(arguments.workdir)
+    vocabulary = load_vocabulary(run)
+    packed = {split: pack(list(split_tokens(run, split, vocabulary)), settings["sequence_length"]) for split in ("train", "validation")}
     rows = batches(packed["train"], batch_size=settings["batch_size"], seed=settings["seed"])
     names = ("learning_rate", "constant_steps", "steps", "cooldown_steps")
     adafactor = training.optimizer(training.learning_rate_schedule(**{name: settings[name] for name in names}))
@@ -46,7 +43,7 @@ def main() -> None:
     state = adafactor.init(parameters)
     update, sums = training.compiled_update(model, adafactor, settings["seed"]), training.compiled_sums(model)
 
-    warm = 2  # compiled again for the second step, whose parameters lie where the first has put them
+    warm = 2  # the second step is compiled again, for the layout of the first step's parameters
     for step in range(warm):
         parameters, state, _ = update(parameters, state, rows[step], np.int32(step))
     jax.block_until_ready(parameters)

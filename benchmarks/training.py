@@ -1,7 +1,6 @@
-"""A step of training, in operations a second, against the largest matrix product rate that this machine reaches in the same run."""
+"""Compare the operations per second of a training step with those of a large matrix product on the same machine."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gin
@@ -15,15 +14,17 @@ from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.decoder import init_parameters
 from resmem_lm.model.train_loop import compiled_update, learning_rate_schedule, optimizer
 from resmem_lm.text.packing import shift_right
+from resmem_lm.workdir.run import Run
 
-SHAPES = {"t5_small": (8, 128), "mini": (16, 128)}  # rows and tokens a row of a step, as in the configurations that train them
-PRODUCT = 3000  # rows and columns of the matrices multiplied: 54 GFLOP
+SHAPES = {"t5_small": (8, 128), "mini": (16, 128)}  # rows of a step and tokens of a row, as in the configurations
+PRODUCT = 3000  # rows and columns of the matrices: 54 GFLOP
 
 
 def operations_per_token(model: ModelConfig, length: int) -> int:
-    """Multiplications and additions of forward and backward pass: what is multiplied by a matrix, 2 operations a weight, thrice.
+    """Return the multiplications and additions in the matrix products of a forward and a backward pass, per token.
 
-    Attention is counted as computed, over the whole length; norms, softmax and the optimizer are not counted, so the share is a lower one.
+    A weight takes 2 operations in the forward pass and 4 in the backward pass. Attention is counted over the whole length. Norms, softmax
+    and the optimizer are not counted, so the share is a lower bound.
     """
     joined = model.num_heads * model.head_dim
     attention = 4 * model.emb_dim * joined + 2 * length * joined
@@ -38,7 +39,7 @@ def _model(name: str) -> ModelConfig:
 
 
 def _step(model: ModelConfig, rows: int, length: int) -> Callable[[], Any]:
-    """Trains one more step on random tokens."""
+    """Return a function that trains one more step on random tokens."""
     schedule = learning_rate_schedule(learning_rate=0.01, constant_steps=1000, steps=1000, cooldown_steps=0)
     adafactor = optimizer(schedule)
     update = compiled_update(model, adafactor, seed=0)
@@ -56,13 +57,13 @@ def _step(model: ModelConfig, rows: int, length: int) -> Callable[[], Any]:
         *state[:], metrics = update(*state, batch, np.int32(0))
         jax.block_until_ready((state, metrics))
 
-    step()  # compiled again for the second, whose parameters lie where the first has put them
+    step()  # the second step is compiled again, for the layout of the first step's parameters
     step()
     return step
 
 
-def run(workdir: Path) -> None:
-    """Prints the table; WORKDIR is not looked at."""
+def run(_: Run) -> None:
+    """Print the table. The work directory is not used."""
     a = jnp.asarray(np.random.default_rng(0).normal(size=(PRODUCT, PRODUCT)), jnp.float32)
     product = jax.jit(jnp.matmul)
     models = {name: _model(name) for name in SHAPES}
@@ -70,11 +71,11 @@ def run(workdir: Path) -> None:
     times = interleaved({"product": lambda: product(a, a).block_until_ready()} | steps, rounds=5)
     done = {"product": 2 * PRODUCT**3}
     done |= {name: operations_per_token(models[name], length) * rows * length for name, (rows, length) in SHAPES.items()}
-    # A second's share: of equal operations, the product's time over the step's.
+    # The ratio of operations per second is that of the times per operation.
     even = {name: [seconds / done[name] for seconds in times[name]] for name in times}
     table(
         f"Training (steps of {', '.join(f'{name}: {rows} x {length}' for name, (rows, length) in SHAPES.items())} tokens, float32)",
-        ("what", "of the product's operations/s", "GFLOP/s", "tokens/s"),
+        ("what", "share of the product's operations/s", "GFLOP/s", "tokens/s"),
         (
             (
                 name if name != "product" else f"product of two {PRODUCT} x {PRODUCT} matrices",

@@ -1,4 +1,4 @@
-"""The whole pipeline in object storage, which has no rename: an S3 server on loopback."""
+"""The whole pipeline in object storage, which has no rename, on a local S3 server."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import sys
 import time
 
 import pytest
-from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance.verify import verify
+from resmem_lm.text.sources import read_documents
 from resmem_lm.workdir import lock
 from resmem_lm.workdir.lock import locked
 from resmem_lm.workdir.run import Run
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of botocore and of the serv
 
 @pytest.fixture(scope="module")
 def bucket():
-    """The address of an empty bucket; processes started from here find it too."""
+    """The address of an empty bucket; child processes can open it too."""
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -41,16 +42,16 @@ def bucket():
     server.stop()
 
 
-def test_a_run_in_object_storage_is_that_on_a_disk(bucket, tiny_run):
+def test_a_run_in_object_storage_equals_a_run_on_a_disk(bucket, tiny_run):
     workdir = to_path(f"{bucket}/run")
     command = arguments(tiny_run.parent, workdir)
     assert main(["run", *command]) == 0
-    ours, theirs = (read_json(w / "results.json") for w in (workdir, tiny_run))
+    stored, local = (read_json(w / "results.json") for w in (workdir, tiny_run))
     for name in ("splits", "curves", "examples", "datastore"):
-        assert ours[name] == theirs[name]
+        assert stored[name] == local[name]
     assert verify(Run(workdir)) == []
     before = {str(f): f.stat().st_mtime for f in files_below(workdir) if f.name not in ("config.gin", "config.json")}
-    assert main(["run", *command]) == 0  # nothing is done again
+    assert main(["run", *command]) == 0  # every stage is skipped
     assert {str(f): f.stat().st_mtime for f in files_below(workdir) if f.name not in ("config.gin", "config.json")} == before
 
     more = [{"text": f"Something new, number {n}, about a {word} that nobody had written."} for n, word in enumerate(("fox", "hen", "owl"))]
@@ -63,11 +64,11 @@ def test_a_run_in_object_storage_is_that_on_a_disk(bucket, tiny_run):
     assert read_json(workdir / "datastore/manifest.json")["rows"] == rows
     for stage in ("index", "evaluate", "report"):
         assert main([stage, *command]) == 0
-    assert read_json(workdir / "results.json")["splits"] == theirs["splits"]
+    assert read_json(workdir / "results.json")["splits"] == local["splits"]
     assert verify(Run(workdir)) == []
 
 
-def test_a_killed_command_goes_on_in_object_storage(bucket, tiny_run):
+def test_a_killed_command_resumes_in_object_storage(bucket, tiny_run):
     workdir = to_path(f"{bucket}/killed")
     command = arguments(tiny_run.parent, workdir)
     process = subprocess.Popen([sys.executable, "-m", "resmem_lm", "run", *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -78,19 +79,19 @@ def test_a_killed_command_goes_on_in_object_storage(bucket, tiny_run):
     process.wait()
     assert (workdir / ".lock").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lock, "HEARTBEAT", 0.2)  # nobody renews it
+        patch.setattr(lock, "HEARTBEAT", 0.2)  # no process renews it
         assert main(["run", *command]) == 0
     assert read_json(workdir / "results.json")["splits"] == read_json(tiny_run / "results.json")["splits"]
     assert verify(Run(workdir)) == []
 
 
-def test_a_lease_that_is_renewed_refuses_others(bucket, monkeypatch):
+def test_a_renewed_lock_refuses_other_commands(bucket, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
     workdir = to_path(f"{bucket}/leased")
     code = f"""
 import time
-from resmem_lm import lock
-from resmem_lm.storage import to_path
+from resmem_lm.workdir import lock
+from resmem_lm.workdir.storage import to_path
 lock.HEARTBEAT = 0.1
 with lock.locked(to_path("{workdir}")):
     print("held", flush=True)
@@ -110,7 +111,7 @@ with lock.locked(to_path("{workdir}")):
     assert not (workdir / ".lock").exists()
 
 
-def test_a_copy_is_made_once_and_again_when_the_object_has_changed(bucket):
+def test_a_local_copy_is_replaced_only_after_the_object_changed(bucket):
     path = to_path(f"{bucket}/copy/value.json")
     write_json(path, {"a": 1})
     first = local_path(path)
@@ -121,28 +122,26 @@ def test_a_copy_is_made_once_and_again_when_the_object_has_changed(bucket):
     assert read_json(local_path(path)) == {"a": 2}
 
 
-def test_unknown_storage_is_told():
+def test_an_unknown_storage_is_refused():
     with pytest.raises(UserError, match="nowhere://bucket"):
         to_path("nowhere://bucket/run")
 
 
-def test_text_may_lie_there_too(bucket, tmp_path):
+def test_text_is_read_from_object_storage(bucket, tmp_path):
     folder = to_path(f"{bucket}/texts")
     for number in range(4):
-        (folder / f"{number}.txt").write_bytes(f"Text number {number} of the bucket, which is like no other.".encode())
-    from resmem_lm.text.sources import read_documents
-
+        (folder / f"{number}.txt").write_bytes(f"Text number {number} of the bucket, unlike any other.".encode())
     found = list(read_documents(f"{bucket}/texts/*.txt", duplicate_threshold=0.7))
     assert [document.id for document in found] == [f"{bucket}/texts/{number}.txt" for number in range(4)]
     assert list(read_documents(f"{bucket}/texts", duplicate_threshold=0.7)) == found
     assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1")
 
 
-def test_an_address_has_one_name_whatever_its_protocol_is_called(bucket):
+def test_addresses_of_s3_and_s3a_are_equal(bucket):
     assert str(to_path(f"{bucket.replace('s3:', 's3a:')}/run/x")) == str(to_path(f"{bucket}/run/x"))
 
 
-def test_a_checkpoint_that_was_half_copied_when_killed_is_not_gone_on_from(bucket, tiny_run):
+def test_training_does_not_resume_from_a_checkpoint_that_was_half_copied(bucket, tiny_run):
     workdir = to_path(f"{bucket}/cut")
     command = arguments(tiny_run.parent, workdir)
     assert main(["train", *command]) == 0

@@ -21,7 +21,7 @@ SETTINGS = {"window_length": 32, "window_context": 8, "entries": 16}
 
 
 def files(workdir):
-    """Content and time of every file of every shard, by names without the ends that each attempt has of its own."""
+    """Return content and time of every file of every shard, by name without the suffix of the attempt."""
     found = sorted((workdir / "datastore").glob("shard-*/*"))
     return {(path.parent.name.partition(".")[0], path.name): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
@@ -37,7 +37,7 @@ def folders(workdir):
 SHARDS = [f"shard-0000{shard}-of-00003" for shard in range(3)]
 
 
-def test_only_a_missing_shard_is_made_again_and_is_the_same(tiny_copy):
+def test_only_a_missing_shard_is_built_again_and_is_the_same(tiny_copy):
     before = files(tiny_copy)
     shutil.rmtree(shard_folder(tiny_copy, 1))
     (tiny_copy / "datastore/manifest.json").unlink()
@@ -51,14 +51,14 @@ def test_only_a_missing_shard_is_made_again_and_is_the_same(tiny_copy):
     assert folders(tiny_copy) == SHARDS
 
 
-def test_shards_of_other_settings_are_never_taken_over(tiny_copy):
+def test_shards_with_other_settings_are_never_reused(tiny_copy):
     (tiny_copy / "stages/build.json").unlink()
     build_datastore(tiny_copy, **(SETTINGS | {"entries": 8}))
     assert open_datastore(tiny_copy / "datastore").take("residual_ids", np.arange(5)).shape == (5, 7)
     assert folders(tiny_copy) == SHARDS
 
 
-def test_a_shard_that_was_cut_is_made_again(tiny_copy):
+def test_a_truncated_shard_is_built_again(tiny_copy):
     before = content(tiny_copy)
     os.truncate(shard_folder(tiny_copy, 0) / "quantized_keys.npy", 500)
     (tiny_copy / "stages/build.json").unlink()
@@ -66,7 +66,7 @@ def test_a_shard_that_was_cut_is_made_again(tiny_copy):
     assert content(tiny_copy) == before
 
 
-def test_following_the_mend_of_an_altered_shard_makes_it_again(tiny_copy):
+def test_the_suggested_fix_of_an_altered_shard_builds_it_again(tiny_copy):
     before, path = content(tiny_copy), shard_folder(tiny_copy, 0) / "quantized_keys.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="was altered") as caught:
@@ -77,7 +77,7 @@ def test_following_the_mend_of_an_altered_shard_makes_it_again(tiny_copy):
     assert content(tiny_copy) == before
 
 
-def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
+def test_one_thread_and_repeated_bundles_give_the_same_rows(tiny_copy):
     before = content(tiny_copy)
     shutil.rmtree(tiny_copy / "datastore")
     (tiny_copy / "stages/build.json").unlink()
@@ -85,7 +85,7 @@ def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
     first = files(tiny_copy)
     _encode_again(tiny_copy)
     assert files(tiny_copy) == first
-    for name in SHARDS:  # as if the first attempt had not yet ended
+    for name in SHARDS:  # as if the first attempt had not yet published
         (tiny_copy / "datastore" / f"{name}.json").unlink()
     _encode_again(tiny_copy)
     assert folders(tiny_copy) == sorted(2 * SHARDS)
@@ -96,13 +96,13 @@ def test_one_thread_and_every_bundle_twice_give_the_same_rows(tiny_copy):
 
 
 def _encode_again(workdir):
-    """A second attempt at every shard, as a runner that repeats a bundle makes it."""
+    """Encode every shard again, as a runner does that repeats a bundle."""
     encode = pipeline.EncodeShard(Run(str(workdir)), open_datastore(workdir / "datastore").binding)
     worker, units = encode.setup(), pipeline.units_of(Run(workdir), None)
     assert [name for unit in units for name in encode.process(unit, worker)] == SHARDS
 
 
-def test_what_was_counted_is_what_is_there(tiny_run):
+def test_counters_equal_the_contents_of_the_datastore(tiny_run):
     built, datastore = read_json(tiny_run / "stages/build.json")["result"], open_datastore(tiny_run / "datastore")
     counts = built["counts"]
     assert (counts["tokens"], counts["documents"]) == (datastore.rows, sum(len(datastore.documents(shard)) for shard in range(3)))
@@ -114,7 +114,7 @@ def test_what_was_counted_is_what_is_there(tiny_run):
     assert counts["window_tokens"] <= counts["computed_tokens"]
 
 
-def test_the_first_shards_are_a_smaller_datastore(tiny_copy):
+def test_the_first_shards_make_a_smaller_datastore(tiny_copy):
     shutil.rmtree(tiny_copy / "datastore")
     (tiny_copy / "stages/build.json").unlink()
     found = build_datastore(tiny_copy, **SETTINGS, shards=1)
@@ -136,22 +136,22 @@ def test_more_shards_than_documents_leave_some_without_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"shards": 4}, "take 1 to 3"),
-        ({"temperatures": (0.5, 2.0)}, "1.0 among them"),
+        ({"temperatures": (0.5, 2.0)}, "include 1.0"),
         ({"entries": 0}, "entries = 0: take 1 or more"),
         ({"temperatures": (0.1, 1.0)}, "none below 0.2"),
         ({"window_context": 32}, "context"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(tiny_copy, change, says):
+def test_impossible_settings_are_refused(tiny_copy, change, message):
     (tiny_copy / "stages/build.json").unlink()
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         build_datastore(tiny_copy, **(SETTINGS | change))
 
 
-def test_a_refused_number_of_shards_leaves_nothing_behind(tiny_copy):
+def test_an_impossible_number_of_shards_is_refused_before_anything_is_written(tiny_copy):
     (tiny_copy / "stages/build.json").unlink()
     shutil.rmtree(tiny_copy / "datastore")
     with pytest.raises(UserError, match="take 1 to 3"):
@@ -160,7 +160,7 @@ def test_a_refused_number_of_shards_leaves_nothing_behind(tiny_copy):
     build_datastore(tiny_copy, **(SETTINGS | {"key_dimensions": 8}))
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny_copy, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line_and_the_same_command_resumes(tiny_copy, monkeypatch):
     before = content(tiny_copy)
     shutil.rmtree(shard_folder(tiny_copy, 2))
     (tiny_copy / "stages/build.json").unlink()

@@ -4,10 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.maintenance.append import append
 
 from beam_pipelines.build_index import build_index
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance.append import append
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.workdir.run import Run
@@ -24,7 +24,7 @@ def folders(workdir):
 
 @pytest.fixture
 def unindexed(tiny_copy, monkeypatch):
-    """A run whose index is not made. faiss will have files, few as the rows are."""
+    """A run without an index. faiss writes files although there are few rows."""
     monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
     shutil.rmtree(tiny_copy / "index")
     (tiny_copy / "stages/index.json").unlink()
@@ -33,7 +33,7 @@ def unindexed(tiny_copy, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["faiss", "scann", "exact"])
 @pytest.mark.parametrize("fit", [1, 2])
-def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kind, fit):
+def test_an_index_shard_covers_as_many_datastore_shards_as_the_memory_holds(unindexed, kind, fit):
     groups = [(0, 1), (1, 1), (2, 1)] if fit == 1 else [(0, 2), (2, 1)]
     found = build_index(unindexed, kind=kind, memory_gib=index_memory_gib(unindexed, fit, kind))
     datastore = open_datastore(unindexed / "datastore")
@@ -49,14 +49,14 @@ def test_each_worker_has_as_many_whole_shards_as_its_memory_holds(unindexed, kin
         np.testing.assert_array_equal(datastore.keys(rows + first_row)[:, 0], keys)
 
 
-def test_the_memory_that_a_refusal_names_is_enough(unindexed):
+def test_the_memory_that_an_error_suggests_is_enough(unindexed):
     with pytest.raises(UserError, match=r"memory_gib = 1 is too small for the largest shard of the datastore, of \d+ rows") as caught:
         build_index(unindexed, memory_gib=1)
     assert f"of {max(shard_rows(unindexed))} rows" in str(caught.value)
     build_index(unindexed, memory_gib=float(re.search(r"take ([\d.]+)", str(caught.value))[1]))
 
 
-def test_only_what_holds_new_shards_is_made_again(unindexed, tmp_path):
+def test_added_rows_leave_other_index_shards_as_they_are(unindexed, tmp_path):
     memory_gib = index_memory_gib(unindexed, 1)
     build_index(unindexed, memory_gib=memory_gib)
     before = folders(unindexed)
@@ -70,7 +70,7 @@ def test_only_what_holds_new_shards_is_made_again(unindexed, tmp_path):
     index_manifest(Run(unindexed), open_datastore(unindexed / "datastore"))
 
 
-def test_what_a_killed_run_left_is_taken_over_or_away(unindexed):
+def test_shards_of_a_killed_build_are_kept_if_complete_and_removed_if_not(unindexed):
     memory_gib = index_memory_gib(unindexed, 1)
     build_index(unindexed, memory_gib=memory_gib)
     before = folders(unindexed)
@@ -84,7 +84,7 @@ def test_what_a_killed_run_left_is_taken_over_or_away(unindexed):
     assert set(before) - set(after) == {before[1]}
 
 
-def test_keys_that_were_altered_are_refused(unindexed):
+def test_altered_keys_are_refused(unindexed):
     path = shard_folder(unindexed, 2) / "quantized_keys.npy"
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -97,6 +97,6 @@ def test_keys_that_were_altered_are_refused(unindexed):
 
 
 @pytest.mark.parametrize("memory_gib", [0.0, -1.0, float("nan"), float("inf")])
-def test_memory_that_no_worker_has_is_told(unindexed, memory_gib):
+def test_an_impossible_memory_is_refused(unindexed, memory_gib):
     with pytest.raises(UserError, match=r"memory_gib = .*: take a number above 0"):
         build_index(unindexed, memory_gib=memory_gib)

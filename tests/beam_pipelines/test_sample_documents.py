@@ -38,7 +38,7 @@ def texts(c4, split):
     return [json.loads(line)["text"] for path in paths for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def test_each_document_is_placed_by_its_text_alone_and_once(c4, tmp_path):
+def test_each_document_is_placed_once_and_by_its_text_alone(c4, tmp_path):
     counts = sample(c4, tmp_path)["documents"]
     train, validation, test = (documents_of(tmp_path, split) for split in ("train", "validation", "test"))
     held_out = set(texts(c4, "validation"))
@@ -55,7 +55,7 @@ def test_each_document_is_placed_by_its_text_alone_and_once(c4, tmp_path):
     assert all(d.id.startswith("http://site/") for d in train)
 
 
-def test_a_document_like_a_held_out_one_is_dropped_and_equal_ones_are_kept_once(c4, tmp_path):
+def test_near_duplicates_of_held_out_documents_are_dropped_and_equal_texts_kept_once(c4, tmp_path):
     counts = sample(c4, tmp_path, fraction=1.0)["documents"]
     kept = [d.text for d in documents_of(tmp_path, "train")]
     assert counts["near_duplicate"] >= 1
@@ -64,7 +64,7 @@ def test_a_document_like_a_held_out_one_is_dropped_and_equal_ones_are_kept_once(
     assert len(kept) == len(set(kept)) == counts["train"] == 200 - 1 - 1 - counts["near_duplicate"]
 
 
-def test_neither_workers_nor_the_order_or_number_of_files_change_a_byte(c4, tmp_path):
+def test_workers_and_the_order_and_number_of_files_do_not_change_a_byte(c4, tmp_path):
     first = sample(c4, tmp_path / "a")
     lines = [line for path in sorted(c4.glob("c4-train.*")) for line in gzip.decompress(path.read_bytes()).splitlines(keepends=True)]
     parts = tmp_path / "parts"
@@ -78,14 +78,14 @@ def test_neither_workers_nor_the_order_or_number_of_files_change_a_byte(c4, tmp_
     assert all(other == first for other in others)
 
 
-def test_the_first_half_of_the_shards_is_the_sample_of_half_the_size(c4, tmp_path):
+def test_the_first_half_of_the_shards_is_a_sample_of_half_the_size(c4, tmp_path):
     whole, half = sample(c4, tmp_path / "whole"), sample(c4, tmp_path / "half", fraction=0.25, shards=2)
     for shard in range(2):
         assert whole["checksums"][f"train-0000{shard}-of-00004.jsonl"] == half["checksums"][f"train-0000{shard}-of-00002.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"held_out": None}, "set both"),
         ({"fraction": 0.0}, "fraction = 0.0: take a number above 0"),
@@ -94,43 +94,43 @@ def test_the_first_half_of_the_shards_is_the_sample_of_half_the_size(c4, tmp_pat
         ({"validation_fraction": 1.0}, "leaves no test documents: change sample_documents.validation_fraction"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(c4, tmp_path, change, says):
-    with pytest.raises(UserError, match=says):
+def test_impossible_settings_are_refused(c4, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
         sample(c4, tmp_path, **change)
     assert not (tmp_path / "documents").exists()
 
 
-def test_a_line_that_is_wrong_is_named(c4, tmp_path):
+def test_an_error_names_the_file_and_the_line(c4, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"test": "bad"}\n')
     with pytest.raises(UserError, match=r'bad.jsonl, line 2 has no field "text"'):
         sample(c4, tmp_path / "run", train=str(tmp_path / "bad.jsonl"))
 
 
-def test_half_of_a_surrogate_pair_in_a_url_is_no_hindrance(c4, tmp_path):
+def test_half_of_a_surrogate_pair_in_a_url_is_replaced(c4, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "A page.", "url": "http://site/\ud83d"}) + "\n")
     sample(c4, tmp_path / "run", train=str(tmp_path / "a.jsonl"), fraction=1.0)
     assert [d.id.partition("#")[0] for d in documents_of(tmp_path / "run", "train")] == ["http://site/?"]
 
 
-def test_a_held_out_split_without_documents_is_told_before_the_train_text_is_read(c4, tmp_path):
+def test_an_empty_held_out_split_is_refused_before_the_train_text_is_read(c4, tmp_path):
     (tmp_path / "bad.jsonl").write_text("not JSON\n")
     with pytest.raises(UserError, match="leaves no test documents"):
         sample(c4, tmp_path / "run", train=str(tmp_path / "bad.jsonl"), validation_fraction=1.0)
 
 
-def test_a_worker_that_does_not_see_the_held_out_documents_stops(tmp_path):
+def test_a_worker_that_cannot_see_the_held_out_documents_is_refused(tmp_path):
     with pytest.raises(UserError, match="a worker sees 0 of 40 held-out documents"):
         pipeline.PlaceTrain(str(tmp_path / "nowhere"), 1.0, 4, 0.7, held_out=40).setup()
 
 
 @pytest.mark.skipif(HAS_TFDS, reason="TFDS is installed here")
-def test_without_tfds_the_extra_is_named(c4, tmp_path):
+def test_an_error_without_tfds_names_the_extra(c4, tmp_path):
     with pytest.raises(UserError, match=r"pip install 'resmem_lm\[c4\]'"):
         sample(c4, tmp_path, train="tfds:c4/en:3.1.0/train")
 
 
 @pytest.mark.skipif(not HAS_TFDS, reason="TFDS is not installed: pip install 'resmem_lm[c4]'")
-@pytest.mark.filterwarnings("ignore")  # TensorFlow's own
+@pytest.mark.filterwarnings("ignore")  # of TensorFlow
 class TestTfds:
     @pytest.fixture(scope="class")
     def data_dir(self, c4, tmp_path_factory):
@@ -138,15 +138,15 @@ class TestTfds:
         build_tfds(c4, folder)
         return str(folder)
 
-    def test_tfds_gives_the_same_bytes_as_the_json_lines(self, c4, data_dir, tmp_path):
+    def test_tfds_and_json_lines_give_the_same_bytes(self, c4, data_dir, tmp_path):
         prepared = sample(
             c4, tmp_path / "a", train="tfds:c4/en:3.1.0/train", held_out="tfds:c4/en:3.1.0/validation", tfds_data_dir=data_dir
         )
         assert prepared == sample(c4, tmp_path / "b")
 
     @pytest.mark.parametrize(
-        ("text", "says"), [("tfds:c4/en:2.0.0/train", "tfds build c4/en:2.0.0"), ("tfds:c4/en:3.1.0/dev", "no split 'dev': take one of")]
+        ("text", "message"), [("tfds:c4/en:2.0.0/train", "tfds build c4/en:2.0.0"), ("tfds:c4/en:3.1.0/dev", "no split 'dev': take one of")]
     )
-    def test_what_is_not_there_is_told(self, c4, data_dir, tmp_path, text, says):
-        with pytest.raises(UserError, match=says):
+    def test_missing_datasets_and_splits_are_refused(self, c4, data_dir, tmp_path, text, message):
+        with pytest.raises(UserError, match=message):
             sample(c4, tmp_path, held_out=text, tfds_data_dir=data_dir)

@@ -2,14 +2,15 @@ import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.maintenance.append import append
 
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
 from beam_pipelines.runner import LOCAL_RUNNER
-from beam_pipelines.search_neighbors import group_numbers, search
+from beam_pipelines.search_neighbors import search
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.search_job import group_numbers
+from resmem_lm.maintenance.append import append
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.text.sources import Document
@@ -32,7 +33,7 @@ def assert_same(found, expected):
 
 @pytest.fixture
 def unsearched(tiny_copy):
-    """A run whose neighbors are not found."""
+    """A run without neighbors."""
     shutil.rmtree(tiny_copy / "neighbors")
     (tiny_copy / "stages/search.json").unlink()
     return tiny_copy
@@ -40,7 +41,7 @@ def unsearched(tiny_copy):
 
 def kill_when_queries_are_encoded(workdir, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("beam_pipelines.search_neighbors._query_shards", lambda *_: 1 / 0)
+        patch.setattr("beam_pipelines.search_neighbors.query_shards", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             search(workdir, neighbors=12)
 
@@ -51,8 +52,8 @@ def reindex(workdir, **settings):
 
 
 @pytest.mark.parametrize("options", ["", f"--runner={LOCAL_RUNNER} --direct_num_workers=1"])
-def test_an_index_in_shards_and_workers_that_take_pairs_find_the_same(tiny_run, unsearched, options):
-    """Everything is compared where rows are so few."""
+def test_an_index_in_several_shards_finds_the_same_neighbors(tiny_run, unsearched, options):
+    """The index compares a query with every key because it has few rows."""
     assert len(reindex(unsearched, memory_gib=index_memory_gib(unsearched, 1))["shards"]) > 1
     found = search(unsearched, neighbors=12, pipeline_options=options)
     assert_same(arrays(unsearched), arrays(tiny_run))
@@ -63,7 +64,7 @@ def test_an_index_in_shards_and_workers_that_take_pairs_find_the_same(tiny_run, 
     }
 
 
-def test_neighbors_are_those_of_exact_search_with_their_tokens(tiny_run, unsearched):
+def test_an_exact_index_finds_the_same_neighbors_and_their_tokens(tiny_run, unsearched):
     reindex(unsearched, kind="exact")
     search(unsearched, neighbors=12)
     datastore, expected, found = open_datastore(unsearched / "datastore"), arrays(tiny_run), arrays(unsearched)
@@ -73,16 +74,16 @@ def test_neighbors_are_those_of_exact_search_with_their_tokens(tiny_run, unsearc
         assert (np.diff(found[split, "distances"], axis=1) >= 0).all()
 
 
-def test_another_search_is_another_result_though_its_recall_is_the_same(tiny_copy):
+def test_a_search_for_fewer_neighbors_changes_the_result_of_the_stage(tiny_copy):
     before = read_json(tiny_copy / "stages/search.json")["result"]
     shutil.rmtree(tiny_copy / "neighbors")
     (tiny_copy / "stages/search.json").unlink()
     after = search(tiny_copy, neighbors=5)
     assert {name: after[name] for name in QUERY_SPLITS} == {name: before[name] for name in QUERY_SPLITS}
-    assert after != before  # so that the evaluation is made again
+    assert after != before  # so that the evaluation runs again
 
 
-def test_an_index_that_was_made_anew_is_searched(tiny_copy):
+def test_a_rebuilt_index_is_searched(tiny_copy):
     before = read_json(tiny_copy / "neighbors/neighbors.json")
     shutil.rmtree(tiny_copy / "index")
     reindex(tiny_copy, training_rows=1000)
@@ -91,7 +92,7 @@ def test_an_index_that_was_made_anew_is_searched(tiny_copy):
     assert all(after[split]["shards"][0]["folder"] != before[split]["shards"][0]["folder"] for split in QUERY_SPLITS)
 
 
-def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimensions(unsearched, monkeypatch):
+def test_encoded_queries_of_a_killed_search_are_not_used_with_projected_keys(unsearched, monkeypatch):
     kill_when_queries_are_encoded(unsearched, monkeypatch)
     for place in ("datastore", "index"):
         shutil.rmtree(unsearched / place)
@@ -102,7 +103,7 @@ def test_queries_that_a_killed_search_left_are_not_taken_for_keys_of_fewer_dimen
     assert search(unsearched, neighbors=12)["test"]["recall_at_k"] == 1
 
 
-def test_queries_that_a_killed_search_left_are_not_taken_for_those_of_other_documents(unsearched, monkeypatch):
+def test_encoded_queries_of_a_killed_search_are_not_used_for_other_documents(unsearched, monkeypatch):
     kill_when_queries_are_encoded(unsearched, monkeypatch)
     (path,) = shard_paths(Run(unsearched), "test")
     content = shard_content(read_shard(path)[1:]).encode()
@@ -113,19 +114,19 @@ def test_queries_that_a_killed_search_left_are_not_taken_for_those_of_other_docu
     assert lengths.tolist() == [len(tokens) for tokens in load_vocabulary(Run(unsearched)).encode_documents(read_shard(path))]
 
 
-def test_documents_of_a_group_have_one_number_and_others_their_own():
+def test_documents_of_a_group_have_one_number_and_other_documents_their_own():
     documents = [Document("a", "one", "work"), Document("b", "two"), Document("work", "three"), Document("d", "four", "work")]
     numbers = group_numbers(documents)
     assert numbers[0] == numbers[3]
     assert len(set(numbers.tolist())) == 3
 
 
-def test_no_query_to_compare_is_refused(unsearched):
+def test_a_search_without_a_query_to_compare_is_refused(unsearched):
     with pytest.raises(UserError, match="recall_queries = 0: take 1 or more"):
         search(unsearched, recall_queries=0)
 
 
-def test_altered_tokens_are_not_taken_for_those_of_the_neighbors(unsearched):
+def test_altered_tokens_of_the_datastore_are_refused(unsearched):
     path = next((unsearched / "datastore").glob("shard-*/tokens.npy"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -134,7 +135,7 @@ def test_altered_tokens_are_not_taken_for_those_of_the_neighbors(unsearched):
         search(unsearched, neighbors=12)
 
 
-def test_what_a_killed_search_had_published_is_kept(tiny_copy):
+def test_published_neighbors_of_a_killed_search_are_kept(tiny_copy):
     before = arrays(tiny_copy)
     facts = read_json(tiny_copy / "neighbors/neighbors.json")
     (kept,), (lost,) = facts["validation"]["shards"], facts["test"]["shards"]
@@ -150,7 +151,7 @@ def test_what_a_killed_search_had_published_is_kept(tiny_copy):
     assert len([path for path in (tiny_copy / "neighbors").iterdir() if path.is_dir()]) == 2
 
 
-def test_neighbors_among_added_rows_are_found_when_index_and_search_run_again(tiny_copy, tmp_path):
+def test_added_rows_are_neighbors_after_index_and_search_run_again(tiny_copy, tmp_path):
     before, rows = arrays(tiny_copy), open_datastore(tiny_copy / "datastore").rows
     write_corpus(tmp_path / "more.jsonl", documents=90)
     append(Run(tiny_copy), str(tmp_path / "more.jsonl"))

@@ -1,0 +1,41 @@
+"""Collect the nearest neighbors while index shards are searched one after another."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from resmem_lm.memory.index import Index, merge_nearest
+
+SEARCH_BLOCK = 4096  # queries searched at a time
+
+Nearest = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]  # rows and distances, nearest first
+
+
+def no_neighbors(queries: int, k: int) -> Nearest:
+    """Return rows and distances of queries that have no neighbors yet: row -1 at an infinite distance."""
+    return np.full((queries, k), -1, np.int64), np.full((queries, k), np.inf, np.float32)
+
+
+def add_neighbors(nearest: Nearest, index: Index, queries: Float[np.ndarray, "queries emb"], first_row: int) -> None:
+    """Search an index shard and keep the nearest of its neighbors and those found before.
+
+    Args:
+        nearest: arrays to update.
+        index: one shard.
+        queries: keys.
+        first_row: the datastore's row that is row 0 of the shard.
+    """
+    k = nearest[0].shape[1]
+    for start in range(0, len(queries), SEARCH_BLOCK):
+        some = slice(start, start + SEARCH_BLOCK)
+        rows, distances = index.search(queries[some], k)
+        found = (np.where(rows < 0, -1, rows + first_row), distances)
+        nearest[0][some], nearest[1][some] = merge_nearest([(nearest[0][some], nearest[1][some]), found], k)
+
+
+def merge_parts(parts: list[Nearest], k: int) -> Nearest:
+    """Return the k nearest of neighbors that were found in several groups of index shards."""
+    merged = no_neighbors(len(parts[0][0]), k)
+    for start in range(0, len(merged[0]), SEARCH_BLOCK):
+        some = slice(start, start + SEARCH_BLOCK)
+        merged[0][some], merged[1][some] = merge_nearest([(rows[some], distances[some]) for rows, distances in parts], k)
+    return merged
