@@ -130,9 +130,6 @@ def scann_tree(keys: Float[np.ndarray, "rows emb"]) -> Peer:
     """
     leaves, random = 2 * int(np.sqrt(len(keys))), np.random.default_rng(0)
     rotation = np.linalg.qr(random.normal(size=2 * keys.shape[1:]))[0].astype(np.float32)
-        2 * int(np.sqrt(len(keys))),
-        np.linalg.qr(np.random.default_rng(0).normal(size=2 * keys.shape[1:]))[0].astype(np.float32),
-    )
     start = perf_counter()
     keys = keys @ rotation
     builder = scann.scann_ops_pybind.builder(keys, K, "squared_l2").tree(leaves, 10, training_sample_size=100_000)
