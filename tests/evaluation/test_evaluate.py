@@ -16,7 +16,7 @@ PAPER = Setting("resmem", 12, 1.0, 1.0, 1.0)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40))
-def test_the_interval_holds_the_mean_and_is_the_same_each_time(seed, documents):
+def test_an_interval_contains_the_mean_and_is_deterministic(seed, documents):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 30, documents)
     values, groups = rng.random(lengths.sum()), np.repeat(np.arange(documents), lengths)
@@ -25,14 +25,14 @@ def test_the_interval_holds_the_mean_and_is_the_same_each_time(seed, documents):
     assert (low, high) == bootstrap_interval(values, groups)
 
 
-def test_the_interval_is_that_of_the_mean_of_many_like_documents():
+def test_an_interval_has_the_width_of_the_normal_approximation():
     rng = np.random.default_rng(0)
     values = rng.normal(size=4000)
     low, high = bootstrap_interval(values, np.repeat(np.arange(400), 10))
     assert high - low == pytest.approx(2 * 1.96 / np.sqrt(4000), rel=0.15)
 
 
-def test_tokens_of_one_document_are_not_taken_for_independent():
+def test_tokens_of_one_document_are_not_independent():
     whole_documents = np.repeat(np.random.default_rng(0).random(20) < 0.5, 100).astype(float)
     together = bootstrap_interval(whole_documents, np.repeat(np.arange(20), 100))
     apart = bootstrap_interval(whole_documents, np.arange(2000))
@@ -44,13 +44,13 @@ def test_one_document_has_no_interval():
     assert interval(None) == "-"
 
 
-def test_shares_are_those_of_the_papers_table_2():
+def test_accuracy_tpr_fpr_and_gain_are_shares_of_all_tokens():
     targets, deepnet, predictions = (np.array(x) for x in ([1, 2, 3, 4, 5, 6], [1, 2, 0, 0, 0, 0], [1, 0, 3, 4, 0, 0]))
     found = accuracy_metrics((predictions, np.ones(6, bool)), deepnet, targets, np.array([0, 0, 1, 1, 1, 1]))
     assert (found["accuracy"], found["tpr"], found["fpr"], found["gain"]) == pytest.approx((3 / 6, 2 / 6, 1 / 6, 1 / 6))
 
 
-def test_tuning_takes_the_most_right_of_each_kind_and_the_first_of_equals():
+def test_tuning_chooses_the_most_accurate_of_each_kind_and_the_first_of_equals():
     counts = {
         Setting("resmem", 1, 1.0, 1.0, 1.0): 5,
         Setting("resmem", 2, 1.0, 1.0, 1.0): 5,
@@ -63,7 +63,7 @@ def test_tuning_takes_the_most_right_of_each_kind_and_the_first_of_equals():
     assert found["knn"] == Setting("knnlm", 4, 1.0, 1.0, 1.0)  # p_kNN has no temperature
 
 
-def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
+def test_counts_of_the_sweep_equal_counts_of_the_predictions(tiny_run):
     datastore = open_datastore(tiny_run / "datastore")
     scorer = SplitScorer("validation", open_queries(Run(tiny_run), "validation"), datastore)
     counts = scorer.count_correct([1, 12], [0.5, 4.0], [1.0, 1.4], {"resmem": [0.5, 1.0], "knnlm": [0.5, 1.0]})
@@ -76,7 +76,7 @@ def test_counts_of_the_sweep_are_those_of_the_predictions(tiny_run):
             assert counts[setting] == counts[setting._replace(temperature=1.0)]
 
 
-def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):
+def test_lambda_0_is_deepnet_and_lambda_1_is_knn(tiny_run):
     datastore = open_datastore(tiny_run / "datastore")
     scorer = SplitScorer("test", open_queries(Run(tiny_run), "test"), datastore)
     settings = [Setting("resmem", 12, 1.0, 1.0, 0.0), Setting("knnlm", 12, 1.0, 1.0, 0.0), Setting("knnlm", 1, 1.0, 1.0, 1.0)]
@@ -88,22 +88,22 @@ def test_no_memory_is_deepnet_and_memory_alone_is_knn(tiny_run):
     np.testing.assert_array_equal(found[settings[2]][0], np.asarray(q.neighbor_tokens)[:, 0])
 
 
-def test_distributions_have_the_predictions_of_their_formula_and_the_losses_of_the_sweep(tiny_run):
+def test_distributions_agree_with_predictions_and_with_the_losses_of_the_sweep(tiny_run):
     scorer = SplitScorer("test", open_queries(Run(tiny_run), "test"), open_datastore(tiny_run / "datastore"))
     losses = scorer.log_losses([0.5, 4.0], [1.0, 1.4], {"knnlm": [0.0, 0.5], "boosted": [0.0, 4.0], "clipped": [0.5]})
     assert len(losses) == 2 * 2 * 5
-    told = scorer.distributions([*losses, *losses])  # one may be asked for twice
+    found = scorer.distributions([*losses, *losses])  # a setting may be asked for twice
     for setting, loss in losses.items():
-        assert -np.log(told[setting].target_probability).sum() == pytest.approx(loss, rel=1e-3)
-        assert (told[setting].confidence <= 1 + 1e-5).all()
+        assert -np.log(found[setting].target_probability).sum() == pytest.approx(loss, rel=1e-3)
+        assert (found[setting].confidence <= 1 + 1e-5).all()
     knnlm = [setting for setting in losses if setting.formula == "knnlm"]
     for setting, (predictions, _) in scorer.predict(knnlm).items():
-        np.testing.assert_array_equal(told[setting].predictions, predictions)
+        np.testing.assert_array_equal(found[setting].predictions, predictions)
     deepnet = [setting for setting in losses if setting.lambda_ == 0 and setting.temperature == 1.0]
     assert len({losses[setting].__round__(0) for setting in deepnet}) == 1
 
 
-def test_calibrating_takes_the_least_loss_of_each_kind():
+def test_calibrating_chooses_the_lowest_loss_of_each_kind():
     losses = {Setting(formula, 12, 1.0, 1.0, lambda_): loss for formula, lambda_, loss in CALIBRATIONS}
     found = calibrate(losses)
     assert (found["knnlm_perplexity"].lambda_, found["resmem_calibrated"]) == (0.25, Setting("clipped", 12, 1.0, 1.0, 0.5))

@@ -14,11 +14,11 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
 
-def test_recall_counts_what_was_found_in_any_order():
+def test_recall_ignores_the_order():
     assert recall(np.array([[3, 1, 2], [9, 8, 7]]), np.array([[1, 2, 3], [7, 5, 6]])) == pytest.approx((1 + 1 / 3) / 2)
 
 
-def test_the_nearest_of_a_search_are_a_search_for_fewer(tiny_run):
+def test_truncated_neighbors_equal_a_search_for_fewer(tiny_run):
     datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(Run(tiny_run), "test")
     whole = SplitScorer("test", queries, datastore)
     for k in (1, 5, 12):
@@ -31,12 +31,12 @@ def test_the_nearest_of_a_search_are_a_search_for_fewer(tiny_run):
         np.testing.assert_array_equal(predictions[certified], whole.predict([setting])[setting][0][certified])
         assert certified.mean() > 0.5
     for k in (0, 13):
-        with pytest.raises(UserError, match=f"the {k} nearest are not known: 12 neighbors"):
+        with pytest.raises(UserError, match=f"k = {k}: 12 neighbors were searched; choose from 1 to 12"):
             truncate_neighbors(queries, k)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=12))
-def test_tokens_of_a_group_have_one_number_and_numbers_are_in_order_of_appearance(documents):
+def test_groups_are_numbered_in_order_of_appearance(documents):
     drawn = np.random.default_rng(0).permutation(5) * 10**17
     groups, lengths = (np.array(part) for part in zip(*documents, strict=True))
     found = Queries.groups.fget(SimpleNamespace(document_groups=drawn[groups], document_lengths=lengths))
@@ -46,7 +46,7 @@ def test_tokens_of_a_group_have_one_number_and_numbers_are_in_order_of_appearanc
     ]
 
 
-def test_neighbors_of_another_version_are_told_with_the_mend(tiny_copy):
+def test_neighbors_of_another_version_are_an_error_with_its_fix(tiny_copy):
     facts = read_json(tiny_copy / "neighbors/neighbors.json")
     for split in ("validation", "test"):
         (shard,) = facts[split]["shards"]
@@ -56,7 +56,7 @@ def test_neighbors_of_another_version_are_told_with_the_mend(tiny_copy):
         open_queries(Run(tiny_copy), "test")
 
 
-def test_damaged_neighbors_are_named_with_the_mend(tiny_copy):
+def test_damaged_neighbors_are_an_error_with_its_fix(tiny_copy):
     (shard,) = read_json(tiny_copy / "neighbors/neighbors.json")["test"]["shards"]
     for name in Queries._fields:
         path = tiny_copy / "neighbors" / shard["folder"] / f"{name}.npy"

@@ -11,20 +11,21 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
 
 
-def test_a_test_document_has_the_predictions_of_the_evaluation(tiny_run):
+def test_a_test_document_has_the_accuracy_of_the_evaluation(tiny_run):
     document = read_shard(shard_paths(Run(tiny_run), "test")[0])[0]
-    told = inspect(Run(tiny_run), document.text)
+    described = inspect(Run(tiny_run), document.text)
     queries = open_queries(Run(tiny_run), "test")
     count = queries.document_lengths[0]
-    assert len(told) == count
+    assert len(described) == count
     best = np.asarray(queries.candidate_ids)[np.arange(count), np.asarray(queries.candidate_logits)[:count].argmax(1)]
-    deepnet_right = np.array([t["deepnet"] == t["token"] for t in told])
+    deepnet_right = np.array([t["deepnet"] == t["token"] for t in described])
     assert deepnet_right.mean() == pytest.approx(np.mean(best == queries.tokens[:count]))
 
 
-def test_where_the_two_differ_the_neighbors_that_weigh_most_are_shown(tiny_run):
-    told = [t for d in read_shard(shard_paths(Run(tiny_run), "test")[0]) for t in inspect(Run(tiny_run), d.text)]
-    changed = [t for t in told if t["neighbors"]]
+def test_where_the_predictions_differ_the_neighbors_that_weigh_most_are_shown(tiny_run):
+    text = " ".join(document.text for document in read_shard(shard_paths(Run(tiny_run), "test")[0]))
+    described = inspect(Run(tiny_run), text)
+    changed = [t for t in described if t["neighbors"]]
     assert changed
     ids = {d["id"] for shard in range(3) for d in open_datastore(tiny_run / "datastore").documents(shard)}
     for t in changed:
@@ -33,7 +34,7 @@ def test_where_the_two_differ_the_neighbors_that_weigh_most_are_shown(tiny_run):
         assert weights == sorted(weights, reverse=True)
         assert {n["token"] for n in t["neighbors"]} == {t["resmem"]}
         assert {n["document"] for n in t["neighbors"]} <= ids
-    assert all(not t["neighbors"] for t in told if t["deepnet"] == t["resmem"])
+    assert all(not t["neighbors"] for t in described if t["deepnet"] == t["resmem"])
 
 
 def test_the_command_prints_a_line_for_each_token(tiny_run, capsys):
@@ -45,8 +46,8 @@ def test_the_command_prints_a_line_for_each_token(tiny_run, capsys):
     assert read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]["k"] > 0
 
 
-def test_an_empty_text_and_an_unfinished_run_are_told(tiny_run, tmp_path):
-    with pytest.raises(UserError, match="give a text"):
+def test_an_empty_text_and_an_unfinished_run_are_errors(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="the text is empty: give a text"):
         inspect(Run(tiny_run), " ")
     with pytest.raises(UserError, match="is not UTF-8"):
         inspect(Run(tiny_run), "caf\udce9")

@@ -3,7 +3,7 @@ import re
 from resmem_lm.report.plots import INKS, STYLES, line, to_svg
 
 
-def test_a_plot_has_its_colors_without_a_page_too():
+def test_a_plot_has_its_colors_outside_of_a_page_too():
     def draw(figure):
         axes = figure.subplots()
         for number in range(len(STYLES)):

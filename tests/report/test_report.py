@@ -10,6 +10,7 @@ from resmem_lm.errors import UserError
 from resmem_lm.report.plots import STYLES
 from resmem_lm.report.report import write_report
 from resmem_lm.report.tables import METHOD_TITLES, rows
+from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import write_json
 
 HOSTILE = "<script>alert('&')</script>"
@@ -69,7 +70,7 @@ def page_of(workdir: Path, results: dict[str, Any], config: str | None = "train.
     write_json(workdir / "results.json", results)
     if config is not None:
         (workdir / "config.gin").write_text(config)
-    assert set(write_report.function(workdir)) == {"sha256"}
+    assert set(write_report.function(Run(workdir))) == {"sha256"}
     return (workdir / "report.html").read_text("utf-8")
 
 
@@ -88,7 +89,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_shows_the_table_as_results_prints_it(tmp_path: Path) -> None:
+def test_the_page_has_the_table_that_results_prints(tmp_path: Path) -> None:
     results = some_results()
     page = page_of(tmp_path, results)
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page.split("<tbody>")[1].split("</tbody>")[0])
@@ -97,7 +98,7 @@ def test_shows_the_table_as_results_prints_it(tmp_path: Path) -> None:
     assert [row[1] for row in expected] == [f"{31.23 + number:.2f}" for number in range(len(METHOD_TITLES))]
 
 
-def test_tells_facts_configuration_versions_and_times(tmp_path: Path) -> None:
+def test_the_page_has_facts_configuration_versions_and_times(tmp_path: Path) -> None:
     text = Elements(page_of(tmp_path, some_results())).text
     facts = [
         "12,345 tokens of 17 documents",
@@ -113,7 +114,7 @@ def test_tells_facts_configuration_versions_and_times(tmp_path: Path) -> None:
         assert fact in text
 
 
-def test_tells_over_what_intervals_are_drawn(tmp_path: Path) -> None:
+def test_the_page_names_the_groups_of_the_bootstrap(tmp_path: Path) -> None:
     results = some_results()
     assert "by bootstrap over the 17 documents;" in Elements(page_of(tmp_path, results)).text
     results["splits"]["test"]["groups"] = 3
@@ -129,13 +130,13 @@ def test_plots_have_a_line_for_each_method_and_deepnet(tmp_path: Path) -> None:
     for title in ("DeepNet", "kNN-LM", "ResMem (lambda 1)", "ResMem"):
         assert f">{title}</text>" in svg
     inks = set(re.findall(r"var\((--ink-\d), #[0-9a-f]{6}\)", svg))
-    assert "#" not in re.sub(r"var\(.*?\)|\"#\w+\"|url\(#\w+\)", "", svg), "every color must follow the page's, light or dark"
+    assert "#" not in re.sub(r"var\(.*?\)|\"#\w+\"|url\(#\w+\)", "", svg), "every color must be one of the page's, light or dark"
     assert inks == {"--ink-0", "--ink-1", "--ink-2", "--ink-3", "--ink-9"}
     light, dark = page.split("prefers-color-scheme: dark")
     assert all(f"{ink}: #" in light and f"{ink}: #" in dark for ink in inks)
 
 
-def test_five_lines_can_be_told_apart_on_a_light_and_a_dark_page(tmp_path: Path) -> None:
+def test_five_lines_are_distinct_on_a_light_and_a_dark_page(tmp_path: Path) -> None:
     def luminance(color: str) -> float:
         parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
@@ -152,7 +153,7 @@ def test_five_lines_can_be_told_apart_on_a_light_and_a_dark_page(tmp_path: Path)
 
 
 @pytest.mark.parametrize("place", ["context", "document", "target", "deepnet", "resmem", "neighbor", "config", "version"])
-def test_escapes_text(tmp_path: Path, place: str) -> None:
+def test_the_page_escapes_text(tmp_path: Path, place: str) -> None:
     results = copy.deepcopy(some_results())
     example = results["examples"][0]
     if place in example:
@@ -166,7 +167,7 @@ def test_escapes_text(tmp_path: Path, place: str) -> None:
     assert HOSTILE in elements.text
 
 
-def test_loads_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
     page = page_of(tmp_path, some_results())
     for tag, attributes in Elements(page).found:
         assert tag not in ("script", "link", "img", "iframe", "object", "embed")
@@ -177,13 +178,13 @@ def test_loads_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_same_results_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_results_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = page_of(tmp_path, some_results())
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     assert page_of(tmp_path, some_results()) == first
 
 
-def test_without_examples_configuration_or_second_points(tmp_path: Path) -> None:
+def test_a_page_needs_no_examples_configuration_or_second_point(tmp_path: Path) -> None:
     results = some_results() | {"examples": []}
     for curve in results["curves"].values():
         curve["values"] = curve["values"][:1]
@@ -193,16 +194,16 @@ def test_without_examples_configuration_or_second_points(tmp_path: Path) -> None
     assert "<details>" not in page
 
 
-def test_document_id_without_an_encoding(tmp_path: Path) -> None:
+def test_a_document_id_without_an_encoding_is_replaced(tmp_path: Path) -> None:
     results = some_results()
     results["examples"][0]["document"] = b"caf\xe9.txt".decode("utf-8", "surrogateescape")
     assert "caf?.txt" in page_of(tmp_path, results)
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_missing_or_damaged_results(tmp_path: Path, content: str | None) -> None:
+def test_missing_or_damaged_results_are_an_error(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=r"results\.json"):
-        write_report.function(tmp_path)
+        write_report.function(Run(tmp_path))
     assert not (tmp_path / "report.html").exists()

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.studies.decomposition import choose, study_decomposition
@@ -29,7 +29,7 @@ def sensitivity_of(workdir):
     return {(row["method"], row["varied"], row["value"]): row["test accuracy, %"] for row in rows_of(workdir, "sensitivity")}
 
 
-def test_the_lines_of_sensitivity_meet_the_table_of_results(tiny_copy):
+def test_sensitivity_equals_the_results_at_the_chosen_hyperparameters(tiny_copy):
     grid = {"lambdas": (0.0, 0.5, 1.0), "boosts": (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)}
     study_sensitivity(tiny_copy, ks=(1, 4, 12), sigmas=(0.5, 1.0, 4.0), gate_ks=(2, 12, 50), gate_sigmas=(0.5, 1.0, 4.0), **grid)
     methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
@@ -50,27 +50,27 @@ KEYS = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda"}
 
 
 @pytest.mark.parametrize(("form", "axis"), [("boosted", (0.0, 4.0)), ("clipped", (0.0, 1.0))])
-def test_calibrated_resmem_is_varied_in_the_form_that_was_chosen(tiny_copy, form, axis):
+def test_calibrated_resmem_varies_in_its_chosen_form(tiny_copy, form, axis):
     results = read_json(tiny_copy / "results.json")
     results["splits"]["test"]["methods"]["resmem_calibrated"]["form"] = form
     write_json(tiny_copy / "results.json", results)
     few = {"ks": (4,), "sigmas": (1.0,), "gate_ks": (4,), "gate_sigmas": (1.0,)}
-    study_sensitivity.function(tiny_copy, lambdas=(0.0, 1.0), boosts=(0.0, 4.0), **few)
+    study_sensitivity.function(Run(tiny_copy), lambdas=(0.0, 1.0), boosts=(0.0, 4.0), **few)
     varied = [value for method, varied, value in sensitivity_of(tiny_copy) if (method, varied) == ("Calibrated ResMem", "lambda")]
     assert tuple(varied) == axis
-    told = read_json(tiny_copy / "studies/sensitivity/results.json")["text"]
-    assert ("a factor in the logits" in told) == (form == "boosted")
+    text = read_json(tiny_copy / "studies/sensitivity/results.json")["text"]
+    assert ("a factor in the logits" in text) == (form == "boosted")
 
 
 @pytest.mark.parametrize(
     ("name", "values"), [("ks", ()), ("sigmas", (0.0,)), ("lambdas", (-0.5,)), ("gate_ks", (0, 4)), ("gate_sigmas", ())]
 )
-def test_what_sensitivity_cannot_vary_is_told(tiny_copy, name, values):
+def test_unusable_values_for_sensitivity_are_refused(tiny_run, name, values):
     with pytest.raises(UserError, match=f"study_sensitivity.{name} = .*take one or more numbers"):
-        study_sensitivity(tiny_copy, **{name: values})
+        study_sensitivity.function(Run(tiny_run), **{name: values})
 
 
-def test_right_predictions_among_some_tokens_are_those_of_the_predictions(tiny_run):
+def test_counts_among_some_tokens_equal_the_predictions(tiny_run):
     scorer = SplitScorer("validation", open_queries(Run(tiny_run), "validation"), open_datastore(tiny_run / "datastore"))
     among = np.random.default_rng(0).random(len(scorer.queries.tokens)) < 0.5
     counts = scorer.count_correct([4, 12], [1.0], [1.0, 1.4], {"resmem": [0.5, 1.0]}, among=among)
@@ -78,7 +78,7 @@ def test_right_predictions_among_some_tokens_are_those_of_the_predictions(tiny_r
         assert counts[setting] == ((predictions == scorer.queries.tokens) & among).sum()
 
 
-def test_the_decomposition_adds_up_and_its_first_rule_is_that_of_the_results(tiny_copy):
+def test_the_decomposition_adds_up_and_its_first_rule_equals_the_results(tiny_copy):
     grid = {"ks": (1, 4, 12), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}
     study_decomposition(tiny_copy, **grid)
     rows = rows_of(tiny_copy, "decomposition")
@@ -91,7 +91,7 @@ def test_the_decomposition_adds_up_and_its_first_rule_is_that_of_the_results(tin
 
 
 @given(st.dictionaries(st.integers(1, 50), st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1), st.floats(0.001, 0.5))
-def test_each_rule_takes_the_best_that_it_allows(counts, most_fpr):
+def test_each_rule_chooses_the_best_allowed_setting(counts, most_fpr):
     settings = {Setting("resmem", k, 1.0, 1.0, 1.0): pair for k, pair in counts.items()}
     right, both = {s: corrected + kept for s, (corrected, kept) in settings.items()}, {s: kept for s, (_, kept) in settings.items()}
     gain, bounded = choose(right, both, 40, 100, most_fpr).values()
@@ -108,7 +108,7 @@ def test_deepnet_is_resmem_without_memory(tiny_run):
     assert accuracy == pytest.approx(read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["deepnet"]["accuracy"])
 
 
-def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is_not(tiny_copy, capsys):
+def test_a_study_runs_again_only_when_its_inputs_have_changed(tiny_copy, capsys):
     for _ in range(2):
         assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
     stamp = (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns
@@ -119,14 +119,14 @@ def test_a_study_is_done_again_when_what_it_is_made_from_has_changed_and_else_is
     assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] in (tiny_copy / "report.html").read_text("utf-8")
     capsys.readouterr()
     assert main(["run", *command]) == 0
-    assert "without the study sensitivity, which is of other results" in capsys.readouterr().err
+    assert "omits the study sensitivity, whose inputs have changed" in capsys.readouterr().err
     assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] not in (tiny_copy / "report.html").read_text("utf-8")
     assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
     assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns > stamp
     assert verify(Run(tiny_copy)) == []
 
 
-def test_a_damaged_study_is_made_again_as_it_is_said(tiny_copy, capsys):
+def test_a_damaged_study_is_reported_and_runs_again(tiny_copy, capsys):
     assert main(["study", "decomposition", f"--workdir={tiny_copy}"]) == 0
     path = tiny_copy / "studies/decomposition/results.json"
     sound = path.read_bytes()
@@ -140,12 +140,12 @@ def test_a_damaged_study_is_made_again_as_it_is_said(tiny_copy, capsys):
     assert verify(Run(tiny_copy)) == []
 
 
-def test_without_a_run_it_is_told_which_stage_is_needed(tmp_path, capsys):
+def test_without_a_run_the_error_names_the_needed_stage(tmp_path, capsys):
     assert main(["study", "decomposition", f"--workdir={tmp_path}"]) == 2
     assert "needs the stage search, which has not finished" in capsys.readouterr().err
 
 
-def test_all_entries_are_the_evaluation_and_what_is_certified_stays_with_fewer(tiny_copy):
+def test_all_entries_equal_the_evaluation_and_more_entries_certify_more(tiny_copy):
     study_residual_size(tiny_copy, sizes=(1, 4, 8, 16, 500))
     rows = rows_of(tiny_copy, "residual-size")
     assert [row["entries"] for row in rows] == [1, 4, 8, 16]
@@ -153,13 +153,13 @@ def test_all_entries_are_the_evaluation_and_what_is_certified_stays_with_fewer(t
     assert rows[-1]["test accuracy, %"] == pytest.approx(100 * paper["accuracy"])
     datastore = open_datastore(tiny_copy / "datastore")
     arrays = sum(file["bytes"] for name, file in datastore.shards[0]["files"].items() if name.endswith(".npy")) - 128 * len(ARRAYS)
-    assert rows[-1]["bytes a row"] == arrays / datastore.shards[0]["rows"]
+    assert rows[-1]["bytes per row"] == arrays / datastore.shards[0]["rows"]
     shares = [row["certified, %"] for row in rows]
     assert shares == sorted(shares)
     assert shares[-1] > shares[0]
 
 
-def test_a_certified_prediction_is_that_of_the_full_residual(tiny_run):
+def test_a_certified_prediction_equals_the_prediction_of_the_full_residual(tiny_run):
     datastore, queries = open_datastore(tiny_run / "datastore"), open_queries(Run(tiny_run), "validation")
     setting = Setting("resmem", 12, 1.0, 1.0, 1.0)
     wanted = SplitScorer("validation", queries, datastore).predict([setting])[setting][0]
@@ -170,7 +170,7 @@ def test_a_certified_prediction_is_that_of_the_full_residual(tiny_run):
             rows = np.maximum(queries.rows[np.arange(some.start, some.stop)], 0)
             dropped = np.zeros(neighbors.distances.shape, np.float32)
             dropped[: len(rows)] = largest_dropped(datastore, rows, entries)
-            kept = predict_with(candidates, neighbors, jnp.asarray(dropped), 12, 1.0, 1.0, scorer.unit_number)
+            kept = predict_with(candidates, neighbors, jnp.asarray(dropped), setting, scorer.unit_number)
             sure = np.asarray(kept.certified)[: len(rows)]
             np.testing.assert_array_equal(np.asarray(kept.predictions)[: len(rows)][sure], wanted[some][sure])
             certified += sure.sum()
