@@ -1,1 +1,1 @@
-"""The paper's figures and tables, and what it left open: one module a study, each a stage of a work directory."""
+"""The figures and tables of the paper, and its open questions: one study per module, each a stage of a work directory."""

@@ -1,6 +1,9 @@
-"""Tokens that ResMem mends where DeepNet is wrong but near (the paper's Figure 2), with the neighbors that decided them."""
+"""Study tokens that DeepNet gets wrong by a small margin and ResMem right (the paper's Figure 2), with the deciding neighbors."""
+
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from resmem_lm.errors import UserError, check_least
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
@@ -13,60 +16,78 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json
 
 
+class Corrected(NamedTuple):
+    """The test tokens that DeepNet gets wrong and ResMem right, and the rank of each among DeepNet's most probable tokens."""
+
+    deepnet: Int[np.ndarray, " tokens"]  # predictions
+    resmem: Int[np.ndarray, " tokens"]
+    queries: Int[np.ndarray, " corrected"]
+    ranks: Int[np.ndarray, " corrected"]
+
+
 @study(name="examples")
 def study_examples(run: Run, *, examples: int = 300, near: int = 5) -> Record:
-    """Test tokens that DeepNet gets wrong and ResMem right, drawn at random among those whose token is nearly DeepNet's.
+    """Show random test tokens that DeepNet gets wrong and ResMem right, where the true token is among DeepNet's most probable.
 
     ResMem has the hyperparameters that `evaluate` chose.
 
     Args:
-        examples: how many; fewer where there are not so many.
-        near: the token is among so many that DeepNet finds most probable.
+        examples: number of examples, or fewer if there are not enough.
+        near: largest rank of the true token among DeepNet's most probable tokens.
 
     Raises:
-        UserError: no example asked for, or a rank that is not known of each token.
+        UserError: a number of examples below 1, or a rank beyond DeepNet's cached candidates.
     """
     check_least("study_examples", 1, examples=examples)
     if not 2 <= near <= BASE_CANDIDATES:
         raise UserError(f"study_examples.near = {near}: take 2 to {BASE_CANDIDATES} (a token that DeepNet gets wrong is not its first)")
-    datastore, queries = open_datastore(run.datastore), open_queries(run, "test")
-    chosen = read_json(run.results)["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
-    setting = Setting.of("resmem", chosen)
-    scorer = SplitScorer("test", queries, datastore)
-    found = scorer.predict(sorted({DEEPNET, setting}))
-    deepnet, corrected = found[DEEPNET][0], found[setting][0]
-    all_mended = np.flatnonzero((deepnet != queries.tokens) & (corrected == queries.tokens))
-    # The first candidates are DeepNet's most probable tokens, which is all that is needed for a rank among the nearest.
-    above = queries.candidate_logits[all_mended][:, :BASE_CANDIDATES] > queries.target_logits[all_mended][:, None]
-    ranks = dict(zip(all_mended.tolist(), (1 + above.sum(axis=1)).tolist(), strict=True))
-    pool = np.array([query for query, rank in ranks.items() if rank <= near], np.int64)
-    drawn = draw_tokens(pool, examples)
-    log_probability = queries.target_logits[drawn] - queries.log_partition[drawn][:, scorer.unit_number]
-    shown: list[Record] = [
-        example | {"rank": ranks[int(query)], "probability": float(np.exp(value))}
-        for query, value, example in zip(
-            drawn, log_probability, corrected_tokens(run, queries, datastore, setting, deepnet, corrected, drawn), strict=True
-        )
-    ]
-    rows: list[Record] = [
-        {
-            "document": example["document"],
-            "context": example["context"],
-            "token": example["target"],
-            "DeepNet": example["deepnet"],
-            "rank of the token for DeepNet": example["rank"],
-            "neighbor's document": nearest.get("document"),
-            "neighbor's context": nearest.get("context"),
-            "distance": nearest.get("distance"),
-        }
-        for example in shown
-        for nearest in [*example["neighbors"], {}][:1]
-    ]
-    share = f"{len(pool) / len(all_mended):.0%}" if len(all_mended) else "none"
+    scorer = SplitScorer("test", open_queries(run, "test"), open_datastore(run.datastore))
+    setting = Setting.of("resmem", read_json(run.results)["splits"]["test"]["methods"]["resmem"]["hyperparameters"])
+    corrected = _find_corrected(scorer, setting)
+    pool = corrected.queries[corrected.ranks <= near]
+    shown = _describe(run, scorer, setting, corrected, draw_tokens(pool, examples))
+    share = f"{len(pool) / len(corrected.queries):.0%}" if len(corrected.queries) else "none"
     text = (
-        f"{len(shown):,} test tokens drawn at random among the {len(pool):,} that DeepNet gets wrong but has among its {near} most "
-        f"probable tokens, and that ResMem gets right ({share} of the {len(all_mended):,} that it mends). ResMem has the "
-        "hyperparameters chosen on validation; the neighbors are those that add most to the token, and the weights of all k sum to 1."
+        f"{len(shown):,} test tokens drawn at random from the {len(pool):,} that DeepNet gets wrong but has among its {near} most "
+        f"probable tokens, and that ResMem gets right ({share} of the {len(corrected.queries):,} tokens that ResMem corrects). ResMem has "
+        "the hyperparameters chosen on validation. The neighbors shown add most to the true token; the weights of all k sum to 1."
     )
-    title = "Wrong but near: examples (Figure 2)"
-    return write_study(run, "examples", title=title, text=text, rows=rows, draw=None, examples=shown)
+    title = "Examples of corrected predictions (Figure 2)"
+    return write_study(run, "examples", title=title, text=text, rows=[_row(example) for example in shown], examples=shown)
+
+
+def _find_corrected(scorer: SplitScorer, setting: Setting) -> Corrected:
+    queries = scorer.queries
+    found = scorer.predict(sorted({DEEPNET, setting}))
+    deepnet, resmem = found[DEEPNET][0], found[setting][0]
+    corrected = np.flatnonzero((deepnet != queries.tokens) & (resmem == queries.tokens))
+    # The first candidates are DeepNet's most probable tokens: enough for the rank of a token that is among them.
+    above = queries.candidate_logits[corrected][:, :BASE_CANDIDATES] > queries.target_logits[corrected][:, None]
+    return Corrected(deepnet, resmem, corrected, 1 + above.sum(axis=1))
+
+
+def _describe(run: Run, scorer: SplitScorer, setting: Setting, corrected: Corrected, drawn: Int[np.ndarray, " drawn"]) -> list[Record]:
+    """Return the drawn tokens as examples, with the rank and the probability that DeepNet gives the true token."""
+    queries = scorer.queries
+    ranks = corrected.ranks[np.searchsorted(corrected.queries, drawn)]
+    log_probability = queries.target_logits[drawn] - queries.log_partition[drawn][:, scorer.unit_number]
+    examples = corrected_tokens(run, queries, scorer.datastore, setting, corrected.deepnet, corrected.resmem, drawn)
+    return [
+        example | {"rank": int(rank), "probability": float(np.exp(value))}
+        for example, rank, value in zip(examples, ranks, log_probability, strict=True)
+    ]
+
+
+def _row(example: Record) -> Record:
+    """Return an example as a row of the table, with the neighbor that adds most."""
+    nearest: Record = next(iter(example["neighbors"]), {})
+    return {
+        "document": example["document"],
+        "context": example["context"],
+        "token": example["target"],
+        "DeepNet": example["deepnet"],
+        "DeepNet's rank of the token": example["rank"],
+        "neighbor's document": nearest.get("document"),
+        "neighbor's context": nearest.get("context"),
+        "distance": nearest.get("distance"),
+    }

@@ -1,4 +1,4 @@
-"""DeepNet and ResMem for models of growing size (the paper's Figure 3b and Table 1): which larger DeepNet a ResMem equals."""
+"""Study DeepNet and ResMem for models of growing size (the paper's Figure 3b and Table 1), and which larger DeepNet equals a ResMem."""
 
 import dataclasses
 import math
@@ -11,38 +11,74 @@ from etils import epy
 from resmem_lm.errors import UserError
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.train import train
-from resmem_lm.report.plots import Figure, line
+from resmem_lm.report.plots import Figure, legend_above, line, log_ticks
 from resmem_lm.report.tables import interval
-from resmem_lm.studies.derived import build_and_evaluate, checkpoint_steps, derive, settings_of
-from resmem_lm.studies.study import study, write_study
+from resmem_lm.studies.derived import build_and_evaluate, checkpoint_steps, derive
+from resmem_lm.studies.study import check_values, study, write_study
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json
 
 with epy.lazy_imports():
     from resmem_lm.model import decoder
 
-LINES = {"deepnet": "DeepNet", "resmem_paper": "ResMem (paper)", "resmem": "ResMem", "resmem_adaptive": "Adaptive ResMem"}
+LINES = ("DeepNet", "ResMem (paper)", "ResMem", "Adaptive ResMem")
+
+
+@study(name="model-size")
+def study_model_size(run: Run, *, widths: tuple[int, ...] | list[int] = (64, 256)) -> Record:
+    """Compare the test accuracy of DeepNet and ResMem for the run's model and for other widths, trained and evaluated alike.
+
+    Each other model has a work directory, WORKDIR/derived/model-size/emb-WIDTH, with a datastore as large as the run's.
+
+    Args:
+        widths: `emb_dim` of the other models; heads and MLP follow.
+
+    Raises:
+        UserError: a width below 1, a run that did not train its model, or a datastore that has changed since the evaluation.
+    """
+    check_values("study_model_size.widths", widths, lambda width: width >= 1, "of 1 or more")
+    settings = run.finished("train")["settings"]
+    if "steps" not in settings:
+        raise UserError(
+            f"{run} took its checkpoint from elsewhere, and the study model-size trains other models with the settings of the run: "
+            "take the --workdir of a run that trained its model, without CHECKPOINT"
+        )
+    if "evaluate" not in run.current():
+        raise UserError(f"{run}: the datastore has changed since the evaluation: run `resmem index` and `resmem evaluate` first")
+    own = ModelConfig(**settings["model"])
+    found = [(own, read_json(run.results))]
+    others = sorted(set(widths) - {own.emb_dim})
+    for number, width in enumerate(others, start=1):
+        print(f"model-size: emb {width} ({number} of {len(others)})", file=sys.stderr, flush=True)
+        found.append((resized(own, width), _evaluate(run, resized(own, width))))
+    rows = _rows({count_parameters(model): (model, results["splits"]["test"]["methods"]) for model, results in found})
+    text = (
+        "The same text, vocabulary, steps and settings for models of different widths; ResMem with the paper's hyperparameters and with "
+        "hyperparameters chosen on validation, to which the gain refers. The last column is the size at which the DeepNet line, linear in "
+        "the logarithm of the size, reaches ResMem's accuracy, as a multiple of the model's size."
+    )
+    return write_study(run, "model-size", title="Size of the model (Figure 3b, Table 1)", text=text, rows=rows, draw=_draw)
 
 
 def resized(model: ModelConfig, width: int) -> ModelConfig:
-    """The same model in another width: layers and size of a head stay, the MLP grows alike."""
+    """Return the model in another width: layers and head size stay the same, and the MLP grows in proportion."""
     heads, mlp_dim = max(1, width // model.head_dim), max(1, width * model.mlp_dim // model.emb_dim)
     return dataclasses.replace(model, emb_dim=width, num_heads=heads, mlp_dim=mlp_dim)
 
 
 def count_parameters(model: ModelConfig) -> int:
-    """Of the whole model, embedding included."""
+    """Return the number of parameters, embedding included."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: decoder.init_parameters(model, 0))))
 
 
 def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int, accuracy: float) -> str:
-    """The size of the smallest DeepNet that is as accurate, as a multiple of the model's own size.
+    """Return the size of the smallest DeepNet with at least a given accuracy, as a multiple of a model's size.
 
     Args:
-        parameters: of the DeepNets, from the smallest.
-        deepnet: their accuracy; between two of them it is taken to be linear in the logarithm of the size.
+        parameters: of the DeepNets, in ascending order.
+        deepnet: their accuracies; between two of them, accuracy is linear in the logarithm of the size.
         own: parameters of the model.
-        accuracy: to be reached.
+        accuracy: accuracy to reach.
     """
     if deepnet[0] >= accuracy:
         return f"{'at most ' if deepnet[0] > accuracy else ''}{parameters[0] / own:.2g}x"
@@ -54,72 +90,40 @@ def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int,
     return f"more than {parameters[-1] / own:.2g}x"
 
 
-@study(name="model-size")
-def study_model_size(run: Run, *, widths: tuple[int, ...] | list[int] = (64, 256)) -> Record:
-    """Test accuracy of DeepNet and ResMem for the run's model and for others, trained, indexed and evaluated alike.
+def _evaluate(run: Run, model: ModelConfig) -> Record:
+    """Train another model with the run's settings; return the results of its evaluation."""
+    derived = derive(run, f"model-size/emb-{model.emb_dim}", ("documents", "vocabulary"))
+    settings, dimensions = run.finished("train")["settings"], run.finished("build")["settings"]["key_dimensions"]
+    train(derived, **settings | {"model": model, "checkpoint_steps": checkpoint_steps(settings["steps"])})
+    return build_and_evaluate(run, derived, key_dimensions=dimensions and min(dimensions, model.emb_dim))
 
-    Each is a work directory of its own, WORKDIR/derived/model-size/emb-WIDTH, with a datastore as large as the run's.
 
-    Args:
-        widths: `emb_dim` of the other models; heads and MLP follow.
-
-    Raises:
-        UserError: a width below 1, a run whose checkpoint was trained elsewhere, or whose datastore has changed since its evaluation.
-    """
-    if not widths or min(widths) < 1:
-        raise UserError(f"study_model_size.widths = {widths}: take one or more widths, of 1 or more")
-    settings = settings_of(run, "train")
-    if "steps" not in settings:
-        raise UserError(
-            f"{run} took its checkpoint from elsewhere, and the study model-size trains other models as that one was: "
-            "take the --workdir of a run that trained its own, without CHECKPOINT"
-        )
-    if "evaluate" not in run.current():
-        raise UserError(f"{run}: the evaluation is of another datastore than this one: run `resmem index` and `resmem evaluate` first")
-    own = ModelConfig(**settings["model"])
-    found = [(own, read_json(run.results))]
-    others = sorted(set(widths) - {own.emb_dim})
-    for number, width in enumerate(others, start=1):
-        print(f"model-size: emb {width} ({number} of {len(others)})", file=sys.stderr, flush=True)
-        derived, model = derive(run, f"model-size/emb-{width}", ("documents", "vocabulary")), resized(own, width)
-        train(derived, **settings | {"model": model, "checkpoint_steps": checkpoint_steps(settings["steps"])})
-        dimensions = settings_of(run, "build")["key_dimensions"]
-        found.append((model, build_and_evaluate(run, derived, key_dimensions=dimensions and min(dimensions, width))))
-
-    found.sort(key=lambda pair: count_parameters(pair[0]))
-    parameters = [count_parameters(model) for model, _ in found]
-    methods = [results["splits"]["test"]["methods"] for _, results in found]
-    accuracy = {name: [method[name]["accuracy"] for method in methods] for name in LINES}
-    rows: list[Record] = [
+def _rows(found: dict[int, tuple[ModelConfig, Record]]) -> list[Record]:
+    """Return one row per model, from its number of parameters, its configuration and the results of its methods."""
+    parameters = sorted(found)
+    deepnet = [found[size][1]["deepnet"]["accuracy"] for size in parameters]
+    return [
         {
             "model": f"emb {model.emb_dim}",
             "parameters": size,
-            "DeepNet, %": 100 * method["deepnet"]["accuracy"],
-            "DeepNet, 95%": interval(method["deepnet"]["accuracy_ci95"]),
-            "ResMem (paper), %": 100 * method["resmem_paper"]["accuracy"],
-            "ResMem, %": 100 * method["resmem"]["accuracy"],
-            "Adaptive ResMem, %": 100 * method["resmem_adaptive"]["accuracy"],
-            "gain, %": 100 * method["resmem"]["gain"],
-            "gain, 95%": interval(method["resmem"]["gain_ci95"]),
-            "equals a DeepNet of": equal_deepnet(parameters, accuracy["deepnet"], size, method["resmem"]["accuracy"]),
+            "DeepNet, %": 100 * methods["deepnet"]["accuracy"],
+            "DeepNet, 95%": interval(methods["deepnet"]["accuracy_ci95"]),
+            "ResMem (paper), %": 100 * methods["resmem_paper"]["accuracy"],
+            "ResMem, %": 100 * methods["resmem"]["accuracy"],
+            "Adaptive ResMem, %": 100 * methods["resmem_adaptive"]["accuracy"],
+            "gain, %": 100 * methods["resmem"]["gain"],
+            "gain, 95%": interval(methods["resmem"]["gain_ci95"]),
+            "DeepNet as accurate as ResMem": equal_deepnet(parameters, deepnet, size, methods["resmem"]["accuracy"]),
         }
-        for (model, _), size, method in zip(found, parameters, methods, strict=True)
+        for size, (model, methods) in sorted(found.items(), key=lambda item: item[0])
     ]
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, (name, title) in enumerate(LINES.items()):
-            line(axes, number, parameters, [100 * value for value in accuracy[name]], title)
-        axes.set_xscale("log")
-        axes.set_xticks(parameters, [f"{size / 1e6:.2g}M" for size in parameters])
-        axes.minorticks_off()
-        axes.set_xlabel("parameters")
-        axes.set_ylabel("test accuracy, %")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(LINES), frameon=False)
 
-    text = (
-        "The same text, vocabulary, steps and settings for models of another width; ResMem with the paper's hyperparameters and with those "
-        "chosen on validation, to which the gain belongs. Equals a DeepNet of: the size at which the DeepNet line, linear in the logarithm "
-        "of the size, reaches ResMem's accuracy, as a multiple of the model's own."
-    )
-    return write_study(run, "model-size", title="Size of the model (Figure 3b, Table 1)", text=text, rows=rows, draw=draw)
+def _draw(figure: Figure, rows: list[Record]) -> None:
+    axes, parameters = figure.subplots(), [row["parameters"] for row in rows]
+    for number, title in enumerate(LINES):
+        line(axes, number, parameters, [row[f"{title}, %"] for row in rows], title)
+    log_ticks(axes, parameters, lambda size: f"{size / 1e6:.2g}M", base=10)
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("test accuracy, %")
+    legend_above(figure)

@@ -1,38 +1,33 @@
-"""How test accuracy depends on k, sigma, T and lambda (the paper's Figures 5 and 6), from one search."""
+"""Study how test accuracy depends on k, sigma, T and lambda (the paper's Figures 5 and 6), from one search."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import Setting
-from resmem_lm.evaluation.neighbors import open_queries, truncate_neighbors
+from resmem_lm.evaluation.neighbors import Queries, open_queries, truncate_neighbors
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.tuning import fit_gate
-from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.report.plots import INK, Figure, line
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.report.plots import INK, Figure, legend_above, line, log_ticks
 from resmem_lm.report.tables import hyperparameters
-from resmem_lm.studies.study import study, write_study
+from resmem_lm.studies.study import check_values, study, write_study
 from resmem_lm.text.shards import QUERY_SPLITS
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json
 
 AXES = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda_"}
-# Names in results.json, and in the table and the plot.
-LINES = {
+LINES = {  # by the method's name in results.json
     "resmem_paper": "ResMem (paper)",
     "resmem": "ResMem",
     "resmem_calibrated": "Calibrated ResMem",
     "resmem_adaptive": "Adaptive ResMem",
 }
-Place = tuple[str, int | float]  # the hyperparameter that varies, and its value
-
-
-def _varied(setting: Setting, axis: str, value: int | float) -> Setting:
-    changed: dict[str, Any] = {AXES[axis]: value}
-    return setting._replace(**changed)
+Values = dict[str, Sequence[int | float]]  # by hyperparameter, in ascending order
+Found = dict[tuple[str, int | float], Int[np.ndarray, " queries"]]  # predictions by hyperparameter and value
 
 
 @study(name="sensitivity")
@@ -46,88 +41,104 @@ def study_sensitivity(
     gate_ks: tuple[int, ...] | list[int] = (1, 4, 16, 50),
     gate_sigmas: tuple[float, ...] | list[float] = (0.25, 1.0, 4.0),
 ) -> Record:
-    """Test accuracy where one of k, sigma, T and lambda varies and the others are the paper's, or those chosen on validation.
+    """Measure test accuracy while one of k, sigma, T and lambda varies. The others are the paper's, or those chosen on validation.
 
     Args:
-        ks: numbers of neighbors; those above the searched number are passed over.
+        ks: numbers of neighbors; those above the searched number are skipped.
         sigmas: bandwidths.
         lambdas: factors of r_kNN; 0 is DeepNet. Temperatures are those of the datastore.
-        boosts: factors of r_kNN for Calibrated ResMem, in place of `lambdas` where its form is "boosted": there r_kNN changes logits.
-        gate_ks: numbers of neighbors for Adaptive ResMem, whose gate is fitted anew for each, on validation; that takes most of the time.
-        gate_sigmas: bandwidths for Adaptive ResMem, as `gate_ks`.
+        boosts: factors of r_kNN for Calibrated ResMem, in place of `lambdas` if its form is "boosted", which adds r_kNN to the logits.
+        gate_ks: numbers of neighbors for Adaptive ResMem. Its gate is fitted on validation for each, which takes most of the time.
+        gate_sigmas: bandwidths for Adaptive ResMem, with a gate fitted for each.
 
     Raises:
-        UserError: a number that cannot be, or nothing to vary.
+        UserError: no values of a setting, or a value out of its range.
     """
-    lists = {"ks": ks, "sigmas": sigmas, "lambdas": lambdas, "boosts": boosts, "gate_ks": gate_ks, "gate_sigmas": gate_sigmas}
-    for name, some in lists.items():
-        zero = name in ("lambdas", "boosts")
-        if not some or min(some) < 0 or (min(some) == 0 and not zero):
-            raise UserError(f"study_sensitivity.{name} = {some}: take one or more numbers, {'0 or more' if zero else 'above 0'}")
+    for name, values in {"ks": ks, "sigmas": sigmas, "gate_ks": gate_ks, "gate_sigmas": gate_sigmas}.items():
+        check_values(f"study_sensitivity.{name}", values, lambda value: value > 0, "above 0")
+    for name, values in {"lambdas": lambdas, "boosts": boosts}.items():
+        check_values(f"study_sensitivity.{name}", values, lambda value: value >= 0, "of 0 or more")
     datastore = open_datastore(run.datastore)
     queries = {split: open_queries(run, split) for split in QUERY_SPLITS}
-    test = SplitScorer("test", queries["test"], datastore)
-    targets, searched = np.asarray(test.queries.tokens), test.queries.rows.shape[1]
-    methods = read_json(run.results)["splits"]["test"]["methods"]
-    values: dict[str, list[int] | list[float]] = {
+    searched = queries["test"].rows.shape[1]
+    varied: Values = {
         "k": sorted({k for k in ks if k <= searched}),
         "sigma": sorted(sigmas),
         "T": sorted(datastore.binding.temperatures),
         "lambda": sorted(lambdas),
     }
-
-    def around(middle: Setting) -> dict[Place, Setting]:
-        own = values | {"lambda": sorted(boosts)} if middle.formula == "boosted" else values
-        return {(axis, value): _varied(middle, axis, value) for axis in own for value in own[axis]}
-
-    @functools.cache
-    def refitted(k: int, sigma: float) -> Int[np.ndarray, " queries"]:
-        validation, some = (SplitScorer(f"{split}, k {k}", truncate_neighbors(queries[split], k), datastore) for split in QUERY_SPLITS)
-        return some.adaptive(fit_gate(validation, sigma), sigma).predictions
-
-    predictions: dict[str, dict[Place, Int[np.ndarray, " queries"]]] = {}
-    for name in ("resmem_paper", "resmem"):
-        settings = around(Setting.of("resmem", methods[name]["hyperparameters"]))
-        found = test.predict(sorted(set(settings.values())))
-        predictions[name] = {place: found[setting][0] for place, setting in settings.items()}
-    form = methods["resmem_calibrated"]["form"]
-    settings = around(Setting.of(form, methods["resmem_calibrated"]["hyperparameters"]))
-    told = test.distributions(list(settings.values()))
-    predictions["resmem_calibrated"] = {place: told[setting].predictions for place, setting in settings.items()}
-    sigma = methods["resmem_adaptive"]["hyperparameters"]["sigma"]
-    predictions["resmem_adaptive"] = {("k", k): refitted(k, sigma) for k in sorted({k for k in gate_ks if k <= searched})}
-    predictions["resmem_adaptive"] |= {("sigma", value): refitted(searched, value) for value in sorted(gate_sigmas)}
-
-    rows: list[Record] = [
-        {"method": title, "varied": axis, "value": value, "test accuracy, %": 100 * float(np.mean(found == targets))}
-        for name, title in LINES.items()
-        for (axis, value), found in predictions[name].items()
-    ]
-    deepnet = 100 * methods["deepnet"]["accuracy"]
-
-    def draw(figure: Figure) -> None:
-        for axes, axis in zip(figure.subplots(1, len(values), sharey=True), values, strict=True):
-            axes.axhline(deepnet, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1.2, label="DeepNet")
-            for number, title in enumerate(LINES.values()):
-                some = [row for row in rows if (row["method"], row["varied"]) == (title, axis)]
-                line(axes, number, [row["value"] for row in some], [row["test accuracy, %"] for row in some], title)
-            if axis in ("k", "sigma"):
-                axes.set_xscale("log", base=2)
-                axes.set_xticks(values[axis], [f"{value:g}" for value in values[axis]])
-                axes.minorticks_off()
-            if axis == "lambda" and form == "boosted":  # up to ten times as large as the others'
-                axes.set_xscale("symlog", base=2)
-                ticks = sorted({*map(int, lambdas), *map(int, boosts)})
-                axes.set_xticks(ticks, [str(value) for value in ticks])
-            axes.set_xlabel(axis)
-        figure.get_axes()[0].set_ylabel("test accuracy, %")
-        handles, labels = figure.get_axes()[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
-
+    methods = read_json(run.results)["splits"]["test"]["methods"]
+    boosted = methods["resmem_calibrated"]["form"] == "boosted"
+    found = _vary_fixed(SplitScorer("test", queries["test"], datastore), methods, varied, sorted(boosts) if boosted else sorted(lambdas))
+    gate_varied: Values = {"k": sorted({k for k in gate_ks if k <= searched}), "sigma": sorted(gate_sigmas)}
+    found["resmem_adaptive"] = _vary_adaptive(queries, datastore, methods["resmem_adaptive"]["hyperparameters"]["sigma"], gate_varied)
+    rows = _rows(found, queries["test"].tokens)
     paper = hyperparameters(methods["resmem_paper"]["hyperparameters"])
     text = (
-        f"One hyperparameter varies, the others stay as in the paper ({paper}) or as chosen on validation. Adaptive "
-        "ResMem has neither T nor lambda; its gate is fitted anew on validation for each k (the nearest of the neighbors) and sigma."
+        f"One hyperparameter varies, and the others are the paper's ({paper}) or those chosen on validation. "
+        "Adaptive ResMem has neither T nor lambda; its gate is fitted on validation for each k and sigma."
     )
-    text += " Calibrated ResMem's lambda is a factor in the logits, and not to be compared with the others'." if form == "boosted" else ""
+    text += " Calibrated ResMem's lambda is a factor in the logits, not comparable with the others." if boosted else ""
+    draw = functools.partial(_draw, varied=varied, deepnet=100 * methods["deepnet"]["accuracy"], boosted=boosted)
     return write_study(run, "sensitivity", title="Sensitivity (Figures 5 and 6)", text=text, rows=rows, draw=draw)
+
+
+def _vary_fixed(test: SplitScorer, methods: Record, varied: Values, calibrated_lambdas: Sequence[float]) -> dict[str, Found]:
+    """Vary ResMem with the paper's and with the chosen hyperparameters, and Calibrated ResMem, which has lambdas of its own."""
+    found = {}
+    for name in ("resmem_paper", "resmem"):
+        settings = _settings(Setting.of("resmem", methods[name]["hyperparameters"]), varied)
+        predicted = test.predict(sorted(set(settings.values())))
+        found[name] = {place: predicted[setting][0] for place, setting in settings.items()}
+    calibrated = methods["resmem_calibrated"]
+    settings = _settings(Setting.of(calibrated["form"], calibrated["hyperparameters"]), varied | {"lambda": calibrated_lambdas})
+    distributions = test.distributions(list(settings.values()))
+    return found | {"resmem_calibrated": {place: distributions[setting].predictions for place, setting in settings.items()}}
+
+
+def _settings(middle: Setting, varied: Values) -> dict[tuple[str, int | float], Setting]:
+    """Return the settings that differ from one setting in one hyperparameter."""
+
+    def replace(axis: str, value: int | float) -> Setting:
+        changed: dict[str, Any] = {AXES[axis]: value}
+        return middle._replace(**changed)
+
+    return {(axis, value): replace(axis, value) for axis in varied for value in varied[axis]}
+
+
+def _vary_adaptive(queries: dict[str, Queries], datastore: Datastore, sigma: float, varied: Values) -> Found:
+    """Vary k and sigma of Adaptive ResMem, around all searched neighbors and the given sigma."""
+
+    @functools.cache
+    def predict(k: int, sigma: float) -> Int[np.ndarray, " queries"]:
+        validation, test = (SplitScorer(f"{split}, k {k}", truncate_neighbors(queries[split], k), datastore) for split in QUERY_SPLITS)
+        return test.adaptive(fit_gate(validation, sigma), sigma).predictions
+
+    searched = queries["test"].rows.shape[1]
+    by_k: Found = {("k", k): predict(int(k), sigma) for k in varied["k"]}
+    return by_k | {("sigma", value): predict(searched, value) for value in varied["sigma"]}
+
+
+def _rows(found: dict[str, Found], targets: Int[np.ndarray, " queries"]) -> list[Record]:
+    return [
+        {"method": title, "varied": axis, "value": value, "test accuracy, %": 100 * float(np.mean(predictions == targets))}
+        for name, title in LINES.items()
+        for (axis, value), predictions in found[name].items()
+    ]
+
+
+def _draw(figure: Figure, rows: list[Record], varied: Values, deepnet: float, boosted: bool) -> None:
+    for axes, axis in zip(figure.subplots(1, len(varied), sharey=True), varied, strict=True):
+        axes.axhline(deepnet, color=f"{INK}0", linestyle=(0, (5, 3)), linewidth=1.2, label="DeepNet")
+        for number, title in enumerate(LINES.values()):
+            some = [row for row in rows if (row["method"], row["varied"]) == (title, axis)]
+            line(axes, number, [row["value"] for row in some], [row["test accuracy, %"] for row in some], title)
+        if axis in ("k", "sigma"):
+            log_ticks(axes, varied[axis])
+        if axis == "lambda" and boosted:  # Calibrated ResMem's values are up to ten times as large as the others'
+            axes.set_xscale("symlog", base=2)
+            ticks = sorted({int(row["value"]) for row in rows if row["varied"] == axis})
+            axes.set_xticks(ticks, [str(value) for value in ticks])
+        axes.set_xlabel(axis)
+    figure.get_axes()[0].set_ylabel("test accuracy, %")
+    legend_above(figure)

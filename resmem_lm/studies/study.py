@@ -1,10 +1,16 @@
-"""What every study has: a stage, and what it writes: numbers (JSON and CSV), a plot, and a section of the report."""
+"""The parts that all studies share: their stage, checks of their settings, and the files that they write."""
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from resmem_lm.errors import UserError
+from resmem_lm.evaluation.neighbors import open_queries
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.memory.datastore import Datastore
 from resmem_lm.report.plots import Figure, to_svg
+from resmem_lm.text.shards import QUERY_SPLITS
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import Stage, stage
 from resmem_lm.workdir.storage import Record, sha256, write_bytes, write_json
@@ -13,8 +19,55 @@ NEEDS = ("search", "build", "train", "evaluate")
 
 
 def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[..., Record]], Stage]:
-    """Makes a function the study `name`: a stage that writes WORKDIR/studies/NAME and is done again when its settings or inputs change."""
+    """Make a function the study `name`: a stage that writes WORKDIR/studies/NAME and runs again when its settings or inputs change."""
     return stage(name=f"study-{name}", after=after, policy="redo")
+
+
+class Grid(NamedTuple):
+    """Hyperparameters to choose from."""
+
+    ks: list[int]
+    sigmas: list[float]
+    temperatures: list[float]
+    lambdas: list[float]
+
+
+def check_values(setting: str, values: Sequence[float], allowed: Callable[[float], bool], wanted: str) -> None:
+    """Raise UserError if the setting has no values, or a value that is not allowed."""
+    if not values or not all(map(allowed, values)):
+        raise UserError(f"{setting} = {values}: take one or more numbers {wanted}")
+
+
+def check_some(setting: str, values: Sequence[float], allowed: Callable[[float], bool], wanted: str) -> list[Any]:
+    """Return the values that are allowed. Raise UserError if there are none."""
+    if not (usable := [value for value in values if allowed(value)]):
+        raise UserError(f"{setting} = {values}: take one or more numbers {wanted}")
+    return usable
+
+
+def usable_grid(study: str, grid: Grid, searched: int, temperatures: Sequence[float]) -> Grid:
+    """Return the part of a grid that a run can evaluate.
+
+    Args:
+        study: name of the study's function.
+        grid: the settings of the study.
+        searched: neighbors of each query in the run.
+        temperatures: of the datastore.
+
+    Raises:
+        UserError: no usable value of a hyperparameter, or a value out of its range.
+    """
+    check_values(f"{study}.sigmas", grid.sigmas, lambda sigma: sigma > 0, "above 0")
+    check_values(f"{study}.lambdas", grid.lambdas, lambda lambda_: lambda_ >= 0, "of 0 or more")
+    check_some(f"{study}.lambdas", grid.lambdas, lambda lambda_: lambda_ < 1, "below 1")
+    ks = check_some(f"{study}.ks", grid.ks, lambda k: 1 <= k <= searched, f"from 1 to {searched}")
+    shared = check_some(f"{study}.temperatures", grid.temperatures, lambda value: value in temperatures, f"out of {list(temperatures)}")
+    return Grid(ks, list(grid.sigmas), shared, list(grid.lambdas))
+
+
+def open_scorers(run: Run, datastore: Datastore) -> dict[str, SplitScorer]:
+    """Return the scorers of validation and test."""
+    return {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
 
 
 def write_study(
@@ -24,19 +77,19 @@ def write_study(
     title: str,
     text: str,
     rows: list[Record],
-    draw: Callable[[Figure], None] | None,
+    draw: Callable[[Figure, list[Record]], None] | None = None,
     examples: list[Record] | None = None,
 ) -> Record:
-    """Writes results.json, table.csv and figure.svg; returns the checksum of the numbers.
+    """Write results.json, table.csv and figure.svg; return the checksum of results.json.
 
     Args:
-        run: of the study.
+        run: the run that the study belongs to.
         name: of the study.
-        title: of its section, with the paper's figure or table.
-        text: what is to be seen, in a paragraph.
-        rows: the table, the same columns in each row.
-        draw: draws into an empty figure; None for no plot.
-        examples: shown in the report in place of the table, to be searched.
+        title: of its section of the report, with the paper's figure or table.
+        text: explanation, one paragraph.
+        rows: of the table, with the same columns in each row.
+        draw: draws the rows into an empty figure; None for no plot.
+        examples: shown in the report as a list to search, in place of the table.
     """
     folder = run.studies / name
     table = io.StringIO()
@@ -45,7 +98,7 @@ def write_study(
     writer.writerows(rows)
     write_bytes(folder / "table.csv", table.getvalue().encode())
     if draw:
-        write_bytes(folder / "figure.svg", to_svg(draw).encode())
+        write_bytes(folder / "figure.svg", to_svg(lambda figure: draw(figure, rows)).encode())
     more = {} if examples is None else {"examples": examples}
     write_json(folder / "results.json", {"title": title, "text": text, "rows": rows, **more})
     return {"sha256": sha256(folder / "results.json")}

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from resmem_lm.maintenance.delete import delete
-from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance.delete import delete
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.studies.datastore_size import COMPARED, fraction_of, study_datastore_size
-from resmem_lm.workdir.stages.run import Run
-from resmem_lm.workdir.stages.storage import read_json, remove, write_json
+from resmem_lm.studies.datastore_size import METHODS, fraction_of, study_datastore_size
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json, remove, write_json
 
 GRID = {"ks": (1, 4, 12, 50), "sigmas": (0.5, 1.0, 4.0), "temperatures": (1.0, 1.4), "lambdas": (0.5, 1.0)}  # as the run's evaluation
 
@@ -22,22 +22,22 @@ def kept(datastore):
     return ~datastore.is_deleted(np.arange(datastore.rows))
 
 
-def test_all_of_the_datastore_is_the_evaluation_and_a_smaller_part_is_told_with_its_recall(tiny_copy):
+def test_the_whole_datastore_equals_the_evaluation_and_every_fraction_has_its_recall(tiny_copy):
     study_datastore_size(tiny_copy, fractions=(1.0, 0.02, 0.5), **GRID)
     rows = rows_of(tiny_copy)
     assert [row["fraction"] for row in rows] == [0.02, 0.5, 1.0]
     assert rows[0]["rows"] < rows[1]["rows"] < rows[2]["rows"] == open_datastore(tiny_copy / "datastore").rows
     methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
-    for name, key in zip(COMPARED, ("resmem_paper", "resmem", "knnlm", "resmem_calibrated", "resmem_adaptive"), strict=True):
+    for name, key in zip(METHODS, ("resmem_paper", "resmem", "knnlm", "resmem_calibrated", "resmem_adaptive"), strict=True):
         assert rows[2][f"{name}, gain, %"] == 100 * methods[key]["gain"]
         assert rows[2][f"{name}, 95%"] == "[{:.2f}, {:.2f}]".format(*(100 * value for value in methods[key]["gain_ci95"]))
-    assert rows[2]["Calibrated ResMem's form"] == methods["resmem_calibrated"]["form"]
+    assert rows[2]["Calibrated ResMem, form"] == methods["resmem_calibrated"]["form"]
     assert all(0.9 < row["recall@k"] <= 1 for row in rows)
     assert verify(Run(tiny_copy)) == []
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=2))
-def test_a_fraction_holds_whole_documents_about_its_rows_and_every_smaller_one(tiny_run, pair):
+def test_a_fraction_has_whole_documents_and_includes_smaller_fractions(tiny_run, pair):
     datastore = open_datastore(tiny_run / "datastore")
     small, large = sorted(pair)
     longest = max(document["rows"] for shard in range(3) for document in datastore.documents(shard))
@@ -60,7 +60,7 @@ def test_deleted_documents_are_in_no_fraction(tiny_copy):
         assert not kept(fraction_of(datastore, fraction))[deleted["first_row"] :][: deleted["rows"]].any()
 
 
-def test_an_interrupted_study_goes_on_and_one_of_other_neighbors_is_made_anew(tiny_copy):
+def test_an_interrupted_study_resumes_and_recomputes_fractions_with_other_inputs(tiny_copy):
     study_datastore_size(tiny_copy, fractions=(0.5,), **GRID)
     first = tiny_copy / "derived/datastore-size/fraction-0.5.json"
     stamp, before = first.stat().st_mtime_ns, rows_of(tiny_copy)
@@ -73,19 +73,23 @@ def test_an_interrupted_study_goes_on_and_one_of_other_neighbors_is_made_anew(ti
         study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)
         assert rows_of(tiny_copy)[0] == before[0]
     study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID | {"lambdas": (0.25, 1.0)})
-    assert read_json(first)["tried"]["lambdas"] == [0.25, 1.0]
+    assert read_json(first)["settings"]["lambdas"] == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        ({"fractions": (0.0, 1.0)}, "fractions = .*above 0 and up to 1"),
+        ({"fractions": (0.0, 1.0)}, "fractions = .*take one or more numbers above 0 and up to 1"),
         ({"fractions": ()}, "fractions"),
-        ({"ks": (100,)}, "1 to 12 in ks"),
-        ({"lambdas": (0.5,)}, "1.0 and less in lambdas"),
+        ({"ks": (100,)}, "ks = .*from 1 to 12"),
+        ({"lambdas": (0.5,)}, "lambdas = .*add 1.0"),
+        ({"lambdas": (1.0,)}, "lambdas = .*below 1"),
+        ({"lambdas": (-1.0, 1.0)}, "lambdas = .*of 0 or more"),
+        ({"sigmas": (0.0,)}, "sigmas = .*above 0"),
+        ({"temperatures": (3.0,)}, "temperatures = .*out of"),
         ({"recall_queries": 0}, "recall_queries = 0"),
     ],
 )
-def test_settings_that_cannot_be_are_told(tiny_copy, settings, told):
-    with pytest.raises(UserError, match=told):
-        study_datastore_size(tiny_copy, **settings)
+def test_unusable_settings_are_refused(tiny_run, settings, message):
+    with pytest.raises(UserError, match=message):
+        study_datastore_size.function(Run(tiny_run), **settings)

@@ -1,22 +1,22 @@
 import pytest
-from resmem_lm.maintenance.append import append
-from resmem_lm.maintenance.verify import verify
 
 from beam_pipelines.build_datastore import build_datastore
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.model.decoder.checkpoints import load_model
-from resmem_lm.studies.derived import derive, settings_of
-from resmem_lm.workdir.stages.run import Run
-from resmem_lm.workdir.stages.storage import read_json, write_json
+from resmem_lm.model.checkpoints import load_model
+from resmem_lm.studies.derived import derive
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json, write_json
 
 COMMON = ("documents", "vocabulary", "train")
 
 
-def test_a_derived_work_directory_goes_on_from_the_common_stages(tiny_copy):
+def test_a_derived_work_directory_continues_from_the_copied_stages(tiny_copy):
     derived = derive(Run(tiny_copy), "some/other", COMMON)
     assert load_model(derived / "checkpoints").fingerprint == load_model(tiny_copy / "checkpoints").fingerprint
-    build_datastore(derived, **settings_of(Run(tiny_copy), "build") | {"entries": 4})
+    build_datastore(derived, **Run(tiny_copy).finished("build")["settings"] | {"entries": 4})
     assert open_datastore(derived / "datastore").binding.entries == 4
     assert derive(Run(tiny_copy), "some/other", COMMON) == derived
     assert (derived / "datastore/manifest.json").exists()
@@ -24,7 +24,7 @@ def test_a_derived_work_directory_goes_on_from_the_common_stages(tiny_copy):
     assert verify(Run(tiny_copy)) == []
 
 
-def test_one_of_other_results_is_made_anew(tiny_copy):
+def test_a_copy_of_other_results_is_replaced(tiny_copy):
     derived = derive(Run(tiny_copy), "some", COMMON)
     (derived / "old").write_text("old")
     record = read_json(tiny_copy / "stages/train.json")
@@ -32,7 +32,7 @@ def test_one_of_other_results_is_made_anew(tiny_copy):
     assert not (derive(Run(tiny_copy), "some", COMMON) / "old").exists()
 
 
-def test_one_of_fewer_documents_is_made_anew(tiny_copy):
+def test_a_copy_of_fewer_documents_is_replaced(tiny_copy):
     derived = derive(Run(tiny_copy), "some", COMMON)
     (derived / "old").write_text("old")
     (tiny_copy / "more.txt").write_text("Another document, with other words than those before it: nothing of it was there.")
@@ -45,6 +45,6 @@ def test_one_of_fewer_documents_is_made_anew(tiny_copy):
     assert (derived / "old").exists()
 
 
-def test_a_stage_that_has_not_finished_is_told(tmp_path):
+def test_a_stage_that_has_not_finished_is_an_error(tmp_path):
     with pytest.raises(UserError, match="the stage documents has not finished"):
         derive(Run(tmp_path), "some", COMMON)

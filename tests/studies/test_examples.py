@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
@@ -13,11 +12,12 @@ from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.examples import corrected_tokens
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.report.report.report import FILTER, write_report
+from resmem_lm.report.report import FILTER, write_report
 from resmem_lm.studies.examples import study_examples
-from resmem_lm.workdir.stages.run import Run
-from resmem_lm.workdir.stages.storage import read_json, remove, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json, remove, write_json
 from tests.report.test_report import HOSTILE, Elements, page_of, some_results
 
 
@@ -25,7 +25,7 @@ def examples_of(workdir):
     return read_json(workdir / "studies/examples/results.json")["examples"]
 
 
-def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
+def test_exactly_the_corrected_tokens_of_small_rank_are_shown(tiny_copy):
     study_examples(tiny_copy, examples=10_000, near=3)
     shown = examples_of(tiny_copy)
     chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
@@ -51,7 +51,7 @@ def test_all_tokens_that_are_mended_and_near_are_shown_and_no_others(tiny_copy):
     assert all(example in shown for example in few)
 
 
-def test_the_neighbors_shown_are_those_that_add_most(tiny_run):
+def test_the_neighbors_shown_add_most(tiny_run):
     queries, datastore = open_queries(Run(tiny_run), "test"), open_datastore(tiny_run / "datastore")
     setting = Setting("resmem", 12, 4.0, 1.0, 1.0)
     chosen = np.arange(len(queries.tokens))[::9]
@@ -65,10 +65,10 @@ def test_the_neighbors_shown_are_those_that_add_most(tiny_run):
         most = np.argsort(-weights * (1 - p), kind="stable")[:3]
         np.testing.assert_allclose([neighbor["weight"] for neighbor in example["neighbors"]], weights[most], rtol=1e-4)
         reordered += (np.diff(most) < 0).any()
-    assert reordered > 0  # or this could not fail where the nearest are shown
+    assert reordered > 0  # else the test would pass if the nearest were shown
 
 
-def test_the_report_has_them_to_be_searched_and_the_command_prints_how_many(tiny_copy, capsys):
+def test_the_report_lists_the_examples_and_the_command_prints_their_number(tiny_copy, capsys):
     before = (tiny_copy / "report.html").read_text()
     assert "<script" not in before
     assert main(["study", "examples", f"--workdir={tiny_copy}", "--gin.study_examples.examples=5"]) == 0
@@ -92,7 +92,7 @@ def write_some(workdir, examples):
     write_json(workdir / "stages/study-examples.json", {"finished": True, "inputs": {}, "result": {}})
 
 
-def test_only_the_page_s_own_script_may_run_and_text_stays_text(tmp_path):
+def test_only_the_script_of_the_page_may_run_and_text_stays_text(tmp_path):
     hostile = some_results()["examples"][0] | {"context": HOSTILE, "rank": 2, "probability": 0.25}
     write_some(tmp_path, [hostile])
     page = page_of(tmp_path, some_results())
@@ -106,14 +106,14 @@ def test_only_the_page_s_own_script_may_run_and_text_stays_text(tmp_path):
     assert page_of(tmp_path, some_results()) == page
 
 
-def test_a_page_without_examples_to_search_has_no_script(tmp_path):
+def test_a_page_without_examples_has_no_script(tmp_path):
     write_json(tmp_path / "studies/other/results.json", {"title": "Other", "text": "Some.", "rows": [{"a": 1}]})
     page = page_of(tmp_path, some_results())
     assert "<script" not in page
     assert not re.search(r'class="filtered"', page)
 
 
-def test_a_token_that_is_mended_without_a_neighbor_that_has_it_says_so(tiny_copy):
+def test_the_report_marks_a_corrected_token_without_a_neighbor_that_has_it(tiny_copy):
     datastore, queries = open_datastore(tiny_copy / "datastore"), open_queries(Run(tiny_copy), "test")
     chosen = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]
     without = np.flatnonzero((np.asarray(queries.neighbor_tokens) != np.asarray(queries.tokens)[:, None]).all(axis=1))[:1]
@@ -127,12 +127,12 @@ def test_a_token_that_is_mended_without_a_neighbor_that_has_it_says_so(tiny_copy
     assert "no neighbor has the target" in (tiny_copy / "report.html").read_text()
 
 
-def test_none_at_all_is_an_empty_list(tmp_path):
+def test_no_examples_give_an_empty_list(tmp_path):
     write_some(tmp_path, [])
     assert 'class="filtered"' in page_of(tmp_path, some_results())
 
 
 @pytest.mark.parametrize("settings", [{"near": 1}, {"near": 33}, {"examples": 0}])
-def test_settings_that_cannot_be_are_told(tiny_copy, settings):
+def test_unusable_settings_are_refused(tiny_run, settings):
     with pytest.raises(UserError, match=f"study_examples.{next(iter(settings))}"):
-        study_examples(tiny_copy, **settings)
+        study_examples.function(Run(tiny_run), **settings)

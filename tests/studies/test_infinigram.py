@@ -13,8 +13,8 @@ EOS = 1
 needs_package = pytest.mark.skipif(not installed(), reason="needs infini-gram: pip install 'resmem_lm[infini-gram]'")
 
 
-def longest_end(documents, context):
-    """What follows the longest end of a context that stands in the documents, by looking at every place."""
+def after_longest_suffix(documents, context):
+    """Count what follows the longest suffix of a context that occurs in the documents."""
     for length in range(len(context), -1, -1):
         end, counts = context[len(context) - length :], collections.Counter()
         for document in documents:
@@ -27,7 +27,7 @@ def longest_end(documents, context):
 
 
 @needs_package
-def test_continuations_are_those_of_the_longest_end_that_was_seen(tmp_path):
+def test_continuations_follow_the_longest_suffix_in_the_documents(tmp_path):
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(3, 12, rng.integers(3, 20)), EOS) for _ in range(30)]
     build(tmp_path / "index", documents)
@@ -36,7 +36,7 @@ def test_continuations_are_those_of_the_longest_end_that_was_seen(tmp_path):
     seen = [[SEPARATOR, *document.tolist()] for document in documents]
     contexts = [[SEPARATOR, *query[:position].tolist()] for query in queries for position in range(len(query))]
     for number, context in enumerate(contexts):
-        counts = longest_end(seen, context)
+        counts = after_longest_suffix(seen, context)
         shares = {int(t): float(s) for t, s in zip(found.tokens[number], found.shares[number], strict=True) if t >= 0}
         assert len(shares) == min(TOKENS, len(counts))
         for token, share in shares.items():
@@ -45,8 +45,8 @@ def test_continuations_are_those_of_the_longest_end_that_was_seen(tmp_path):
 
 
 @needs_package
-def test_a_context_that_was_never_seen_tells_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # and a relative path is one from here
+def test_a_context_that_never_occurs_has_no_continuations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for a relative path
     folder = Path("index")
     build(folder, [np.array([5, 6, EOS])] * 3)
     found = continuations(folder, EOS, [np.array([8, 9])])
@@ -56,13 +56,13 @@ def test_a_context_that_was_never_seen_tells_nothing(tmp_path, monkeypatch):
 
 
 @needs_package
-def test_ids_that_it_cannot_hold_are_told(tmp_path):
-    with pytest.raises(UserError, match="it takes ids below 65535"):
+def test_token_ids_that_are_too_large_are_refused(tmp_path):
+    with pytest.raises(UserError, match="token 70000 is not below 65535"):
         build(tmp_path / "index", [np.array([5, 70_000])])
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
-def test_a_mixture_predicts_the_largest_of_the_sum_over_the_vocabulary(seed, lambda_, sparse_lambda):
+def test_a_mixture_predicts_the_token_with_the_largest_sum(seed, lambda_, sparse_lambda):
     rng = np.random.default_rng(seed)
     queries, vocab = 6, 40
     p, share = rng.dirichlet(np.ones(vocab), queries), rng.dirichlet(np.ones(vocab) / 10, queries)

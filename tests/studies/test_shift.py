@@ -1,25 +1,25 @@
-"""A memory of another text than the model was trained on."""
+"""A model with a memory of a text that it was not trained on."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.model.decoder.checkpoints import load_model
+from resmem_lm.model.checkpoints import load_model
 from resmem_lm.studies.shift import TITLES, begin_from, right_predictions, study_shift
-from resmem_lm.workdir.stages.run import Run
-from resmem_lm.workdir.stages.storage import files_below, read_json, remove, write_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import files_below, read_json, remove, write_json
 from tests.tiny import sentences
 
 SETTINGS = {"shards": 2, "steps": 12, "learning_rates": (0.0001, 0.05)}
 
 
 def write_other(path, word):
-    """Another text: the same sentences in other words."""
+    """Write a second text: the same sentences with other words."""
     with path.open("w", encoding="utf-8") as file:
         for number, text in enumerate(sentences(50)):
             file.write(json.dumps({"text": f"{word} {number}: {text.replace('The', word).replace('the', 'no')}"}) + "\n")
@@ -52,7 +52,7 @@ def copy(studied, tmp_path):
     return tmp_path / "shift/run"
 
 
-def test_the_model_is_the_runs_own_and_the_memory_is_of_the_other_text(studied):
+def test_the_run_s_model_has_a_memory_of_the_second_text(studied):
     memory = memory_of(studied)
     assert load_model(memory / "checkpoints").fingerprint == load_model(studied / "checkpoints").fingerprint
     documents = [d["id"] for shard in range(2) for d in open_datastore(memory / "datastore").documents(shard)]
@@ -61,7 +61,7 @@ def test_the_model_is_the_runs_own_and_the_memory_is_of_the_other_text(studied):
     assert [verify(Run(workdir)) for workdir in (studied, memory, *tuned_of(studied))] == [[]] * 4
 
 
-def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(studied):
+def test_rows_equal_the_evaluation_of_the_memory_and_the_best_fine_tuned_model(studied):
     *rows, fine_tuned = rows_of(studied)
     memory = memory_of(studied)
     methods = read_json(memory / "results.json")["splits"]["test"]["methods"]
@@ -78,7 +78,7 @@ def test_the_rows_are_those_of_the_memory_and_of_the_better_fine_tuned_model(stu
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_deepnet_is_measured_as_evaluate_measures_it(tiny_run, split):
+def test_deepnet_has_the_accuracy_of_the_evaluation(tiny_run, split):
     window = open_datastore(tiny_run / "datastore").binding.window
     right, numbers = right_predictions(load_model(tiny_run / "checkpoints"), Run(tiny_run), split, window)
     found = read_json(tiny_run / "results.json")["splits"][split]
@@ -86,7 +86,7 @@ def test_deepnet_is_measured_as_evaluate_measures_it(tiny_run, split):
     assert right.mean() == pytest.approx(found["methods"]["deepnet"]["accuracy"])
 
 
-def test_fine_tuning_begins_from_the_run_and_changes_it(studied, tmp_path):
+def test_fine_tuning_begins_with_the_model_of_the_run_and_changes_it(studied, tmp_path):
     base = load_model(studied / "checkpoints")
     shutil.copytree(studied / "vocabulary", tmp_path / "vocabulary")
     begin_from(base, Run(tmp_path))
@@ -96,10 +96,10 @@ def test_fine_tuning_begins_from_the_run_and_changes_it(studied, tmp_path):
     assert load_model(tmp_path / "checkpoints").fingerprint == base.fingerprint
     fine_tuned = [load_model(path / "checkpoints").parameters["decoder"]["token_embedder"]["embedding"] for path in tuned_of(studied)]
     moved = [float(np.abs(x - base.parameters["decoder"]["token_embedder"]["embedding"]).mean()) for x in fine_tuned]
-    assert 0 < moved[0] < moved[1]  # by the rates
+    assert 0 < moved[0] < moved[1]  # a larger learning rate moves parameters farther
 
 
-def test_it_goes_on_with_what_is_there_and_another_text_is_another_memory(copy):
+def test_a_study_reuses_finished_work_and_another_text_has_another_memory(copy):
     text = read_json(copy / "stages/study-shift.json")["settings"]["text"]
     before = rows_of(copy)
     memory, tuned = memory_of(copy), tuned_of(copy)
@@ -115,14 +115,14 @@ def test_it_goes_on_with_what_is_there_and_another_text_is_another_memory(copy):
     assert [(path / "stages/train.json").stat().st_mtime_ns for path in tuned] == stamps
 
 
-def test_a_text_that_is_not_there_takes_nothing_away(copy):
+def test_a_missing_text_deletes_nothing(copy):
     before = [(path, path.read_bytes()) for path in files_below(memory_of(copy))]
     with pytest.raises(UserError, match="no text found"):
         study_shift(copy, text="nowhere/*.tx", **SETTINGS)
     assert [(path, path.read_bytes()) for path, _ in before] == before
 
 
-def test_the_steps_of_the_same_time_are_counted_once(copy):
+def test_the_steps_are_measured_once(copy):
     text = read_json(copy / "stages/study-shift.json")["settings"]["text"]
     settings = SETTINGS | {"text": text, "steps": None, "learning_rates": (0.05,)}
     memory = memory_of(copy)
@@ -136,24 +136,24 @@ def test_the_steps_of_the_same_time_are_counted_once(copy):
         assert rows_of(copy)[1]["seconds"] == 2 * seconds
     facts = read_json(memory / "derived/fine-tuned/steps.json")
     assert facts["seconds"] == 0.2
-    assert facts["steps"] == max(1, round(0.2 / facts["seconds_a_step"]))
+    assert facts["steps"] == max(1, round(0.2 / facts["seconds_per_step"]))
     assert {path.name for path in tuned_of(copy)} == {path.name for path in before} | {f"{facts['steps']}-steps-at-0.05"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"steps": 0}, "study_shift.steps = 0"),
         ({"learning_rates": ()}, "study_shift.learning_rates"),
         ({"learning_rates": (0.1, 0.0)}, "above 0"),
     ],
 )
-def test_what_cannot_be_is_told(tiny_run, settings, told):
-    with pytest.raises(UserError, match=told):
-        study_shift(tiny_run, **settings)
+def test_unusable_settings_are_refused(tiny_run, settings, message):
+    with pytest.raises(UserError, match=message):
+        study_shift.function(Run(tiny_run), **settings)
 
 
-def test_the_text_of_the_run_is_no_other_text(tiny_run):
+def test_the_text_of_the_run_is_refused(tiny_run):
     text = read_json(tiny_run / "stages/documents.json")["settings"]["text"]
     with pytest.raises(UserError, match="name another"):
-        study_shift(tiny_run, text=text)
+        study_shift.function(Run(tiny_run), text=text)

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from resmem_lm.maintenance.verify import verify
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
+from resmem_lm.maintenance.verify import verify
 from resmem_lm.studies.theory import PREDICTORS, bounded_least_squares, in_unit_ball, nearest_points, predicted, risks, slope, study_theory
-from resmem_lm.workdir.stages.run import Run
-from resmem_lm.workdir.stages.storage import read_json
+from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import read_json
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.05, 3.0))
-def test_the_bounded_fit_keeps_its_bound_and_no_other_point_of_the_ball_is_better(seed, d, bound):
+def test_the_bounded_fit_is_the_best_point_of_the_ball(seed, d, bound):
     rng = np.random.default_rng(seed)
     x, theta = rng.normal(size=(40, d)), rng.normal(size=d)
     y = x @ theta + 0.1 * rng.normal(size=40)
@@ -25,7 +25,7 @@ def test_the_bounded_fit_keeps_its_bound_and_no_other_point_of_the_ball_is_bette
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 60))
-def test_the_nearest_point_is_the_nearest(seed, d, n):
+def test_the_nearest_point_has_the_smallest_distance(seed, d, n):
     rng = np.random.default_rng(seed)
     x, queries = rng.normal(size=(n, d)), rng.normal(size=(7, d))
     distances = np.linalg.norm(queries[:, None] - x[None], axis=-1)
@@ -47,7 +47,7 @@ def test_the_slope_of_a_power_law_is_its_exponent():
 
 @given(st.sampled_from([1, 2, 3]), st.floats(0.05, 0.95), st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
-def test_risks_are_those_predicted_and_the_surface_only_adds_to_them(d, bound, seed):
+def test_risks_match_the_prediction_and_the_surface_increases_them(d, bound, seed):
     n, rng = 3000, np.random.default_rng(seed)
     measured = np.mean([risks(rng, n, d, bound, 2000) for _ in range(6)], axis=0)
     for method, risk in zip(PREDICTORS, measured, strict=True):
@@ -56,20 +56,20 @@ def test_risks_are_those_predicted_and_the_surface_only_adds_to_them(d, bound, s
 
 
 @given(st.integers(1, 10), st.integers(1, 10_000), st.floats(0.05, 0.95))
-def test_the_predictions_differ_by_what_the_model_has_learned(d, n, bound):
+def test_the_predictions_differ_by_the_part_that_the_model_learned(d, n, bound):
     deepnet, alone, resmem = (predicted(method, n, d, bound) for method in PREDICTORS)
     assert resmem == pytest.approx((1 - bound) ** 2 * alone)
     assert predicted("nearest neighbor", 2**d * n, d, bound) == pytest.approx(alone / 4)  # half the distance
     assert deepnet == predicted("DeepNet", 2 * n, d, bound)
 
 
-def test_in_one_dimension_the_mean_square_distance_is_known():
+def test_the_prediction_matches_measured_distances_in_one_dimension():
     x = in_unit_ball(np.random.default_rng(0), 400_000, 1)[:, 0].reshape(-1, 200)  # 199 points for each query
     squares = np.min(np.square(x[:, 1:] - x[:, :1]), axis=1)
     assert predicted("nearest neighbor", 199, 1, 0.5) == pytest.approx(squares.mean(), rel=0.15)
 
 
-def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neighbor_alone(tmp_path):
+def test_deepnet_stays_flat_and_resmem_improves_on_the_neighbor_alone(tmp_path):
     small = {"sizes": (100, 1000, 4000), "dimensions": (2, 4), "bounds": (0.5,), "repetitions": 4, "queries": 500}
     first = study_theory(tmp_path, **small)
     rows = read_json(tmp_path / "studies/theory/results.json")["rows"]
@@ -90,7 +90,7 @@ def test_deepnet_stays_flat_and_resmem_keeps_falling_and_is_better_than_the_neig
     assert study_theory(tmp_path / "again", **small) == first
 
 
-def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, capsys):
+def test_the_command_prints_the_table_and_the_report_has_it(tiny_copy, capsys):
     small = ["--gin.study_theory.sizes=(50, 100, 200)", "--gin.study_theory.dimensions=(2,)", "--gin.study_theory.repetitions=2"]
     assert main(["study", "theory", f"--workdir={tiny_copy}", *small]) == 0
     printed = capsys.readouterr().out
@@ -118,11 +118,11 @@ def test_the_command_prints_the_table_and_puts_it_into_the_report(tiny_copy, cap
         {"queries": 0},
     ],
 )
-def test_settings_that_cannot_be_are_told(tmp_path, settings):
+def test_unusable_settings_are_refused(tmp_path, settings):
     with pytest.raises(UserError, match=f"study_theory.{next(iter(settings))} = "):
         study_theory(tmp_path, **settings)
 
 
-def test_a_study_needs_no_run_and_an_unknown_setting_is_told(tmp_path, capsys):
+def test_the_study_needs_no_run_and_an_unknown_setting_is_an_error(tmp_path, capsys):
     assert main(["study", "theory", f"--workdir={tmp_path}", "--gin.study_theory.size=3"]) == 2
     assert "did you mean sizes?" in capsys.readouterr().err
