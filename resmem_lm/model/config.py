@@ -1,4 +1,4 @@
-"""The shape of the model, told without Flax, which only what computes with the model imports."""
+"""The shape of the model. This module does not import Flax, so commands that do not compute with the model start fast."""
 
 import dataclasses
 
@@ -7,16 +7,25 @@ import gin
 from resmem_lm.errors import UserError, check_least
 
 DTYPES = ("float32", "bfloat16", "float16")
-ACTIVATIONS = ("linear", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "selu", "softplus")  # "linear", and some of Flax's
+ACTIVATIONS = ("linear", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "elu", "selu", "softplus")  # Flax's names, and "linear"
 
 
-@gin.register(module="resmem_lm.model")  # the name that gin files for T5X give it
+@gin.register(module="resmem_lm.model.decoder")  # gin/t5x/*.gin configures it together with the decoder
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only T5; the names are T5X's `TransformerConfig`.
+    """The shape of a decoder-only T5, with the field names of T5X's `TransformerConfig`.
 
-    `mlp_activations` is ("relu",) for T5 1.0 and ("gelu", "linear") for T5 1.1; `logits_via_embedding` ties the
-    output to the embedding (T5 1.0). `dtype` is that of the activations; parameters are float32.
+    Attributes:
+        vocab_size: number of logits.
+        emb_dim: width of the embedding and of the layers.
+        num_heads: attention heads of a layer.
+        num_layers: layers.
+        head_dim: width of an attention head.
+        mlp_dim: width of the feed-forward block.
+        mlp_activations: ("relu",) for T5 1.0, ("gelu", "linear") for the gated block of T5 1.1.
+        dropout_rate: probability of dropout in training.
+        logits_via_embedding: whether the output matrix is the embedding (T5 1.0).
+        dtype: of the activations; parameters are float32.
     """
 
     vocab_size: int
@@ -31,11 +40,11 @@ class ModelConfig:
     dtype: str = "float32"
 
     def check(self) -> None:
-        """Raises UserError for a number out of its range, or an unknown activation or dtype; all are of the right kind."""
+        """Raise UserError for a number out of its range or an unknown activation or dtype; the types are already checked."""
         numbers = ("vocab_size", "emb_dim", "num_heads", "num_layers", "head_dim", "mlp_dim")
         check_least("ModelConfig", 1, **{name: getattr(self, name) for name in numbers})
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate = {self.dropout_rate}: take 0 or more and less than 1")
-        for name, given, known in (("mlp_activations", self.mlp_activations, ACTIVATIONS), ("dtype", (self.dtype,), DTYPES)):
-            if not given or not set(given) <= set(known):
-                raise UserError(f"ModelConfig.{name} = {getattr(self, name)!r}: known are {', '.join(known)}")
+        for name, given, choices in (("mlp_activations", self.mlp_activations, ACTIVATIONS), ("dtype", (self.dtype,), DTYPES)):
+            if not given or not set(given) <= set(choices):
+                raise UserError(f"ModelConfig.{name} = {getattr(self, name)!r}: choose from {', '.join(choices)}")

@@ -1,8 +1,8 @@
-"""Decoder-only T5 (Raffel et al. 2020 without encoder and cross-attention), as T5X's `DecoderOnlyModel` wants it.
+"""Decoder-only T5 (Raffel et al. 2020, without encoder and cross-attention), in the form that T5X's `DecoderOnlyModel` needs.
 
-Parameter names, axis annotations and the call signature are T5X's, so that T5X can train this module and either
-side reads the other's parameters. `Decoder.hidden` gives ResMem's key phi(x): the last layer's activations
-after the pre-MLP LayerNorm and before the MLP (paper, section 4.1).
+Parameter names, axis annotations and the call signature follow T5X, so T5X can train this module, and each reads the other's parameters.
+`Decoder.hidden` returns ResMem's key phi(x): the activations of the last layer after the pre-MLP LayerNorm and before the MLP (paper,
+section 4.1).
 """
 
 import functools
@@ -21,9 +21,13 @@ from resmem_lm.model.config import ModelConfig
 RELATIVE_BUCKETS = 32
 RELATIVE_MAX_DISTANCE = 128
 
+Tokens = Int[Array, "batch length"]
+Hidden = Float[Array, "batch length emb"]
+Bias = Float[Array, "#batch #heads length length"]
+
 
 def relative_buckets(length: int) -> Int[np.ndarray, "length length"]:
-    """The T5 bucket of every (query, key) distance in a causal decoder: exact up to 16, then logarithmic to 128."""
+    """Return the T5 bucket of every (query, key) distance in a causal decoder: exact up to 16, then logarithmic to 128."""
     distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = RELATIVE_BUCKETS // 2
     log_ratio = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(RELATIVE_MAX_DISTANCE / exact)
@@ -32,7 +36,7 @@ def relative_buckets(length: int) -> Int[np.ndarray, "length length"]:
 
 
 class Dense(nn.Module):
-    """A linear map without bias from the last `inputs_axes` axes to `features`; the kernel is kept as a matrix."""
+    """A linear map without bias from the last `inputs_axes` axes to `features`. The kernel is a matrix."""
 
     features: tuple[int, ...]
     kernel_axes: tuple[str, str]
@@ -45,7 +49,7 @@ class Dense(nn.Module):
         kept, contracted = inputs.shape[: -self.inputs_axes], inputs.shape[-self.inputs_axes :]
         shape = (int(np.prod(contracted)), int(np.prod(self.features)))
         kernel = param_with_axes("kernel", self.kernel_init, shape, jnp.float32, axes=self.kernel_axes)
-        # One row a token: the product of two matrices, whose gradients XLA gives to the CPU's fast routine as well.
+        # One row per token: a product of two matrices, because XLA then uses the CPU's fast routine for the gradients too.
         outputs = jnp.asarray(inputs, self.dtype).reshape(-1, shape[0]) @ jnp.asarray(kernel, self.dtype)
         return outputs.reshape(*kept, *self.features)
 
@@ -64,14 +68,12 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with T5's relative bias; 1/sqrt(head_dim) is folded into the query's initializer."""
+    """Multi-head attention with T5's relative bias. The query's initializer contains the factor 1/sqrt(head_dim)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, inputs: Float[Array, "batch length emb"], bias: Float[Array, "#batch #heads length length"], deterministic: bool
-    ) -> Float[Array, "batch length emb"]:
+    def __call__(self, inputs: Hidden, bias: Bias, deterministic: bool) -> Hidden:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -84,14 +86,14 @@ class SelfAttention(nn.Module):
         value = heads(kernel_init=init, name="value")(inputs)
         query, key, value = (with_sharding_constraint(x, ("batch", "length", "heads", "kv")) for x in (query, key, value))
 
-        # Heads before positions, and normalized after the sum: XLA on a CPU gives both products to its fast routine, and divides 64
-        # numbers of a query in place of `length`.
+        # Heads before positions, so that XLA uses the CPU's fast routine for both products. Normalization after the sum divides
+        # head_dim numbers per query instead of `length`.
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         weights = jnp.einsum("bhqd,bhkd->bhqk", query, key) + bias.astype(dtype)
         weights = jnp.exp(weights - jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1)
         if not deterministic and cfg.dropout_rate > 0:
-            # As in T5X, one mask for all queries.
+            # T5X also has one mask for all queries.
             shape = (*weights.shape[:2], 1, weights.shape[3])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
             weights = weights * keep.astype(dtype) / jnp.asarray(1 - cfg.dropout_rate, dtype)
@@ -105,7 +107,7 @@ class Mlp(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "batch length emb"], deterministic: bool) -> Float[Array, "batch length emb"]:
+    def __call__(self, inputs: Hidden, deterministic: bool) -> Hidden:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         gates = []
         for number, activation in enumerate(cfg.mlp_activations):
@@ -119,14 +121,12 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention and MLP, each behind its LayerNorm and with a residual connection."""
+    """Self-attention and MLP, each after its LayerNorm and with a residual connection. It returns the output and the key."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, inputs: Float[Array, "batch length emb"], bias: Float[Array, "#batch #heads length length"], deterministic: bool
-    ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
+    def __call__(self, inputs: Hidden, bias: Bias, deterministic: bool) -> tuple[Hidden, Hidden]:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
 
         def dropout(name: str, x: Array) -> Array:
@@ -157,7 +157,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding, also the output matrix where logits are tied."""
+    """Token embedding, which is also the output matrix if `logits_via_embedding` is set."""
 
     config: ModelConfig
 
@@ -167,7 +167,7 @@ class Embedding(nn.Module):
             "embedding", nn.initializers.normal(stddev=1.0), shape, jnp.float32, axes=("vocab", "embed"), module=self
         )
 
-    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length emb"]:
+    def __call__(self, tokens: Tokens) -> Hidden:
         return jnp.asarray(self.embedding, jnp.dtype(self.config.dtype))[tokens]
 
     def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
@@ -175,7 +175,7 @@ class Embedding(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers, final LayerNorm and logits; float32 logits whatever the activations' dtype."""
+    """Embedding, layers, final LayerNorm and logits, which are float32 for every dtype of the activations."""
 
     config: ModelConfig
 
@@ -190,14 +190,8 @@ class DecoderStack(nn.Module):
         if not cfg.logits_via_embedding:
             self.logits_dense = Dense((cfg.vocab_size,), ("embed", "vocab"), jnp.float32)
 
-    def hidden(
-        self,
-        inputs: Int[Array, "batch length"],
-        segment_ids: Int[Array, "batch length"] | None,
-        prefix: Int[Array, "batch length"] | None,
-        deterministic: bool,
-    ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
-        """ResMem's keys, and what `logits` takes, at every position."""
+    def hidden(self, inputs: Tokens, segment_ids: Tokens | None, prefix: Tokens | None, deterministic: bool) -> tuple[Hidden, Hidden]:
+        """Return ResMem's keys and the input of `logits` at every position."""
         length = inputs.shape[1]
         allowed = jnp.tril(jnp.ones((1, 1, length, length), bool))
         if prefix is not None:
@@ -213,14 +207,14 @@ class DecoderStack(nn.Module):
         return key, self.output_dropout(self.decoder_norm(x), deterministic=deterministic)
 
     def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
-        """DeepNet's f(x)."""
+        """Return DeepNet's f(x)."""
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(hidden) / jnp.sqrt(self.config.emb_dim)
         return self.logits_dense(hidden)
 
 
 class Decoder(nn.Module):
-    """The module to train: T5X's outer scope `decoder/` around the stack, and T5X's call."""
+    """The module that T5X trains: the stack in T5X's scope `decoder/`, with T5X's call signature."""
 
     config: ModelConfig
 
@@ -229,34 +223,32 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        decoder_input_tokens: Int[Array, "batch length"],
-        decoder_target_tokens: Int[Array, "batch length"],
-        decoder_segment_ids: Int[Array, "batch length"] | None = None,
-        decoder_positions: Int[Array, "batch length"] | None = None,
-        decoder_causal_attention: Int[Array, "batch length"] | None = None,
+        decoder_input_tokens: Tokens,
+        decoder_target_tokens: Tokens,
+        decoder_segment_ids: Tokens | None = None,
+        decoder_positions: Tokens | None = None,
+        decoder_causal_attention: Tokens | None = None,
         *,
         enable_dropout: bool = True,
         decode: bool = False,
     ) -> Float[Array, "batch length vocab"]:
-        """Logits of every next token. Targets and positions are T5X's arguments; nothing here depends on them."""
+        """Return the logits of every next token. T5X passes targets and positions; they are not used."""
         if decode:
-            raise NotImplementedError("autoregressive decoding: ResMem only scores given text")
+            raise NotImplementedError("autoregressive decoding is not implemented: ResMem only scores given text")
         _, hidden = self.decoder.hidden(decoder_input_tokens, decoder_segment_ids, decoder_causal_attention, not enable_dropout)
         return self.decoder.logits(hidden)
 
-    def hidden(
-        self, inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
-    ) -> tuple[Float[Array, "batch length emb"], Float[Array, "batch length emb"]]:
-        """ResMem's keys phi(x), and the last hidden states for `logits`, without dropout."""
+    def hidden(self, inputs: Tokens, segment_ids: Tokens) -> tuple[Hidden, Hidden]:
+        """Return ResMem's keys phi(x) and the last hidden states for `logits`, without dropout."""
         return self.decoder.hidden(inputs, segment_ids, None, True)
 
     def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
-        """DeepNet's logits f(x) from hidden states."""
+        """Return DeepNet's logits f(x) from hidden states."""
         return self.decoder.logits(hidden)
 
 
 def init_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Fresh float32 parameters; they do not depend on the length of the input."""
+    """Return initial float32 parameters; they do not depend on the length of the input."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     parameters: dict[str, Any] = Decoder(config).init(jax.random.key(seed), tokens, tokens, enable_dropout=False)["params"]
     return parameters

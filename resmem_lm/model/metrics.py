@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,26 @@ with epy.lazy_imports():
     from tensorboardX.proto import event_pb2
 
 
-class Metrics:
-    """Writes at once and in this thread: tensorboardX's SummaryWriter has a thread that outlives a full disk, with tracebacks."""
-
-    def __init__(self, events: Any) -> None:
-        self._events = events
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Adds the scalars of a step."""
-        for name, value in scalars.items():
-            self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
-        self._events.flush()
-
-
 @contextlib.contextmanager
-def metrics(folder: Path, *, begin: int) -> Iterator[Metrics]:
-    """A file of events in `folder`. TensorBoard drops what an interrupted run wrote after step `begin`."""
+def metrics(folder: Path, *, begin: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """Open a file of events in `folder` and yield a function that writes the scalars of a step.
+
+    TensorBoard drops the events of an interrupted run after step `begin`. Events are written at once and in this thread, because the
+    thread of tensorboardX's SummaryWriter survives a full disk and prints tracebacks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     events = event_file_writer.EventsWriter(str(folder / "events"))
-    events.write_event(
-        event_pb2.Event(wall_time=time.time(), step=begin + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-    )
+
+    def write_event(step: int, **content: Any) -> None:
+        events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def write(step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            write_event(step, summary=summary.scalar(name, value))
+        events.flush()
+
+    write_event(begin + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
     try:
-        yield Metrics(events)
+        yield write
     finally:
         events.close()

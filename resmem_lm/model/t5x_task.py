@@ -1,4 +1,4 @@
-"""What T5X needs to pretrain this repository's model: a SeqIO Task over TFDS, used by gin/t5x/*.gin.
+"""The SeqIO Task over TFDS with which T5X pretrains this repository's model; gin/t5x/*.gin uses it.
 
     python -m t5x.train --gin_file=gin/t5x/pretrain_t5_small_c4.gin --gin.MODEL_DIR="'/absolute/path'"
 
@@ -19,29 +19,29 @@ def _targets(record: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 
 
 def split_long(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
-    """Cuts each document's tokens into pieces of at most `sequence_length["targets"]`; SeqIO alone would keep only the first."""
+    """Cut the tokens of each document into parts of at most `sequence_length["targets"]`; SeqIO alone keeps only the first part."""
     length = sequence_length["targets"]
 
-    def pieces(document: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
+    def parts(document: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
         tokens = document["targets"]
         starts = tf.data.Dataset.range(0, tf.size(tokens, tf.int64), length)
         return starts.map(lambda start: {"targets": tokens[start : start + length]})
 
-    return dataset.flat_map(pieces)
+    return dataset.flat_map(parts)
 
 
 def language_model_task(tfds_name: str, vocabulary: seqio.Vocabulary) -> str:
-    """Registers next-token prediction on a TFDS dataset's `text`: every token of every document, with T5's end id behind each.
+    """Register next-token prediction on a TFDS dataset's `text`: every token of every document, followed by T5's end id.
 
     Args:
         tfds_name: dataset, configuration and version, such as "c4/en:3.1.0"; its splits keep their names.
-        vocabulary: of the model too; T5X compares both.
+        vocabulary: the vocabulary of the model; T5X compares both.
 
     Returns:
-        The Task's name, which is how T5X takes it.
+        The name of the Task, which T5X takes.
     """
     name = f"resmem_lm_{re.sub(r'[^A-Za-z0-9]+', '_', tfds_name)}"
-    if name not in seqio.TaskRegistry.names():  # gin calls this for training and again for its evaluation
+    if name not in seqio.TaskRegistry.names():  # gin calls this function for training and again for evaluation
         seqio.TaskRegistry.add(
             name,
             source=seqio.TfdsDataSource(tfds_name=tfds_name),
@@ -52,5 +52,5 @@ def language_model_task(tfds_name: str, vocabulary: seqio.Vocabulary) -> str:
 
 
 def absolute(path: str) -> str:
-    """MODEL_DIR as T5X needs it: Orbax refuses relative paths, after minutes of compiling."""
+    """Return MODEL_DIR as an absolute path: Orbax refuses relative paths, after minutes of compilation."""
     return path if "://" in path else str(Path(path).absolute())

@@ -1,4 +1,4 @@
-"""Pretraining of DeepNet on packed documents, from fresh parameters or from where it stopped."""
+"""The stage `train`: pretraining of DeepNet on packed documents, from initial parameters or from the newest checkpoint."""
 
 import contextlib
 import tempfile
@@ -10,25 +10,24 @@ import jax
 
 from resmem_lm.errors import UserError, check_least
 from resmem_lm.model import train_loop
-from resmem_lm.model.checkpoints import checkpoint_manager, load_model, save_config
+from resmem_lm.model.checkpoints import checkpoint_manager, load_model, save_checkpoint, save_config
 from resmem_lm.model.config import ModelConfig
-from resmem_lm.text.packing import batches, first_tokens, one_pass, pack, split_tokens
+from resmem_lm.text.packing import Batch, batches, first_tokens, one_pass, pack, split_tokens
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
 from resmem_lm.workdir.storage import Record, download, remove, upload
 
+_COPIED_LAST = "_CHECKPOINT_METADATA"  # a file of Orbax in every checkpoint
+
 
 def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
-    """Raises UserError if the vocabulary has more pieces than the model."""
+    """Raise UserError if the vocabulary has more pieces than the model has logits."""
     if vocabulary.size > model.vocab_size:
         raise UserError(
             f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
             f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
         )
-
-
-COPIED_LAST = "_CHECKPOINT_METADATA"  # of Orbax, in every checkpoint
 
 
 @stage(name="train", after=("documents", "vocabulary"), free=("checkpoint_steps", "validation_tokens"))
@@ -46,28 +45,27 @@ def train(
     validation_tokens: int = 30_000,
     seed: int = 0,
 ) -> Record:
-    """Trains `model` on the train split, data parallel over the local devices; writes WORKDIR/checkpoints and metrics.
+    """Train a model on the train split, data parallel over the local devices; write WORKDIR/checkpoints and metrics.
 
-    Killed and run again, it ends with the same parameters as if never killed: batch and dropout depend on the step
-    alone.
+    An interrupted and resumed run ends with the same parameters as an uninterrupted one: batch and dropout depend on the step alone.
 
     Args:
         model: the shape of the model.
-        steps: optimizer steps.
-        batch_size: rows a step, over all devices.
-        sequence_length: tokens a row.
-        learning_rate: of Adafactor, relative to each parameter's root mean square.
+        steps: number of optimizer steps.
+        batch_size: rows per step over all devices.
+        sequence_length: tokens per row.
+        learning_rate: learning rate of Adafactor, relative to each parameter's root mean square.
         constant_steps: steps at `learning_rate` before the inverse square root decay.
-        cooldown_steps: the last steps, in which the rate falls linearly to 0.
-        checkpoint_steps: steps between checkpoints, at each of which loss and accuracy on validation tokens are told.
-        validation_tokens: how many, from the first documents of the validation split; 0 for none.
-        seed: of initialization, order and dropout.
+        cooldown_steps: last steps, in which the learning rate falls linearly to 0; 0 for none.
+        checkpoint_steps: steps between checkpoints; loss and accuracy on validation tokens are reported at each.
+        validation_tokens: number of these tokens, from the first documents of the validation split; 0 for none.
+        seed: seed of the initialization, the order of the rows and dropout.
 
     Returns:
         The fingerprint of the trained model.
 
     Raises:
-        UserError: a vocabulary larger than the model's, a number out of its range, or a batch that the devices cannot share evenly.
+        UserError: the vocabulary is larger than the model's, a number is out of its range, or the devices cannot share a batch evenly.
     """
     vocabulary = load_vocabulary(run)
     check_vocabulary(vocabulary, model)
@@ -82,40 +80,52 @@ def train(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
     adafactor = train_loop.optimizer(schedule)
-    update, sums = train_loop.compiled_update(model, adafactor, seed), train_loop.compiled_sums(model)
-    rows = batches(pack(list(split_tokens(run, "train", vocabulary)), sequence_length), batch_size=batch_size, seed=seed)
+    packed = pack(list(split_tokens(run, "train", vocabulary)), sequence_length)
     held_out = first_tokens(split_tokens(run, "validation", vocabulary), validation_tokens)
-    validation = one_pass(pack(held_out, sequence_length), batch_size=batch_size) if held_out else []
-
-    def validate(parameters: Any) -> dict[str, float]:
-        return train_loop.means([sums(parameters, batch) for batch in validation]) if validation else {}
-
+    recipe = train_loop.Recipe(
+        update=train_loop.compiled_update(model, adafactor, seed),
+        rows=batches(packed, batch_size=batch_size, seed=seed),
+        validate=_validation(model, one_pass(pack(held_out, sequence_length), batch_size=batch_size) if held_out else []),
+        schedule=schedule,
+        steps=steps,
+        checkpoint_steps=checkpoint_steps,
+    )
     with _local(run) as (here, saved):
         directory = here / "checkpoints"
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:
-            begin, parameters, state = train_loop.restore_or_init(manager, model, adafactor, seed)
-            train_loop.loop(here, manager, saved, update, parameters, state, rows, validate, schedule, begin, steps, checkpoint_steps)
+
+            def save(state: train_loop.State) -> None:
+                save_checkpoint(manager, state.step, train_loop.to_train_state(state.parameters, state.optimizer, state.step))
+                saved()
+
+            train_loop.loop(recipe, train_loop.restore_or_init(manager, model, adafactor, seed), here / "metrics", save)
         return {"fingerprint": load_model(directory).fingerprint}
+
+
+def _validation(model: ModelConfig, rows: list[Batch]) -> Callable[[Any], dict[str, float]]:
+    """Return the function from parameters to loss and accuracy on `rows`."""
+    sums = train_loop.compiled_sums(model)
+    return lambda parameters: train_loop.means([sums(parameters, batch) for batch in rows]) if rows else {}
 
 
 @contextlib.contextmanager
 def _local(run: Run) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """The work directory on this machine, and what to call when a checkpoint has been saved in it.
+    """Yield a local work directory, and the function to call after a checkpoint has been saved in it.
 
-    Orbax needs a folder here: in object storage, checkpoints are copied from there at the beginning and to there when saved.
+    Orbax needs a local folder. For a run in object storage, checkpoints are downloaded at the beginning and uploaded when saved.
     """
     if isinstance(run.path, Path):
         yield run.path, lambda: None
         return
     with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
         here = Path(scratch)
-        for checkpoint in run.path.glob(f"checkpoints/checkpoint_*/{COPIED_LAST}"):  # without it, of a copy that was cut short
+        for checkpoint in run.path.glob(f"checkpoints/checkpoint_*/{_COPIED_LAST}"):  # an incomplete upload has none
             download(checkpoint.parent, here / "checkpoints" / checkpoint.parent.name)
 
         def saved() -> None:
             for name in ("checkpoints", "metrics"):
-                upload(here / name, run.path / name, last=COPIED_LAST)
+                upload(here / name, run.path / name, last=_COPIED_LAST)
             for old in run.checkpoints.glob("checkpoint_*"):
                 if not (here / "checkpoints" / old.name).exists():
                     remove(old)

@@ -1,9 +1,10 @@
-"""T5X's numerics of pretraining: next-token cross-entropy with z-loss, Adafactor, a step over all devices, the loop over steps."""
+"""Pretraining with T5X's numerics: cross-entropy with z-loss, Adafactor, a data-parallel step, and the loop over steps."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,36 @@ with epy.lazy_imports():
 Z_LOSS = 1e-4
 
 
+class State(NamedTuple):
+    """The state of training after `step` steps."""
+
+    step: int
+    parameters: Any
+    optimizer: Any
+
+
+class Recipe(NamedTuple):
+    """What the loop needs to train.
+
+    Attributes:
+        update: the result of `compiled_update`.
+        rows: the batch of each step.
+        validate: returns scalars of parameters; an empty dictionary without validation tokens.
+        schedule: returns the learning rate of a step.
+        steps: number of steps in total.
+        checkpoint_steps: number of steps between checkpoints.
+    """
+
+    update: Any
+    rows: Any
+    validate: Callable[[Any], dict[str, float]]
+    schedule: "optax.Schedule"
+    steps: int
+    checkpoint_steps: int
+
+
 def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> "optax.Schedule":
-    """Constant for `constant_steps`, then inverse square root decay (paper, appendix C), and to 0 in the last `cooldown_steps`."""
+    """Return a schedule: constant, then inverse square root decay (paper, appendix C), then linear to 0 in the last `cooldown_steps`."""
 
     def schedule(step: Any) -> Any:
         decayed = learning_rate * jnp.sqrt(constant_steps / jnp.maximum(step, constant_steps))
@@ -37,7 +66,7 @@ def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: 
 
 
 def optimizer(schedule: "optax.Schedule") -> "optax.GradientTransformation":
-    """Adafactor (Shazeer and Stern 2018) with T5X's constants."""
+    """Return Adafactor (Shazeer and Stern 2018) with T5X's constants."""
     return optax.adafactor(
         schedule,
         min_dim_size_to_factor=128,
@@ -52,7 +81,7 @@ def optimizer(schedule: "optax.Schedule") -> "optax.GradientTransformation":
 def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """T5X's loss, a sum over tokens of cross-entropy + 1e-4 log(Z)^2, and sums for the metrics."""
+    """Return T5X's loss, the sum over tokens of cross-entropy + 1e-4 log(Z)^2, and the sums for the metrics."""
     logits: Any = decoder.Decoder(config).apply(
         {"params": parameters},
         batch["decoder_input_tokens"],
@@ -66,13 +95,13 @@ def loss_and_metrics(
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum((log_z - target_logits) * weights)
     loss = cross_entropy + Z_LOSS * jnp.sum(jnp.square(log_z) * weights)
-    # The target is right if no logit is above its own: no second pass for an argmax.
+    # The prediction is correct if no logit exceeds the target's; an argmax would take a second pass.
     correct = jnp.sum((target_logits >= jnp.max(logits, axis=-1)) * weights)
     return loss, {"cross_entropy": cross_entropy, "correct": correct, "tokens": jnp.sum(weights)}
 
 
 def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int | Array) -> dict[str, Any]:
-    """T5X's tree of a checkpoint: parameters and Adafactor's second moments, which both name alike, by parameter."""
+    """Return T5X's tree of a checkpoint: the parameters, and Adafactor's second moments under the same names."""
     moments = {name: optax.tree_utils.tree_get(optimizer_state, name) for name in ("v", "v_row", "v_col")}
 
     def param_state(v: Array, v_row: Array, v_col: Array) -> dict[str, Any]:
@@ -83,25 +112,25 @@ def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int |
 
 
 def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:
-    """Parameters and optimizer state of T5X's tree; `optimizer_state` gives the structure."""
+    """Return parameters and optimizer state of T5X's tree; `optimizer_state` gives the structure."""
     parameters, state = train_state["target"], train_state["state"]
     moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in ("v", "v_row", "v_col")}
     optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
-    # The one step has become several counts: an array that is donated twice would crash the process.
+    # Several counts share the array of the step: donating an array twice crashes the process.
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
 def shardings() -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
-    """How parameters lie on the local devices, whole on each, and how a batch does, a part of its rows on each."""
+    """Return the shardings of the parameters (a copy on every local device) and of a batch (a part of its rows on every device)."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
     replicated, by_row = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("data",)))
     return replicated, by_row
 
 
 def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation", seed: int) -> Any:
-    """One step of training, data parallel over the local devices.
+    """Return the compiled training step, data parallel over the local devices.
 
-    It takes parameters, state, batch and number of the step, and returns the first two and the metrics.
+    It takes parameters, optimizer state, batch and step, and returns new parameters, new optimizer state and the sums for the metrics.
     """
     replicated, by_row = shardings()
     dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
@@ -116,18 +145,18 @@ def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation
 
 
 def compiled_sums(model: ModelConfig) -> Any:
-    """The metrics of some parameters on a batch, without dropout."""
+    """Return the compiled function from parameters and a batch to the sums for the metrics, without dropout."""
     return jax.jit(lambda parameters, batch: loss_and_metrics(model, parameters, batch, None)[1], in_shardings=shardings())
 
 
 def means(sums: list[dict[str, Array]]) -> dict[str, float]:
-    """Loss and accuracy of a token over some batches, and the number of tokens."""
-    total = {name: float(np.sum([some[name] for some in jax.device_get(sums)])) for name in ("cross_entropy", "correct", "tokens")}
+    """Return loss and accuracy per token over some batches, and the number of tokens."""
+    total = {name: float(np.sum([batch[name] for batch in jax.device_get(sums)])) for name in ("cross_entropy", "correct", "tokens")}
     return {"loss": total["cross_entropy"] / total["tokens"], "accuracy": total["correct"] / total["tokens"], "tokens": total["tokens"]}
 
 
-def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int) -> tuple[int, Any, Any]:
-    """The step of the newest checkpoint, or 0, with parameters and optimizer state of then."""
+def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int) -> State:
+    """Return the state of the newest checkpoint, or the initial state if there is none."""
 
     def init() -> tuple[Any, Any]:
         parameters = decoder.init_parameters(model, seed)
@@ -137,64 +166,74 @@ def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int)
     parameters, state = jax.jit(init, out_shardings=sharding)()
     begin = manager.latest_step()
     if begin is None:
-        return 0, parameters, state
+        return State(0, parameters, state)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(to_train_state, parameters, state, begin)
     )
     arguments = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
     train_state = manager.restore(begin, args=ocp.args.Composite(**{STATE: arguments}))[STATE]
-    return begin, *from_train_state(train_state, state)
+    return State(begin, *from_train_state(train_state, state))
 
 
-def loop(
-    folder: Path,
-    manager: Any,
-    saved: Callable[[], None],
-    update: Any,
-    parameters: Any,
-    state: Any,
-    rows: Any,
-    validate: Callable[[Any], dict[str, float]],
-    schedule: "optax.Schedule",
-    begin: int,
-    steps: int,
-    checkpoint_steps: int,
-) -> None:
-    """Trains from step `begin` on.
+class _Stopwatch:
+    """The seconds since the last reading, without pauses."""
 
-    `validate` gives scalars of some parameters, told at every checkpoint; `saved` is called when one has been written.
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def read(self) -> float:
+        start, self._start = self._start, time.monotonic()
+        return self._start - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._start += time.monotonic() - began
+
+
+def loop(recipe: Recipe, state: State, folder: Path, save: Callable[[State], None]) -> None:
+    """Train from `state` to the last step.
+
+    Args:
+        recipe: what to train.
+        state: where to begin; its arrays are donated.
+        folder: for the metrics.
+        save: saves a checkpoint.
     """
-    log_steps = max(1, min(50, steps // 10))
+    log_steps = max(1, min(50, recipe.steps // 10))
+    recent: list[Any] = []
+    validation = ""
     with (
-        metrics(folder / "metrics", begin=begin) as writer,
-        progress("train", total=steps, done=begin, unit="steps") as bar,
+        metrics(folder, begin=state.step) as write,
+        progress("train", total=recipe.steps, done=state.step, unit="steps") as bar,
     ):
-        recent: list[Any] = []
-        validation = ""
-        start = time.monotonic()
-        for step in range(begin, steps):
-            parameters, state, sums = update(parameters, state, rows[step], np.int32(step))
+        stopwatch = _Stopwatch()
+        while state.step < recipe.steps:
+            state, sums = _step(recipe, state)
             recent.append(sums)
-            finished = step + 1
-            checkpoint = finished % checkpoint_steps == 0 or finished == steps
+            last = state.step == recipe.steps
+            checkpoint = last or state.step % recipe.checkpoint_steps == 0
             if checkpoint:
-                jax.block_until_ready(parameters)
-                began = time.monotonic()
-                if scalars := validate(parameters):
-                    writer.write(finished, {f"validation/{name}": value for name, value in scalars.items()})
-                    validation = f"; validation loss {scalars['loss']:.3f} at step {finished:,}"
-                start += time.monotonic() - began  # the speed told is that of training
-            if finished % log_steps == 0 or finished == steps:
+                jax.block_until_ready(state.parameters)
+                with stopwatch.paused():
+                    scalars = recipe.validate(state.parameters)
+                if scalars:
+                    write(state.step, {f"validation/{name}": value for name, value in scalars.items()})
+                    validation = f"; validation loss {scalars['loss']:.3f} at step {state.step:,}"
+            if last or state.step % log_steps == 0:
                 scalars = means(recent)
-                scalars["tokens_per_second"] = scalars.pop("tokens") / (time.monotonic() - start)
-                scalars["learning_rate"] = float(schedule(step))
-                writer.write(finished, {f"train/{name}": value for name, value in scalars.items()})
-                told = f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s"
-                bar.update(finished, told + validation)
-                recent, start = [], time.monotonic()
+                scalars["tokens_per_second"] = scalars.pop("tokens") / stopwatch.read()
+                scalars["learning_rate"] = float(recipe.schedule(state.step - 1))
+                write(state.step, {f"train/{name}": value for name, value in scalars.items()})
+                detail = f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s"
+                bar.update(state.step, detail + validation)
+                recent.clear()
             if checkpoint:
-                began = time.monotonic()
-                train_state = to_train_state(parameters, state, finished)
-                manager.save(finished, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(train_state)}))
-                saved()
-                start += time.monotonic() - began
+                with stopwatch.paused():
+                    save(state)
+
+
+def _step(recipe: Recipe, state: State) -> tuple[State, dict[str, Array]]:
+    parameters, optimizer_state, sums = recipe.update(state.parameters, state.optimizer, recipe.rows[state.step], np.int32(state.step))
+    return State(state.step + 1, parameters, optimizer_state), sums

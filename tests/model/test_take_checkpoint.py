@@ -18,7 +18,7 @@ from tests.tiny import arguments
 
 @pytest.fixture
 def workdir(tiny_run, tmp_path):
-    """Documents and vocabulary, nothing trained."""
+    """Return a run with documents and vocabulary, before training."""
     for name in ("documents", "vocabulary"):
         shutil.copytree(tiny_run / name, tmp_path / "run" / name)
         (tmp_path / "run/stages").mkdir(exist_ok=True)
@@ -27,7 +27,7 @@ def workdir(tiny_run, tmp_path):
 
 
 def write_older_form(checkpoint: Path, parameters) -> None:
-    """As T5X's first Checkpointer: vectors in the msgpack file, matrices in zarr folders that it names."""
+    """Write the form of T5X's first Checkpointer: vectors in the msgpack file, matrices in zarr folders that it names."""
     checkpoint.mkdir(parents=True)
     target = {}
     for name, value in flax.traverse_util.flatten_dict(parameters, sep=".").items():
@@ -43,13 +43,13 @@ def write_older_form(checkpoint: Path, parameters) -> None:
     (checkpoint / "checkpoint").write_bytes(flax.serialization.msgpack_serialize({"version": 3, "optimizer": tree}))
 
 
-def test_a_checkpoint_of_this_trainer_is_taken_whole(tiny_run, workdir):
+def test_a_checkpoint_of_this_trainer_keeps_all_parameters(tiny_run, workdir):
     model = load_model(tiny_run / "checkpoints")
     assert take_checkpoint(workdir, model=model.config, checkpoint=str(tiny_run / "checkpoints")) == {"fingerprint": model.fingerprint}
     assert load_model(workdir / "checkpoints").fingerprint == model.fingerprint
 
 
-def test_a_checkpoint_in_object_storage_is_taken_too(tiny_run, workdir):
+def test_a_checkpoint_in_object_storage_is_copied(tiny_run, workdir):
     model, place = load_model(tiny_run / "checkpoints"), "memory://taken/checkpoints"
     upload(tiny_run / "checkpoints", to_path(place))
     assert take_checkpoint(workdir, model=model.config, checkpoint=place) == {"fingerprint": model.fingerprint}
@@ -71,7 +71,7 @@ def test_build_with_a_checkpoint_needs_no_training_and_makes_the_same_rows(tiny_
     assert "steps" not in read_json(tmp_path / "run/stages/train.json")["settings"]
 
 
-def test_the_newest_checkpoint_is_taken_and_unfinished_ones_are_not(tmp_path):
+def test_the_newest_finished_checkpoint_is_used(tmp_path):
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint_{step}" / "state").mkdir(parents=True)
     (tmp_path / "checkpoint_200.orbax-checkpoint-tmp-1/state").mkdir(parents=True)
@@ -90,24 +90,24 @@ def test_a_checkpoint_may_have_been_renamed(tiny_run, workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "message"),
     [
-        ("mlp_dim", 128, r"mlp/wi/kernel is 32 x 64, ModelConfig makes it 32 x 128: set ModelConfig as it was trained"),
+        ("mlp_dim", 128, r"mlp/wi/kernel is 32 x 64, ModelConfig makes it 32 x 128: set ModelConfig as in training"),
         ("vocab_size", 384, r"token_embedder/embedding is 256 x 32, ModelConfig makes it 384 x 32"),
         ("num_layers", 3, r"it lacks 8 such as decoder/layers_2/mlp/wi/kernel"),
-        ("num_layers", 1, r"it has besides 8 such as decoder/layers_1/mlp/wi/kernel"),
-        ("mlp_activations", ("gelu", "linear"), r"lacks 4 such as decoder/layers_0/mlp/wi_0/kernel and has besides 2"),
+        ("num_layers", 1, r"it also has 8 such as decoder/layers_1/mlp/wi/kernel"),
+        ("mlp_activations", ("gelu", "linear"), r"lacks 4 such as decoder/layers_0/mlp/wi_0/kernel and also has 2"),
         ("vocab_size", 128, "the vocabulary has 150 pieces and the model only 128"),
     ],
 )
-def test_a_checkpoint_of_another_shape_is_refused(tiny_run, workdir, field, value, says):
+def test_a_checkpoint_of_another_shape_is_refused(tiny_run, workdir, field, value, message):
     config = load_model(tiny_run / "checkpoints").config
     config = type(config)(**{**config.__dict__, field: value})
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         take_checkpoint(workdir, model=config, checkpoint=str(tiny_run / "checkpoints"))
 
 
-def test_what_cannot_be_taken_is_told(tiny_run, workdir, tmp_path):
+def test_checkpoints_that_cannot_be_used_are_refused(tiny_run, workdir, tmp_path):
     config = load_model(tiny_run / "checkpoints").config
     other = tmp_path / "other"
     shutil.copytree(tiny_run / "checkpoints", other)
@@ -121,13 +121,13 @@ def test_what_cannot_be_taken_is_told(tiny_run, workdir, tmp_path):
     target = {k: {"metadata": {"shape": list(v.shape)}, "kvstore": {"path": "../../x"}} for k, v in parameters.items()}
     content = {"version": 3, "optimizer": {"target": flax.traverse_util.unflatten_dict(target, sep="/")}}
     (outside / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(content))
-    for place, says in [
+    for place, message in [
         (None, "take_checkpoint.checkpoint is not set"),
         ("nowhere://bucket/model", "install the package of that storage"),
         (str(tmp_path / "nowhere"), "has no checkpoint: give a directory with checkpoint_1000"),
         (str(other), "was trained with another vocabulary than .*: set make_vocabulary.model"),
         (str(damaged), "checkpoint_7 is damaged or no checkpoint of T5X"),
-        (str(outside), "an array lies outside, at ../../x"),
+        (str(outside), "an array is outside the checkpoint, at ../../x"),
     ]:
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             take_checkpoint(workdir, model=config, checkpoint=place)

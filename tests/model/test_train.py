@@ -27,7 +27,7 @@ SETTINGS = {"model": MODEL, "steps": 7, "batch_size": 4, "sequence_length": 32, 
 
 @pytest.fixture
 def workdir(tiny_run, tmp_path):
-    """Documents and vocabulary, nothing trained."""
+    """Return a run with documents and vocabulary, before training."""
     for name in ("documents", "vocabulary"):
         shutil.copytree(tiny_run / name, tmp_path / name)
         (tmp_path / "stages").mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def workdir(tiny_run, tmp_path):
     return tmp_path
 
 
-def test_interrupted_and_resumed_ends_with_the_same_parameters(workdir, tmp_path_factory, monkeypatch):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("interrupted") / "run"
     shutil.copytree(workdir, other)
     whole = train(workdir, **SETTINGS)
@@ -58,7 +58,7 @@ def test_interrupted_and_resumed_ends_with_the_same_parameters(workdir, tmp_path
 
 
 def written(workdir, tag):
-    """The values of a scalar in the events for TensorBoard."""
+    """Return the values of a scalar in the events for TensorBoard."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = next((workdir / "metrics").glob("events*")).read_bytes()
@@ -80,7 +80,7 @@ def test_the_loss_falls_and_is_written_for_tensorboard(tiny_run):
     assert held_out[-1] < losses[0] - 1
 
 
-def test_the_validation_loss_is_that_of_the_saved_model_on_every_token_once(workdir):
+def test_the_validation_loss_is_the_saved_models_mean_over_every_token_once(workdir):
     train(workdir, **SETTINGS)
     vocabulary, model = load_vocabulary(Run(workdir)), load_model(workdir / "checkpoints")
     rows = pack(list(split_tokens(Run(workdir), "validation", vocabulary)), SETTINGS["sequence_length"])
@@ -91,7 +91,7 @@ def test_the_validation_loss_is_that_of_the_saved_model_on_every_token_once(work
     assert written(workdir, "validation/tokens")[-1] == sum(map(len, split_tokens(Run(workdir), "validation", vocabulary)))
 
 
-def test_without_validation_tokens_the_same_model_is_trained(workdir, tmp_path_factory):
+def test_training_without_validation_tokens_gives_the_same_model(workdir, tmp_path_factory):
     other = tmp_path_factory.mktemp("without") / "run"
     shutil.copytree(workdir, other)
     assert train(workdir, **SETTINGS) == train(other, **SETTINGS, validation_tokens=0)
@@ -147,7 +147,7 @@ def test_adafactor_is_scaled_by_the_parameter():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (
             {"model": ModelConfig(vocab_size=100, emb_dim=16, num_heads=2, num_layers=1, head_dim=8, mlp_dim=32)},
@@ -163,18 +163,18 @@ def test_adafactor_is_scaled_by_the_parameter():
         ({"seed": -1}, "train.seed = -1: take 0 or more"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(workdir, change, says):
-    with pytest.raises(UserError, match=says):
+def test_settings_out_of_their_range_are_refused(workdir, change, message):
+    with pytest.raises(UserError, match=message):
         train(workdir, **(SETTINGS | change))
 
 
 def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
-    """In processes of their own: the number of virtual devices is set when jax starts."""
+    """Each run has its own process, because JAX reads the number of virtual devices at the start."""
     code = (
-        "import sys; from pathlib import Path; import resmem_lm.train as t; import resmem_lm.training as s\n"
-        "from resmem_lm.model_config import ModelConfig\n"
-        "class Writer:\n    def write(self, step, scalars): print(*(repr(v) for k, v in scalars.items() if k.endswith('/loss')))\n"
-        "import contextlib; s.metrics = lambda *a, **k: contextlib.nullcontext(Writer())\n"
+        "import sys; from pathlib import Path; import resmem_lm.model.train as t; import resmem_lm.model.train_loop as s\n"
+        "from resmem_lm.model.config import ModelConfig\n"
+        "def write(step, scalars): print(*(repr(v) for k, v in scalars.items() if k.endswith('/loss')))\n"
+        "import contextlib; s.metrics = lambda *a, **k: contextlib.nullcontext(write)\n"
         f"t.train(Path(sys.argv[1]), **{SETTINGS!r})"
     )
     losses = {}
