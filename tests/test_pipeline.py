@@ -25,9 +25,9 @@ from tests.tiny import arguments, shard_folder
 
 
 def stamps(workdir):
-    """Times of all files but those that every command writes."""
-    known = ("config.gin", "config.json", ".lock")
-    return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name not in known}
+    """Return the times of all files but those that every command writes."""
+    rewritten = ("config.gin", "config.json", ".lock")
+    return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name not in rewritten}
 
 
 def test_results_have_every_number_and_agree_with_each_other(tiny_run):
@@ -53,13 +53,13 @@ def test_results_have_every_number_and_agree_with_each_other(tiny_run):
     assert (tiny_run / "report.html").stat().st_size > 10_000
 
 
-def test_methods_are_tuned_on_validation_and_there_the_tuned_ones_are_best(tiny_run):
+def test_tuned_methods_are_best_on_validation(tiny_run):
     methods = json.loads((tiny_run / "results.json").read_text())["splits"]["validation"]["methods"]
     assert methods["resmem"]["accuracy"] >= methods["resmem_lambda1"]["accuracy"]
     assert methods["knnlm"]["accuracy"] >= methods["knn"]["accuracy"]
 
 
-def test_deepnet_in_the_table_is_the_model_itself(tiny_run):
+def test_deepnet_in_the_table_has_the_predictions_of_the_model(tiny_run):
     queries = open_queries(Run(tiny_run), "test")
     model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(Run(tiny_run))
     tokens = [vocabulary.encode(d.text) for shard in shard_paths(Run(tiny_run), "test") for d in read_shard(shard)]
@@ -73,7 +73,7 @@ def test_deepnet_in_the_table_is_the_model_itself(tiny_run):
 
 
 def test_remark_3_2_training_tokens_as_queries_with_one_neighbor_are_all_right(tiny_run):
-    """Except where two rows have one key and different tokens (the first token of every document): no method can tell them apart."""
+    """Rows with equal keys and different tokens are left out (the first tokens of documents): no method can separate them."""
     model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(Run(tiny_run))
     datastore = open_datastore(tiny_run / "datastore")
     tokens = vocabulary.encode_documents(read_shard(shard_paths(Run(tiny_run), "train")[0]))
@@ -97,7 +97,7 @@ def test_remark_3_2_training_tokens_as_queries_with_one_neighbor_are_all_right(t
     assert (np.asarray(predict(scores)) == np.concatenate(tokens))[alone].all()
 
 
-def test_a_second_run_does_nothing_again(tiny_copy, capsys):
+def test_a_second_run_changes_no_file(tiny_copy, capsys):
     before = stamps(tiny_copy)
     assert main(["run", *arguments(tiny_copy.parent, tiny_copy)[:1], f"--workdir={tiny_copy}", text_of(tiny_copy)]) == 0
     assert stamps(tiny_copy) == before
@@ -105,12 +105,12 @@ def test_a_second_run_does_nothing_again(tiny_copy, capsys):
 
 
 def text_of(workdir):
-    """The --gin.TEXT that the run was made with."""
+    """Return the --gin.TEXT of the run."""
     line = next(line for line in (workdir / "config.gin").read_text().splitlines() if line.startswith("prepare_documents.text"))
     return f"--gin.TEXT={line.split(' = ')[1]}"
 
 
-def test_the_written_configuration_makes_the_same_results_step_by_step(tiny_run, tmp_path):
+def test_the_written_configuration_reproduces_the_results_step_by_step(tiny_run, tmp_path):
     for command in ("train", "build", "index", "evaluate", "report"):
         assert main([command, f"--gin_file={tiny_run / 'config.gin'}", f"--workdir={tmp_path}"]) == 0
     first, second = (json.loads((w / "results.json").read_text()) for w in (tiny_run, tmp_path))
@@ -118,7 +118,7 @@ def test_the_written_configuration_makes_the_same_results_step_by_step(tiny_run,
     assert first["splits"]["test"]["methods"]["resmem"]["accuracy"] == second["splits"]["test"]["methods"]["resmem"]["accuracy"]
 
 
-def test_other_evaluation_settings_are_evaluated_again_and_nothing_else_is(tiny_copy):
+def test_changed_evaluation_settings_rerun_the_evaluation_only(tiny_copy):
     before = stamps(tiny_copy)
     command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", text_of(tiny_copy)]
     assert main(["run", *command, "--gin.evaluate.ks=(1, 2)"]) == 0
@@ -133,7 +133,7 @@ def damage_a_byte(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "setting", "says"),
+    ("change", "setting", "message"),
     [
         (None, "--gin.train.steps=31", "train.steps = 30, now it is 31"),
         (None, "--gin.search.neighbors=10", "search.neighbors"),
@@ -142,14 +142,14 @@ def damage_a_byte(path):
         (lambda w: shutil.rmtree(w / "neighbors"), "--gin.evaluate.ks=(1, 4, 12, 50)", "neighbors is missing although"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(tiny_copy, capsys, change, setting, says):
+def test_conflicting_settings_and_damaged_files_are_refused_in_one_line(tiny_copy, capsys, change, setting, message):
     if change:
         change(tiny_copy)
     before = stamps(tiny_copy)
     command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", text_of(tiny_copy)]
     assert main(["run", *command, setting]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert says in lines[-1]
+    assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert {k: v for k, v in stamps(tiny_copy).items() if k.name != "evaluate.json"} == {
         k: v for k, v in before.items() if k.name != "evaluate.json"

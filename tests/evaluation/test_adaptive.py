@@ -56,7 +56,7 @@ def test_the_gate_gives_a_distribution_that_changes_the_neighbors_tokens_only(se
     np.testing.assert_allclose(np.sum(of_token, axis=0), 1, rtol=1e-4)
 
 
-def trusted(seed, queries=3000):
+def trusted(seed, queries=1000):
     """Features of tokens whose neighbor is right if and only if it is near. DeepNet's probability of neighbor and target is 0.2."""
     rng = np.random.default_rng(seed)
     near = rng.random(queries)

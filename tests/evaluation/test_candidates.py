@@ -11,7 +11,10 @@ from resmem_lm.evaluation.scorer import totals
 from resmem_lm.memory.quantization import dequantize_probabilities, quantize_probabilities
 
 TEMPERATURES = (0.5, 1.0, 2.0)
-SCORE = jax.jit(c.score)
+SCORE, TOTALS, BEST = jax.jit(c.score), jax.jit(totals), jax.jit(c.best)
+CHOOSE_CANDIDATES = jax.jit(c.choose_candidates, static_argnums=2)
+SPARSE_RESIDUAL = jax.jit(resmem.sparse_residual, static_argnums=3)
+QUANTIZE = jax.jit(quantize_probabilities)
 
 
 def log_z(logits):
@@ -36,9 +39,9 @@ def problem(seed, shape, spread, entries, base):
     query_logits = (2 * rng.normal(size=(queries, vocab))).astype(np.float32)
     tokens = rng.integers(0, vocab, (queries, k))
     flat, flat_tokens = jnp.asarray(logits.reshape(-1, vocab)), jnp.asarray(tokens.reshape(-1))
-    ids, values, _ = resmem.sparse_residual(flat, flat_tokens, jax.nn.logsumexp(flat, axis=-1), min(entries, vocab))
-    ids, stored = (np.asarray(x).reshape(queries, k, min(entries, vocab) - 1) for x in (ids, quantize_probabilities(values)))
-    found = c.choose_candidates(jnp.asarray(query_logits), jnp.asarray(tokens), base)
+    ids, values, _ = SPARSE_RESIDUAL(flat, flat_tokens, jax.nn.logsumexp(flat, axis=-1), min(entries, vocab))
+    ids, stored = (np.asarray(x).reshape(queries, k, min(entries, vocab) - 1) for x in (ids, QUANTIZE(values)))
+    found = CHOOSE_CANDIDATES(jnp.asarray(query_logits), jnp.asarray(tokens), base)
     neighbors = c.Neighbors(
         jnp.asarray(np.sort(rng.gamma(2.0, size=(queries, k)), axis=1).astype(np.float32)),
         jnp.asarray(tokens),
@@ -81,12 +84,12 @@ def test_candidates_have_the_scores_of_the_dense_formula_and_certified_predictio
     setting = setting._replace(k=min(setting.k, shape[1]))
     number = TEMPERATURES.index(setting.temperature)
     scores = SCORE(candidates, neighbors, jnp.array([setting.k]), jnp.array([setting.sigma]), setting.temperature, number)
-    found = np.asarray(totals(scores, jnp.array([setting.formula == "resmem"]), jnp.array([setting.lambda_]))[0])
+    found = np.asarray(TOTALS(scores, jnp.array([setting.formula == "resmem"]), jnp.array([setting.lambda_]))[0])
     bound = scores.bound * (1 - setting.lambda_ if setting.formula == "knnlm" else 1)
     dense = dense_scores(query_logits, ids, stored, logits, neighbors, setting)
     np.testing.assert_allclose(found, np.take_along_axis(dense, np.asarray(candidates.ids), axis=1), atol=3e-5)
 
-    winners, top = c.best(jnp.asarray(found), candidates.ids)
+    winners, top = BEST(jnp.asarray(found), candidates.ids)
     sure = np.asarray(top) >= np.asarray(bound)
     winning = np.take_along_axis(dense, np.asarray(winners)[:, None], axis=1)[:, 0]
     assert (winning[sure] >= dense.max(-1)[sure] - 6e-5).all()
