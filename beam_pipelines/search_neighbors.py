@@ -21,8 +21,8 @@ from resmem_lm.evaluation.search_job import Lookup, QueryShard, SearchJob, check
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
 from resmem_lm.memory.exact_index import ExactIndex
-from resmem_lm.memory.index import Index
-from resmem_lm.memory.nearest import Nearest, add_neighbors, merge_parts, no_neighbors
+from resmem_lm.memory.index import Index, Nearest
+from resmem_lm.memory.nearest import add_neighbors, merge_parts, no_neighbors
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.memory.published_arrays import array_files, publish_arrays, published_arrays
 from resmem_lm.memory.schema import KEY_FILES

@@ -71,7 +71,7 @@ def test_the_suggested_fix_of_an_altered_shard_builds_it_again(tiny_copy):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="was altered") as caught:
         open_datastore(tiny_copy / "datastore", checksums=True)
-    for name in re.search(r"delete (.*) and (.*) and run `resmem build` again", str(caught.value)).groups():
+    for name in re.search(r"delete (.*) and (.*), and run `resmem build`", str(caught.value)).groups():
         Path(name).unlink()
     build_datastore(tiny_copy, **SETTINGS)
     assert content(tiny_copy) == before

@@ -91,7 +91,7 @@ def test_altered_keys_are_refused(unindexed):
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(UserError, match=r"quantized_keys.npy was altered: .* run `resmem build` again"):
+    with pytest.raises(UserError, match=r"quantized_keys.npy was altered: .* run `resmem build`"):
         build_index(unindexed)
     assert folders(unindexed) == []
 
