@@ -280,9 +280,9 @@ def test_a_value_of_the_wrong_type_is_reported_with_the_right_one(binding, named
     [
         ("num_heads=0", "num_heads = 0: take 1 or more"),
         ("dropout_rate=1.0", "dropout_rate = 1.0: take 0 or more and less than 1"),
-        ("dtype='float8'", "dtype = 'float8': known are float32, bfloat16, float16"),
-        ("mlp_activations=('relu', 'gelux')", "mlp_activations = ('relu', 'gelux'): known are linear, relu, gelu"),
-        ("mlp_activations=()", "mlp_activations = (): known are linear, relu, gelu"),
+        ("dtype='float8'", "dtype = 'float8': choose from float32, bfloat16, float16"),
+        ("mlp_activations=('relu', 'gelux')", "mlp_activations = ('relu', 'gelux'): choose from linear, relu, gelu"),
+        ("mlp_activations=()", "mlp_activations = (): choose from linear, relu, gelu"),
     ],
 )
 def test_an_impossible_model_shape_is_reported_in_one_line(binding, said):
