@@ -1,1 +1,1 @@
-"""Apache Beam pipelines: the steps of resmem_lm that run over more text than one process can take."""
+"""Apache Beam pipelines, for text and datastores that are too large for one process."""

@@ -203,7 +203,7 @@ def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline
         The checksum of WORKDIR/neighbors/neighbors.json, and for each split the numbers of tokens and documents and the recall at k.
 
     Raises:
-        UserError: more neighbors than rows, no query to compare, or another checkpoint than that of the datastore and the index.
+        UserError: more neighbors than rows, no query to compare, or a checkpoint that the datastore was not built with.
     """
     job = _job(run, neighbors, recall_queries)
     for folder in (run.neighbors, job.encoded, job.parts):

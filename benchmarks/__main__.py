@@ -2,7 +2,7 @@
 
     python -m benchmarks [NAME ...] [--workdir=runs/bench]
 
-WORKDIR is a finished work directory; `docs/performance.md` uses that of configs/bench_t5_small.gin. `make bench` also turns on huge pages.
+WORKDIR is a finished work directory; `docs/performance.md` uses one of configs/bench_t5_small.gin. `make bench` also turns on huge pages.
 """
 
 import argparse

@@ -71,7 +71,7 @@ def run(_: Run) -> None:
     times = interleaved({"product": lambda: product(a, a).block_until_ready()} | steps, rounds=5)
     done = {"product": 2 * PRODUCT**3}
     done |= {name: operations_per_token(models[name], length) * rows * length for name, (rows, length) in SHAPES.items()}
-    # The ratio of operations per second is that of the times per operation.
+    # Operations per second are compared by the seconds per operation.
     even = {name: [seconds / done[name] for seconds in times[name]] for name in times}
     table(
         f"Training (steps of {', '.join(f'{name}: {rows} x {length}' for name, (rows, length) in SHAPES.items())} tokens, float32)",
