@@ -2,7 +2,7 @@
 
 A neighbor's residual is positive at its own token only. With lambda >= 0, a token that is neither among DeepNet's largest logits nor a
 neighbor's token therefore scores at most DeepNet's own probability of the next logit. Where the best candidate reaches that bound, the
-prediction is certified: it is that of the formula over the whole vocabulary, with the residuals as stored.
+prediction is certified: the formula over the whole vocabulary, with the residuals as stored, gives the same prediction.
 """
 
 from typing import Any, Literal, NamedTuple

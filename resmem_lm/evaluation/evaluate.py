@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +71,7 @@ def evaluate(
         run: has a datastore and cached neighbors.
         ks: numbers of neighbors to try; those above the searched number are skipped.
         sigmas: bandwidths to try.
-        temperatures: temperatures to try, out of those of the datastore.
+        temperatures: temperatures to try, out of the datastore's temperatures.
         lambdas: factors of r_kNN to try; kNN-LM uses those up to 1. They must include 1.0.
 
     Raises:
@@ -80,10 +79,9 @@ def evaluate(
     """
     datastore = open_datastore(run.datastore)
     datastore.check_files(*SCORED_FILES)
-    _check_temperatures(temperatures, datastore)
     scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
-    grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test.queries.rows.shape[1])
+    grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test)
     choice = _choose(scorers["validation"], grid)
     curves = _curve_settings(choice.methods, grid)
     outputs = {split: _predict(scorer, choice, curves if split == "test" else {}) for split, scorer in scorers.items()}
@@ -98,15 +96,12 @@ def evaluate(
     return {"sha256": sha256(run.results)}
 
 
-def _check_temperatures(temperatures: Sequence[float], datastore: Datastore) -> None:
-    available = datastore.binding.temperatures
-    if missing := [temperature for temperature in temperatures if temperature not in available]:
-        raise UserError(f"evaluate.temperatures: the datastore has no sums for T = {missing}; choose from {list(available)}")
-
-
-def _usable_grid(grid: Grid, searched: int) -> Grid:
-    """Return the grid without the k above the searched number."""
+def _usable_grid(grid: Grid, scorer: SplitScorer) -> Grid:
+    """Check the grid; return it without the k above the searched number."""
     ks, sigmas, temperatures, lambdas = grid
+    searched, available = scorer.queries.rows.shape[1], scorer.temperatures
+    if missing := [temperature for temperature in temperatures if temperature not in available]:
+        raise UserError(f"evaluate.temperatures: the datastore has no sums for T = {missing}; choose from {available}")
     if not sigmas or not lambdas or min(sigmas) <= 0 or min(lambdas) < 0:
         raise UserError(f"evaluate: needs sigmas above 0 and lambdas of 0 or more; has {sigmas}, {lambdas}")
     usable = [k for k in ks if 1 <= k <= searched]

@@ -46,7 +46,7 @@ class Weightings(NamedTuple):
 
 
 class Temperature(NamedTuple):
-    """A temperature and its index among those of the datastore."""
+    """A temperature and its index among the datastore's temperatures."""
 
     value: Float[Array, ""]
     position: Int[Array, ""]

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epy
 
 from resmem_lm.errors import UserError
-from resmem_lm.report.plots import INK, INKS, Figure, line, to_svg
+from resmem_lm.report.plots import INK, INKS, Figure, legend_above, line, log_ticks, to_svg
 from resmem_lm.report.tables import HEADER, METHOD_TITLES, differences, percent, rows, study_rows
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
@@ -54,7 +54,8 @@ def write_report(run: Run) -> Record:
         UserError: results.json is missing, damaged or of another version.
     """
     results = read_json(run.results)
-    if "groups" not in results["splits"]["test"]:
+    test = results["splits"]["test"]
+    if "groups" not in test:
         raise UserError(f"{run.results} was made by another version: delete it and run `resmem evaluate`")
     stages = run.current()
     studies = sorted({path.parent for path in files_below(run.studies) if path.name == "results.json"}, key=str)
@@ -65,10 +66,9 @@ def write_report(run: Run) -> Record:
         else:
             print(f"report: omits the study {folder.name}, whose inputs have changed: run `resmem study {folder.name}`", file=sys.stderr)
     script = FILTER if any(section["examples"] is not None for section in sections) else ""
-    config = run.config  # the command `resmem` writes it; stages called from Python do not
     page = _template().render(
         results=results,
-        test=results["splits"]["test"],
+        test=test,
         header=HEADER,
         rows=rows(results),
         differences=differences(results),
@@ -76,8 +76,9 @@ def write_report(run: Run) -> Record:
         studies=sections,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        certified=math.floor(1e4 * min(m["certified"] for m in results["splits"]["test"]["methods"].values())) / 1e4,  # "at least"
-        config=config.read_text("utf-8") if config.exists() else "",
+        certified=math.floor(1e4 * min(m["certified"] for m in test["methods"].values())) / 1e4,  # rounded down
+        # The command `resmem` writes config.gin; stages called from Python do not.
+        config=run.config.read_text("utf-8") if run.config.exists() else "",
         inks=INKS,
     )
     # A document id has surrogates if its file name is not UTF-8; surrogates have no encoding.
@@ -120,13 +121,10 @@ def _plots(results: dict[str, Any]) -> str:
             for number, (method, accuracy) in enumerate(curve["accuracy"].items()):
                 points = sorted(zip(curve["values"], [100 * value for value in accuracy], strict=True))
                 line(axes, number, [x for x, _ in points], [y for _, y in points], METHOD_TITLES[method])
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(sorted(curve["values"]), [f"{value:g}" for value in sorted(curve["values"])])
-            axes.minorticks_off()
+            log_ticks(axes, sorted(curve["values"]))
             axes.set_xlabel(name)
             axes.tick_params(labelleft=True)
             axes.set_ylabel("test accuracy, %")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+        legend_above(figure)
 
     return to_svg(draw)
