@@ -1,4 +1,4 @@
-"""A corpus in C4's schema (text, timestamp, url), as its JSON lines and as a TFDS dataset."""
+"""A corpus in C4's schema (text, timestamp, url), as JSON lines and as a TFDS dataset."""
 
 import functools
 import gzip
@@ -10,9 +10,9 @@ from tests.tiny import sentences
 
 
 def write_json_lines(folder: Path, train: int = 200, validation: int = 40) -> None:
-    """`c4-train.00000-of-00002.json.gz`, its second half, and `c4-validation.00000-of-00001.json.gz`."""
+    """Write two files `c4-train.*-of-00002.json.gz` and one file `c4-validation.00000-of-00001.json.gz`."""
     documents = [f"Page {number}. {text}" for number, text in enumerate(sentences(train + validation))]
-    documents[3] = documents[train + 1] + " Once more."  # nearly a held-out document
+    documents[3] = documents[train + 1] + " Once more."  # a near-duplicate of a held-out document
     documents[5] = documents[4]
     documents[6] = " \n"
     records = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"http://site/{i}"} for i, text in enumerate(documents)]
@@ -30,13 +30,13 @@ def write_json_lines(folder: Path, train: int = 200, validation: int = 40) -> No
 
 @functools.cache
 def builder() -> Any:
-    """TFDS's class of the dataset, made once: it keeps the name."""
+    """Return TFDS's class of the dataset. It is created once, because TFDS registers its name."""
     import tensorflow_datasets as tfds
 
     class C4(tfds.core.GeneratorBasedBuilder):
         name = "c4"
         VERSION = tfds.core.Version("3.1.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", version="3.1.0")]  # noqa: RUF012 - TFDS's own form
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", version="3.1.0")]  # noqa: RUF012 - TFDS needs a class attribute
 
         def _info(self):
             features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("text", "timestamp", "url")})
@@ -55,7 +55,7 @@ def builder() -> Any:
 
 
 def build_tfds(json_lines: Path, data_dir: Path) -> None:
-    """The TFDS dataset c4/en:3.1.0 in `data_dir`, from the files of `write_json_lines`. Needs TFDS."""
+    """Write the TFDS dataset c4/en:3.1.0 in `data_dir` from the files of `write_json_lines`. It needs TFDS."""
     instance = builder()(data_dir=data_dir, config="en")
     instance.json_lines = json_lines
     instance.download_and_prepare()

@@ -10,7 +10,7 @@ from resmem_lm import resmem
 
 @st.composite
 def problems(draw):
-    """Random logits of queries and neighbors, with the neighbors' tokens and distances."""
+    """Draw random logits of queries and neighbors, with the tokens and distances of the neighbors."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     queries, k, vocab = draw(st.sampled_from([(2, 1, 5), (3, 4, 40)]))  # few shapes: each is compiled
     scale = draw(st.sampled_from([0.1, 1.0, 5.0]))
@@ -29,14 +29,14 @@ def softmax(x):
 
 
 def sparse(r, logits, targets, entries):
-    """Ids and values of a row's entries, the token's own first, and the largest that is dropped."""
+    """Return ids and values of a row's entries, its own token's first, and the largest value that is dropped."""
     others, probabilities, dropped = resmem.sparse_residual(logits, targets, logsumexp(logits, axis=-1), entries)
     ids = jnp.concatenate([targets[:, None], others], axis=1)
     return ids, jnp.concatenate([jnp.take_along_axis(r, targets[:, None], axis=1), -probabilities], axis=1), dropped
 
 
 def rows_of(p):
-    """The neighbors' dense and sparse residuals."""
+    """Return the dense and the sparse residuals of the neighbors."""
     queries, k, vocab = p["logits"].shape
     logits, targets = jnp.asarray(p["logits"].reshape(-1, vocab)), jnp.asarray(p["targets"].reshape(-1))
     r = resmem.residual(logits, targets)
@@ -66,7 +66,7 @@ def test_sparse_merge_equals_the_dense_zero_filled_formula(p):
 
 
 @given(problems())
-def test_truncation_moves_no_score_by_more_than_the_largest_dropped_entry(p):
+def test_truncation_changes_no_score_by_more_than_the_largest_dropped_entry(p):
     r, ids, values, dropped = rows_of(p)
     weights = resmem.neighbor_weights(jnp.asarray(p["distances"]), 1.0)
     base = jnp.asarray(softmax(p["query_logits"]))
@@ -99,7 +99,7 @@ def test_largest_is_top_k(seed, sizes, different):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.4, 3.0])
 @given(problems())
-def test_residuals_at_another_temperature_come_from_those_at_one(temperature, p):
+def test_residuals_at_a_temperature_follow_from_residuals_at_one(temperature, p):
     vocab = p["logits"].shape[-1]
     logits, targets = p["logits"].reshape(-1, vocab), p["targets"].reshape(-1)
     one = softmax(logits)
@@ -113,7 +113,7 @@ def test_residuals_at_another_temperature_come_from_those_at_one(temperature, p)
     np.testing.assert_allclose(found, np.eye(vocab)[targets] - softmax(logits / temperature), atol=2e-5)
 
 
-def test_a_probability_of_zero_is_no_entry_at_any_temperature_but_the_tokens_own_always_is_one():
+def test_at_any_temperature_a_probability_of_zero_is_no_entry_except_for_the_own_token():
     one = jnp.ones(1)
     found = resmem.at_temperature(jnp.sqrt(jnp.array([[0.0, 0.9, 0.0]])), jnp.array([[True, False, False]]), jnp.log(0.1 * one), one, 2.0)
     assert found[0, 2] == 0
@@ -131,7 +131,7 @@ def test_weights_sum_to_one_fall_with_distance_and_ignore_a_common_shift(p, sigm
     np.testing.assert_allclose(shifted, weights, atol=1e-4)
 
 
-def test_neighbors_that_were_not_found_weigh_nothing_even_where_none_was():
+def test_missing_neighbors_have_weight_zero_even_if_all_are_missing():
     weights = resmem.neighbor_weights(jnp.array([[1.0, 1.0, jnp.inf], [jnp.inf] * 3]), 0.5)
     np.testing.assert_allclose(weights, [[0.5, 0.5, 0], [0, 0, 0]])
 
@@ -145,8 +145,8 @@ def test_knn_lm_is_a_distribution(p, lambda_):
     assert (np.asarray(mixed) >= 0).all()
 
 
-def test_remark_3_2_the_training_tokens_themselves_are_always_right():
-    """With k = 1 the nearest key of a training token is its own, and p + onehot - p is its own token."""
+def test_resmem_predicts_every_training_token_correctly_as_in_remark_3_2():
+    """With k = 1, the nearest key of a training token is its own key, and p + onehot - p predicts its own token."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(4 * rng.normal(size=(500, 64)).astype(np.float32))
     targets = jnp.asarray(rng.integers(0, 64, 500))

@@ -1,4 +1,4 @@
-"""Under real T5X, which is not on PyPI: docs/c4.md says how to install it. Without it these tests are skipped."""
+"""Tests under T5X, which is not on PyPI; docs/c4.md has its installation. Without T5X they are skipped."""
 
 import importlib.util
 import json
@@ -28,8 +28,8 @@ from tests.c4 import build_tfds, write_json_lines
 
 MISSING = [name for name in ("t5x", "seqio", "tensorflow_datasets") if importlib.util.find_spec(name) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: docs/c4.md says how"),
-    pytest.mark.filterwarnings("ignore"),  # TensorFlow's and T5X's own
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: see docs/c4.md"),
+    pytest.mark.filterwarnings("ignore"),  # of TensorFlow and T5X
 ]
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 20
@@ -69,7 +69,7 @@ evaluate.lambdas = (0.5, 1.0)
 
 @pytest.fixture(scope="module")
 def folder(tiny_run, tmp_path_factory):
-    """C4 in small, both ways, and the configurations."""
+    """Return a folder with a small C4 as JSON lines and as a TFDS dataset, and the configurations."""
     folder = tmp_path_factory.mktemp("t5x")
     write_json_lines(folder / "json")
     build_tfds(folder / "json", folder / "tfds")
@@ -81,7 +81,7 @@ def folder(tiny_run, tmp_path_factory):
 
 
 def t5x_train(folder, model_dir, *arguments, cwd=REPOSITORY):
-    """What T5X's own command line logs."""
+    """Run T5X's command line and return its log."""
     command = [sys.executable, "-m", "t5x.train", "--gin_file=t5x.gin", f"--gin_search_paths={folder},{REPOSITORY}"]
     command += [f"--gin.MODEL_DIR='{model_dir}'", f"--tfds_data_dir={folder / 'tfds'}", *arguments]
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)])}
@@ -92,7 +92,7 @@ def t5x_train(folder, model_dir, *arguments, cwd=REPOSITORY):
 
 @pytest.fixture(scope="module")
 def model_dir(folder):
-    """A MODEL_DIR after 20 steps; its name was given relative, which Orbax alone would refuse."""
+    """Return a MODEL_DIR after 20 steps. It was given as a relative path, which Orbax alone refuses."""
     log = t5x_train(folder, "model", cwd=folder)
     losses = [float(x) for x in re.findall(r"collection=train .*?\bloss_per_nonpadding_target_token=([\d.]+)", log)]
     assert len(losses) >= 3
@@ -108,7 +108,7 @@ def evaluated(folder, workdir, checkpoint):
         "CHECKPOINT": checkpoint,
     }
     cwd = Path.cwd()
-    os.chdir(folder)  # where the configuration's own files are looked for
+    os.chdir(folder)  # the configuration includes a file of this folder
     try:
         for command in ("build", "index", "evaluate"):
             assert main([command, "--gin_file=resmem.gin", f"--workdir={workdir}", *(f"--gin.{k}='{v}'" for k, v in settings.items())]) == 0
@@ -117,23 +117,23 @@ def evaluated(folder, workdir, checkpoint):
     return json.loads((workdir / "results.json").read_text())
 
 
-def test_what_t5x_trained_goes_through_build_index_and_evaluate(folder, model_dir, tmp_path):
+def test_build_index_and_evaluate_accept_a_checkpoint_of_t5x(folder, model_dir, tmp_path):
     results = evaluated(folder, tmp_path, model_dir)
     assert results["splits"]["test"]["methods"]["deepnet"]["accuracy"] > 0.1
     assert (tmp_path / f"checkpoints/checkpoint_{STEPS}").exists()
 
 
-def test_t5x_goes_on_from_a_checkpoint_of_the_built_in_trainer(folder, tiny_run, tmp_path):
+def test_t5x_resumes_from_a_checkpoint_of_the_built_in_trainer(folder, tiny_run, tmp_path):
     shutil.copytree(tiny_run / "checkpoints", tmp_path / "model")
     t5x_train(folder, tmp_path / "model", "--gin.TRAIN_STEPS=31")
     before, after = load_model(tmp_path / "model"), tmp_path / "model/checkpoint_31"
     assert after.exists()
     built_in = load_model(tiny_run / "checkpoints").parameters
     change = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), before.parameters, built_in)
-    assert 0 < max(jax.tree.leaves(change)) < 0.2  # one step away, and no more
+    assert 0 < max(jax.tree.leaves(change)) < 0.2  # the change of one step
 
 
-def test_t5x_older_checkpoints_are_read_as_t5x_reads_them(folder, tmp_path):
+def test_checkpoints_in_t5xs_older_form_are_read_as_t5x_reads_them(folder, tmp_path):
     from t5x import checkpoints
 
     (folder / "older.gin").write_text(
@@ -148,7 +148,7 @@ def test_t5x_older_checkpoints_are_read_as_t5x_reads_them(folder, tmp_path):
     assert evaluated(folder, tmp_path / "run", checkpoint)["model"]["emb_dim"] == config.emb_dim
 
 
-def test_the_seqio_task_and_the_beam_job_see_the_same_tokens(folder, tmp_path):
+def test_the_seqio_task_and_the_beam_job_have_the_same_tokens(folder, tmp_path):
     import seqio
 
     from resmem_lm.model.t5x_task import language_model_task
@@ -223,7 +223,7 @@ def test_ten_steps_of_t5x_and_of_the_built_in_trainer_agree():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_logits_are_those_of_t5x_own_network(gated):
+def test_the_logits_equal_those_of_t5xs_network(gated):
     from t5x.examples.decoder_only import network
 
     activations = ("gelu", "linear") if gated else ("relu",)
