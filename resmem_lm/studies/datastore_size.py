@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 
 from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.evaluate import Grid
 from resmem_lm.evaluation.neighbors import Queries, deepnet_outputs, open_queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.statistics import accuracy_metrics
@@ -25,7 +26,7 @@ from resmem_lm.memory.open_index import search_shards
 from resmem_lm.memory.sharded import ShardedArray, load_array
 from resmem_lm.report.plots import Figure, line
 from resmem_lm.report.tables import hyperparameters, interval
-from resmem_lm.studies.study import Grid, check_values, study, usable_grid, write_study
+from resmem_lm.studies.study import check_values, study, usable_grid, write_study
 from resmem_lm.text.shards import QUERY_SPLITS, position, read_shard, shard_paths
 from resmem_lm.workdir.artifacts import find_record, folder_of, publish
 from resmem_lm.workdir.run import Run

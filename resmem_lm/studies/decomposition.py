@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from resmem_lm.evaluation.candidates import DEEPNET, Formula, Setting
+from resmem_lm.evaluation.evaluate import Grid
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.statistics import accuracy_metrics
 from resmem_lm.evaluation.tuning import grid_of
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.report.tables import METHOD_TITLES, interval
-from resmem_lm.studies.study import Grid, open_scorers, study, usable_grid, write_study
+from resmem_lm.studies.study import open_scorers, study, usable_grid, write_study
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json
 

@@ -19,7 +19,7 @@ from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.report.plots import INK, Figure, line, log_ticks
 from resmem_lm.resmem import neighbor_weights
 from resmem_lm.studies.derived import derive
-from resmem_lm.studies.study import study, write_study
+from resmem_lm.studies.study import check_some, study, write_study
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json, remove
 
@@ -45,9 +45,7 @@ def study_residual_size(run: Run, *, sizes: tuple[int, ...] | list[int] = (1, 2,
     """
     datastore = open_datastore(run.datastore)
     vocabulary = read_json(run.checkpoints / "model.json")["config"]["vocab_size"]
-    usable = sorted({size for size in sizes if 1 <= size <= vocabulary})
-    if not usable:
-        raise UserError(f"study_residual_size.sizes = {sizes}: take numbers from 1 to {vocabulary}")
+    usable = sorted(set(check_some("study_residual_size.sizes", sizes, lambda size: 1 <= size <= vocabulary, f"from 1 to {vocabulary}")))
     if usable[-1] > datastore.binding.entries:
         datastore = with_entries(run, datastore, usable[-1])
     queries = open_queries(run, "test")

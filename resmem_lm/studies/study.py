@@ -3,9 +3,10 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from resmem_lm.errors import UserError
+from resmem_lm.evaluation.evaluate import Grid
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.memory.datastore import Datastore
@@ -21,15 +22,6 @@ NEEDS = ("search", "build", "train", "evaluate")
 def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[..., Record]], Stage]:
     """Make a function the study `name`: a stage that writes WORKDIR/studies/NAME and runs again when its settings or inputs change."""
     return stage(name=f"study-{name}", after=after, policy="redo")
-
-
-class Grid(NamedTuple):
-    """Hyperparameters to choose from."""
-
-    ks: list[int]
-    sigmas: list[float]
-    temperatures: list[float]
-    lambdas: list[float]
 
 
 def check_values(setting: str, values: Sequence[float], allowed: Callable[[float], bool], wanted: str) -> None:

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,18 +24,26 @@ def kept(datastore):
     return ~datastore.is_deleted(np.arange(datastore.rows))
 
 
-def test_the_whole_datastore_equals_the_evaluation_and_every_fraction_has_its_recall(tiny_copy):
-    study_datastore_size(tiny_copy, fractions=(1.0, 0.02, 0.5), **GRID)
-    rows = rows_of(tiny_copy)
+@pytest.fixture(scope="module")
+def studied(tiny_run, tmp_path_factory):
+    """A run with a finished study of three fractions."""
+    workdir = tmp_path_factory.mktemp("datastore-size") / "run"
+    shutil.copytree(tiny_run, workdir, symlinks=True)
+    study_datastore_size(workdir, fractions=(1.0, 0.02, 0.5), **GRID)
+    return workdir
+
+
+def test_the_whole_datastore_equals_the_evaluation_and_every_fraction_has_its_recall(studied):
+    rows = rows_of(studied)
     assert [row["fraction"] for row in rows] == [0.02, 0.5, 1.0]
-    assert rows[0]["rows"] < rows[1]["rows"] < rows[2]["rows"] == open_datastore(tiny_copy / "datastore").rows
-    methods = read_json(tiny_copy / "results.json")["splits"]["test"]["methods"]
+    assert rows[0]["rows"] < rows[1]["rows"] < rows[2]["rows"] == open_datastore(studied / "datastore").rows
+    methods = read_json(studied / "results.json")["splits"]["test"]["methods"]
     for name, key in zip(METHODS, ("resmem_paper", "resmem", "knnlm", "resmem_calibrated", "resmem_adaptive"), strict=True):
         assert rows[2][f"{name}, gain, %"] == 100 * methods[key]["gain"]
         assert rows[2][f"{name}, 95%"] == "[{:.2f}, {:.2f}]".format(*(100 * value for value in methods[key]["gain_ci95"]))
     assert rows[2]["Calibrated ResMem, form"] == methods["resmem_calibrated"]["form"]
     assert all(0.9 < row["recall@k"] <= 1 for row in rows)
-    assert verify(Run(tiny_copy)) == []
+    assert verify(Run(studied)) == []
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=2))
@@ -60,20 +70,21 @@ def test_deleted_documents_are_in_no_fraction(tiny_copy):
         assert not kept(fraction_of(datastore, fraction))[deleted["first_row"] :][: deleted["rows"]].any()
 
 
-def test_an_interrupted_study_resumes_and_recomputes_fractions_with_other_inputs(tiny_copy):
-    study_datastore_size(tiny_copy, fractions=(0.5,), **GRID)
-    first = tiny_copy / "derived/datastore-size/fraction-0.5.json"
-    stamp, before = first.stat().st_mtime_ns, rows_of(tiny_copy)
-    study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)
-    assert first.stat().st_mtime_ns == stamp
-    assert rows_of(tiny_copy)[0] == before[0]
-    for spoil in (lambda: write_json(first, read_json(first) | {"provenance": {}, "row": {}}), lambda: first.write_text("damaged")):
+def test_an_interrupted_study_resumes_and_recomputes_fractions_with_other_inputs(studied, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(studied, workdir, symlinks=True)
+    small, large = (workdir / f"derived/datastore-size/fraction-{fraction}.json" for fraction in (0.02, 0.5))
+    stamp, before = large.stat().st_mtime_ns, rows_of(workdir)
+    study_datastore_size(workdir, fractions=(0.02, 0.5), **GRID)
+    assert rows_of(workdir) == before[:2]
+    for spoil in (lambda: write_json(small, read_json(small) | {"provenance": {}, "row": {}}), lambda: small.write_text("damaged")):
         spoil()
-        remove(tiny_copy / "stages/study-datastore-size.json")
-        study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID)
-        assert rows_of(tiny_copy)[0] == before[0]
-    study_datastore_size(tiny_copy, fractions=(0.5, 1.0), **GRID | {"lambdas": (0.25, 1.0)})
-    assert read_json(first)["settings"]["lambdas"] == [0.25, 1.0]
+        remove(workdir / "stages/study-datastore-size.json")
+        study_datastore_size(workdir, fractions=(0.02, 0.5), **GRID)
+        assert rows_of(workdir) == before[:2]
+    assert large.stat().st_mtime_ns == stamp
+    study_datastore_size(workdir, fractions=(0.02,), **GRID | {"lambdas": (0.25, 1.0)})
+    assert read_json(small)["settings"]["lambdas"] == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(

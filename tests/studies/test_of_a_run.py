@@ -110,19 +110,19 @@ def test_deepnet_is_resmem_without_memory(tiny_run):
 
 def test_a_study_runs_again_only_when_its_inputs_have_changed(tiny_copy, capsys):
     for _ in range(2):
-        assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
-    stamp = (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns
+        assert main(["study", "examples", f"--workdir={tiny_copy}"]) == 0
+    stamp = (tiny_copy / "studies/examples/results.json").stat().st_mtime_ns
     text = read_json(tiny_copy / "stages/documents.json")["settings"]["text"]
     command = [f"--gin_file={tiny_copy.parent / 'tiny.gin'}", f"--workdir={tiny_copy}", f"--gin.TEXT='{text}'", "--gin.evaluate.ks=(1, 2)"]
-    assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
-    assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns == stamp
-    assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] in (tiny_copy / "report.html").read_text("utf-8")
+    assert main(["study", "examples", f"--workdir={tiny_copy}"]) == 0
+    assert (tiny_copy / "studies/examples/results.json").stat().st_mtime_ns == stamp
+    assert read_json(tiny_copy / "studies/examples/results.json")["title"] in (tiny_copy / "report.html").read_text("utf-8")
     capsys.readouterr()
     assert main(["run", *command]) == 0
-    assert "omits the study sensitivity, whose inputs have changed" in capsys.readouterr().err
-    assert read_json(tiny_copy / "studies/sensitivity/results.json")["title"] not in (tiny_copy / "report.html").read_text("utf-8")
-    assert main(["study", "sensitivity", f"--workdir={tiny_copy}"]) == 0
-    assert (tiny_copy / "studies/sensitivity/results.json").stat().st_mtime_ns > stamp
+    assert "omits the study examples, whose inputs have changed" in capsys.readouterr().err
+    assert read_json(tiny_copy / "studies/examples/results.json")["title"] not in (tiny_copy / "report.html").read_text("utf-8")
+    assert main(["study", "examples", f"--workdir={tiny_copy}"]) == 0
+    assert (tiny_copy / "studies/examples/results.json").stat().st_mtime_ns > stamp
     assert verify(Run(tiny_copy)) == []
 
 

@@ -80,5 +80,5 @@ def test_rows_follow_an_append_and_deleted_rows_cannot_be_rebuilt(tiny_copy):
 
 
 def test_unusable_sizes_are_refused(tiny_run):
-    with pytest.raises(UserError, match=r"sizes = \(0, 1000\): take numbers from 1 to 256"):
+    with pytest.raises(UserError, match=r"sizes = \(0, 1000\): take one or more numbers from 1 to 256"):
         study_residual_size.function(Run(tiny_run), sizes=(0, 1000))
