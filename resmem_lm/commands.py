@@ -1,5 +1,6 @@
 """What each command of `resmem` does: configuration -> stages, in order."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -137,10 +138,14 @@ def _append(run: Run, text: list[str], pipeline_options: str) -> None:
 
 
 def run_plan(workdir: str | None, gin_files: Sequence[str], bindings: list[str], given: dict[str, float]) -> None:
-    """Print the plan of an experiment."""
-    settings = _parse(gin_files, bindings)
-    run = Run(workdir) if workdir else None
-    plan(run, **(config.parameters(plan) | given | {"settings": settings, "text_stages": stages_of("run")[:2]}))
+    """Print the plan of an experiment. `given` has numbers of `plan`, `Amounts` and `Rates`; they replace the configured ones."""
+    settings = _parse(gin_files, ["plan.amounts = @Amounts()", "plan.rates = @Rates()", *bindings])
+    arguments = config.parameters(plan)
+    for name in ("amounts", "rates"):
+        fields = {field.name for field in dataclasses.fields(arguments[name])}
+        arguments[name] = dataclasses.replace(arguments[name], **{key: value for key, value in given.items() if key in fields})
+    arguments |= {name: value for name, value in given.items() if name in arguments}
+    plan(Run(workdir) if workdir else None, **(arguments | {"settings": settings, "text_stages": stages_of("run")[:2]}))
 
 
 def run_study(name: str, workdir: str, gin_files: Sequence[str], bindings: list[str]) -> None:

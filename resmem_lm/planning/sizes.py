@@ -1,5 +1,6 @@
-"""Bytes of every kind of file, and memory of the index, from amounts of text and the shapes that the code itself gives."""
+"""Sizes of all files, from amounts of text and the shapes of the arrays."""
 
+import dataclasses
 import itertools
 import math
 import tempfile
@@ -7,46 +8,76 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epy
 
-from beam_pipelines.search_neighbors import GROUPS
+from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import choose_candidates
 from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries
+from resmem_lm.evaluation.search_job import GROUPS
 from resmem_lm.memory.encoder import ROWS, residual_head
 from resmem_lm.memory.index_kinds import index_bytes
 from resmem_lm.memory.schema import ARRAYS, COUNTERS, Binding, document_line, shard_name, token_dtype
-from resmem_lm.model.checkpoints import Model, save_config
+from resmem_lm.model.checkpoints import STATE, Model, checkpoint_manager, save_config
 from resmem_lm.model.config import ModelConfig
-from resmem_lm.planning.rates import bytes_of, save_fresh_checkpoint, window_tokens
+from resmem_lm.model.train_loop import optimizer, to_train_state
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
-from resmem_lm.text.windows import WindowSpec
+from resmem_lm.text.windows import WindowSpec, window_rows
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, files_below, inside, with_checksum
 
 with epy.lazy_imports():
+    import orbax.checkpoint as ocp
+
     from resmem_lm.model import decoder
 
-StageSettings = dict[str, dict[str, Any]]
+Number = int | float
+StageSettings = dict[str, dict[str, Any]]  # of every stage, by the name of its function
 
 NPY_HEADER = 128
 KEPT_CHECKPOINTS = 2
-NAME_CHARACTERS = 100  # of a document's id, where documents were not counted: C4's are addresses and checksums
+ID_CHARACTERS = 100  # of a document that is assumed: C4's ids are an address and a checksum
+TOKENS_PER_DOCUMENT = 450  # C4's
+
+
+def check_numbers(of: str, least: int, **values: Number | None) -> None:
+    """Raise UserError for a number that is below `least`, not above 0, or infinite; None is allowed."""
+    for name, value in values.items():
+        if value is not None and not (0 < value < math.inf and value >= least):
+            raise UserError(f"{of}.{name} = {value:g}: take a number {'of 1 or more' if least else 'above 0'}")
+
+
+@gin.register(module="resmem_lm")
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+    """Amounts of text; None is counted in the work directory."""
+
+    rows: Number | None = None  # tokens in the datastore
+    queries: Number | None = None  # tokens of validation and test
+    documents: Number | None = None  # of rows and queries; 450 tokens each if neither given nor counted
+    bytes_per_token: Number = 4.5  # where the text is not counted
+
+    def check(self) -> None:
+        """Raise UserError for a number out of its range."""
+        check_numbers("Amounts", 1, rows=self.rows, queries=self.queries, documents=self.documents)
+        check_numbers("Amounts", 0, bytes_per_token=self.bytes_per_token)
 
 
 class Split(NamedTuple):
-    """Text, or what is assumed of it."""
+    """Counted or assumed amounts of some documents."""
 
     documents: int
     tokens: int
-    window_tokens: int  # that the model computes for it
-    record_bytes: int  # of datastore/documents.jsonl
+    window_tokens: int  # that the model computes for them
+    record_bytes: int  # in datastore/documents.jsonl
 
 
 class Counts(NamedTuple):
-    """Amounts from which everything else follows."""
+    """The amounts from which all sizes and times follow."""
 
     shards: tuple[Split, ...]  # of the datastore
     queries: dict[str, Split]
@@ -57,28 +88,39 @@ class Counts(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of the datastore."""
+        """Tokens in the datastore."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def all_queries(self) -> int:
-        """Of validation and test."""
+        """Tokens of validation and test."""
         return sum(split.tokens for split in self.queries.values())
 
 
 def window_of(settings: StageSettings) -> WindowSpec:
-    """The windows of rows and queries."""
+    """Return the windows of rows and queries."""
     return WindowSpec(settings["build_datastore"]["window_length"], settings["build_datastore"]["window_context"])
 
 
 def model_of(settings: StageSettings) -> ModelConfig:
-    """The shape of the model, trained here or elsewhere."""
+    """Return the shape of the model, trained here or elsewhere."""
     model: ModelConfig = settings.get("take_checkpoint", settings.get("train", {}))["model"]
     return model
 
 
+def key_dimensions(settings: StageSettings) -> int:
+    """Return the dimensions of a key in the datastore."""
+    dimensions: int | None = settings["build_datastore"]["key_dimensions"]
+    return model_of(settings).emb_dim if dimensions is None else dimensions
+
+
+def bytes_of(folder: AnyPath) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in files_below(folder))
+
+
 def count(run: Run, settings: StageSettings) -> Counts:
-    """Counts the text of a work directory whose documents and vocabulary are made."""
+    """Return the amounts in a work directory that has documents and a vocabulary."""
     vocabulary, window = load_vocabulary(run), window_of(settings)
 
     def counted(paths: list[AnyPath]) -> Split:
@@ -87,12 +129,12 @@ def count(run: Run, settings: StageSettings) -> Counts:
         lengths = [len(document) for document in tokens]
         first_rows = itertools.accumulate(lengths, initial=0)
         lines = (document_line(d.id, first, rows) for d, first, rows in zip(documents, first_rows, lengths, strict=False))
-        return Split(len(documents), sum(lengths), window_tokens(tokens, window), sum(map(len, lines)))
+        computed = sum(batch.tokens.size for batch in window_rows(tokens, window, ROWS))
+        return Split(len(documents), sum(lengths), computed, sum(map(len, lines)))
 
     train = [counted([path]) for path in shard_paths(run, "train")]
-    chosen = settings["build_datastore"]["shards"]
     return Counts(
-        shards=tuple(train if chosen is None else train[:chosen]),
+        shards=tuple(train[: settings["build_datastore"]["shards"]]),
         queries={split: counted(shard_paths(run, split)) for split in QUERY_SPLITS},
         query_shards=sum(len(shard_paths(run, split)) for split in QUERY_SPLITS),
         train_tokens=sum(shard.tokens for shard in train),
@@ -101,45 +143,40 @@ def count(run: Run, settings: StageSettings) -> Counts:
     )
 
 
-def assume(settings: StageSettings, *, rows: int, queries: int, documents: int, bytes_per_token: int | float) -> Counts:
-    """What so many rows and queries mean, of so many documents together: shards of one size, lengths spread exponentially."""
+def assume(settings: StageSettings, amounts: Amounts) -> Counts:
+    """Return the amounts that a number of rows and queries implies: equal shards, and documents of exponentially distributed lengths."""
+    assert amounts.rows is not None
+    assert amounts.queries is not None
+    rows, queries = int(amounts.rows), int(amounts.queries)
+    documents = int(amounts.documents or max(1.0, (rows + queries) / TOKENS_PER_DOCUMENT))
     text = settings.get("sample_documents", settings.get("prepare_documents", {}))
     shards = settings["build_datastore"]["shards"] or text["shards"]
     held_out = text["validation_fraction"] + text["test_fraction"] if "test_fraction" in text else 1
     validation = min(queries, max(1, round(queries * text["validation_fraction"] / held_out))) if held_out else queries // 2
     window, mean = window_of(settings), (rows + queries) / documents
-    of_rows = round(rows / mean)
+    of_rows, of_test = round(rows / mean), round((queries - validation) / mean)
 
     def split(tokens: int, number: int) -> Split:
-        # Windows behind a document's first: the mean of ceil((n - length) / stride) over n.
+        # Windows after a document's first: the mean of ceil((n - length) / stride) over the lengths n.
         more = math.exp(-window.length / mean) / -math.expm1(-window.stride / mean)
         computed, batch = tokens + number * more * window.context, ROWS * window.length
-        records = number * len(document_line("x" * NAME_CHARACTERS, tokens // 2, round(mean)))
+        records = number * len(document_line("x" * ID_CHARACTERS, tokens // 2, round(mean)))
         return Split(number, tokens, math.ceil(computed / batch) * batch, records)
 
     trained = settings.get("make_vocabulary", {}).get("model") is None
     pieces = settings["make_vocabulary"]["size"] if trained else model_of(settings).vocab_size
     return Counts(
         shards=tuple(split((rows + shard) // shards, (of_rows + shard) // shards) for shard in range(shards)),
-        queries={
-            "validation": split(validation, documents - of_rows - round((queries - validation) / mean)),
-            "test": split(queries - validation, round((queries - validation) / mean)),
-        },
+        queries={"validation": split(validation, documents - of_rows - of_test), "test": split(queries - validation, of_test)},
         query_shards=2 * text.get("query_shards", 1),
         train_tokens=rows * text["shards"] // shards,
-        document_bytes=round((rows * text["shards"] / shards + queries) * bytes_per_token),
+        document_bytes=round((rows * text["shards"] / shards + queries) * amounts.bytes_per_token),
         vocabulary_bytes=242_000 + 17 * pieces,  # SentencePiece's table of normal forms, and each piece
     )
 
 
-def key_dimensions(settings: StageSettings) -> int:
-    """Of a key in the datastore."""
-    dimensions: int | None = settings["build_datastore"]["key_dimensions"]
-    return model_of(settings).emb_dim if dimensions is None else dimensions
-
-
 def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] | list[float], dimensions: int) -> dict[str, int]:
-    """Bytes of one row in each of the datastore's arrays."""
+    """Return the bytes of one row in each array of the datastore."""
     parameters = jax.eval_shape(lambda: decoder.init_parameters(model, 0))
     head = residual_head(Model(model, parameters), entries, tuple(temperatures))
     key, hidden = (jax.ShapeDtypeStruct((1, width), jnp.float32) for width in (dimensions, model.emb_dim))
@@ -147,52 +184,59 @@ def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] 
     return {name: math.prod(array.shape) * array.dtype.itemsize for name, array in row._asdict().items()}
 
 
-def query_bytes(model: ModelConfig, k: int, temperatures: int) -> dict[str, int]:
-    """Bytes of one query in each array of WORKDIR/neighbors, without `document_lengths`."""
-    logits, tokens = jax.ShapeDtypeStruct((1, model.vocab_size), jnp.float32), jax.ShapeDtypeStruct((1, k), jnp.int32)
+def query_bytes(settings: StageSettings) -> dict[str, int]:
+    """Return the bytes of one query in each array of WORKDIR/neighbors, without the arrays of documents."""
+    vocabulary, k = model_of(settings).vocab_size, settings["search"]["neighbors"]
+    logits, tokens = jax.ShapeDtypeStruct((1, vocabulary), jnp.float32), jax.ShapeDtypeStruct((1, k), jnp.int32)
     ids, _, _ = jax.eval_shape(lambda logits, tokens: choose_candidates(logits, tokens, BASE_CANDIDATES), logits, tokens)
-    width, per_neighbor = ids.shape[1], {"rows": 8, "distances": 4, "neighbor_tokens": token_dtype(model.vocab_size).itemsize}
-    alone = dict.fromkeys(("tokens", "target_logits", "bound"), 4)
-    return (
-        {name: k * size for name, size in per_neighbor.items()}
-        | alone
-        | {"candidate_ids": 4 * width, "candidate_logits": 4 * width, "log_partition": 4 * temperatures}
-    )
+    width, per_neighbor = ids.shape[1], {"rows": 8, "distances": 4, "neighbor_tokens": token_dtype(vocabulary).itemsize}
+    return {
+        **{name: k * size for name, size in per_neighbor.items()},
+        **dict.fromkeys(("tokens", "target_logits", "bound"), 4),
+        **dict.fromkeys(("candidate_ids", "candidate_logits"), 4 * width),
+        "log_partition": 4 * len(settings["build_datastore"]["temperatures"]),
+    }
 
 
 def sizes(settings: StageSettings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
-    """Bytes of each kind of file of a work directory, but for a few hundred kB of records, metrics and the report."""
-    model, build = model_of(settings), settings["build_datastore"]
-    arrays = row_bytes(model, build["entries"], build["temperatures"], key_dimensions(settings))
+    """Return the bytes of each kind of file of a work directory, without a few hundred kB of records, metrics and the report.
+
+    Args:
+        settings: of every stage.
+        counts: amounts of text.
+        index_rows: rows of each shard of the index.
+        checkpoint: bytes of all checkpoints.
+    """
+    build, dimensions = settings["build_datastore"], key_dimensions(settings)
+    row, query = row_bytes(model_of(settings), build["entries"], build["temperatures"], dimensions), query_bytes(settings)
     files = {"documents": counts.document_bytes, "vocabulary": counts.vocabulary_bytes, "checkpoints": checkpoint}
     for name in ARRAYS:
-        files[f"datastore/{name}.npy"] = counts.rows * arrays[name] + NPY_HEADER * len(counts.shards)
+        files[f"datastore/{name}.npy"] = counts.rows * row[name] + NPY_HEADER * len(counts.shards)
     files["datastore/documents.jsonl"] = sum(shard.record_bytes for shard in counts.shards)
-    files["datastore/*.json"] = sum(_datastore_records(settings, counts, arrays))
-    files["index"] = sum(index_bytes(settings["build_index"]["kind"], rows, key_dimensions(settings)) for rows in index_rows)
-    k = settings["search"]["neighbors"]
-    each = query_bytes(model, k, len(build["temperatures"]))
+    files["datastore/*.json"] = sum(_datastore_records(settings, counts, row))
+    files["index"] = sum(index_bytes(settings["build_index"]["kind"], rows, dimensions) for rows in index_rows)
+    of_documents = 8 * sum(split.documents for split in counts.queries.values())
     for name in Queries._fields:
-        lengths = 8 * sum(split.documents for split in counts.queries.values())
-        files[f"neighbors/{name}.npy"] = (counts.all_queries * each[name] if name in each else lengths) + NPY_HEADER * counts.query_shards
+        content = counts.all_queries * query[name] if name in query else of_documents
+        files[f"neighbors/{name}.npy"] = content + NPY_HEADER * counts.query_shards
     return files
 
 
 def searching_bytes(settings: StageSettings, counts: Counts, index_shards: int) -> int:
-    """Of what the search keeps until it has finished: keys and hidden states of queries, and what each group of index shards found."""
+    """Return the bytes that only the search needs: keys and hidden states of queries, and neighbors in each group of index shards."""
     found = min(index_shards, GROUPS) * settings["search"]["neighbors"] * (8 + 4)
     return counts.all_queries * (4 * (model_of(settings).emb_dim + key_dimensions(settings)) + 4 + found)
 
 
-def _datastore_records(settings: StageSettings, counts: Counts, arrays: dict[str, int]) -> Iterator[int]:
-    """Bytes of every shard's record and of the manifest."""
+def _datastore_records(settings: StageSettings, counts: Counts, row: dict[str, int]) -> Iterator[int]:
+    """Yield the bytes of every shard's record and of the manifest."""
     build, checksum = settings["build_datastore"], "0" * 64
     binding = Binding(checksum, checksum, window_of(settings), tuple(float(t) for t in build["temperatures"]), build["entries"]).to_json()
     shards = []
     for number, shard in enumerate(counts.shards):
         name = shard_name(number, len(counts.shards))
-        content = {f"{name}.npy": NPY_HEADER + shard.tokens * arrays[name] for name in ARRAYS} | {"documents.jsonl": shard.record_bytes}
-        files = {name: {"bytes": size, "sha256": checksum} for name, size in content.items()}
+        content = {f"{array}.npy": NPY_HEADER + shard.tokens * row[array] for array in ARRAYS} | {"documents.jsonl": shard.record_bytes}
+        files = {file: {"bytes": size, "sha256": checksum} for file, size in content.items()}
         numbers = dict.fromkeys(COUNTERS, shard.tokens)
         provenance = binding | {"documents": f"{name.replace('shard', 'train')}.jsonl"}
         shards.append({"folder": f"{name}.{'0' * 8}", "provenance": provenance, "rows": shard.tokens, "counts": numbers, "files": files})
@@ -200,8 +244,26 @@ def _datastore_records(settings: StageSettings, counts: Counts, arrays: dict[str
     yield len(with_checksum(binding | {"rows": counts.rows, "shards": shards}))
 
 
+def save_fresh_checkpoint(directory: Path, model: ModelConfig, *, optimizer_state: bool) -> None:
+    """Write a checkpoint like `train`'s after its first step, or without the optimizer's state, like `take_checkpoint`'s."""
+    adafactor = optimizer(lambda _: 0.0)
+
+    def state() -> dict[str, Any]:
+        parameters = decoder.init_parameters(model, 0)
+        # Moments of one step: zeros would be compressed to nothing.
+        moments = adafactor.update(parameters, adafactor.init(parameters), parameters)[1]
+        return to_train_state(parameters, moments, 1) if optimizer_state else {"target": parameters}
+
+    sharding: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if optimizer_state:
+        sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.local_devices()), ("data",)), jax.sharding.PartitionSpec())
+    content = jax.block_until_ready(jax.jit(state, out_shardings=sharding)())
+    with checkpoint_manager(directory) as manager:
+        manager.save(1, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(content)}))
+
+
 def checkpoint_bytes(settings: StageSettings) -> int:
-    """Of the checkpoints that stay: fresh parameters and moments are compressed no better than trained ones."""
+    """Return the bytes of the checkpoints that are kept. Fresh parameters and moments compress as trained ones do."""
     with tempfile.TemporaryDirectory(prefix="resmem-plan-") as folder:
         taken = "take_checkpoint" in settings
         directory = Path(folder) / "checkpoints"
@@ -213,7 +275,7 @@ def checkpoint_bytes(settings: StageSettings) -> int:
 
 
 def file_bytes(run: Run) -> dict[str, int]:
-    """Bytes of each kind of file of a finished run, as `sizes` names them."""
+    """Return the bytes of each kind of file of a finished run, with the names of `sizes`."""
     found: dict[str, int] = {}
     for path in files_below(run.path):
         kind = inside(path, run.path).split("/")[0]

@@ -31,4 +31,4 @@ def build_work(kind: str, rows: int, dimensions: int, training_rows: int) -> flo
 def query_work(kind: str, rows: int, dimensions: int) -> float:
     """Return the comparisons of a query: with all leaves, then with the rows in the searched ones."""
     tree = library(kind).tree(rows, dimensions, rows)
-    return float(tree.leaves + rows * tree.searched / tree.leaves)
+    return float(tree.leaves + rows * tree.probed / tree.leaves)

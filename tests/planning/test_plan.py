@@ -10,8 +10,9 @@ from resmem_lm.commands import stages_of
 from resmem_lm.errors import UserError
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, largest_index
 from resmem_lm.planning import rates
-from resmem_lm.planning.plan import plan, seconds_text, size_text
-from resmem_lm.planning.sizes import assume, checkpoint_bytes, count, file_bytes, sizes
+from resmem_lm.planning.plan import duration, plan, size_text
+from resmem_lm.planning.rates import Rates
+from resmem_lm.planning.sizes import Amounts, assume, checkpoint_bytes, count, file_bytes, sizes
 from resmem_lm.planning.tree_costs import TreeCosts
 from resmem_lm.workdir.run import Run
 from tests.tiny import arguments
@@ -41,12 +42,12 @@ def unmeasured(monkeypatch):
     def measure(*_):
         raise AssertionError("something was measured although every rate was given")
 
-    monkeypatch.setattr("resmem_lm.plan.measure", measure)
-    monkeypatch.setattr("resmem_lm.plan.checkpoint_bytes", lambda _: 12345)  # which takes seconds
+    monkeypatch.setattr("resmem_lm.planning.plan.measure", measure)
+    monkeypatch.setattr("resmem_lm.planning.plan.checkpoint_bytes", lambda _: 12345)  # which takes seconds
 
 
-def planned(settings, **inputs):
-    return plan(None, settings=settings, **(AMOUNTS | RATES | inputs))
+def planned(settings, *, workers=1, memory_gib=None, **amounts):
+    return plan(None, settings, amounts=Amounts(**(AMOUNTS | amounts)), rates=Rates(**RATES), workers=workers, memory_gib=memory_gib)
 
 
 def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
@@ -104,7 +105,7 @@ def test_workers_share_the_build(settings, unmeasured):
 def test_flags_beat_the_gin_file(tmp_path, unmeasured, capsys):
     gin_file, _, text = arguments(tmp_path, tmp_path / "run")
     with (tmp_path / "tiny.gin").open("a") as file:
-        file.write("plan.rows = 5000\nplan.queries = 700\nplan.documents = 30\n")
+        file.write("Amounts.rows = 5000\nAmounts.queries = 700\nAmounts.documents = 30\n")
     assert main(["plan", gin_file, text, *GIVEN]) == 0
     assert capsys.readouterr().out.startswith("5,000 rows and 700 queries of 30 documents (given or assumed)\n")
     assert main(["plan", gin_file, text, *GIVEN, "--rows=6_000"]) == 0
@@ -113,26 +114,26 @@ def test_flags_beat_the_gin_file(tmp_path, unmeasured, capsys):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
-        ([], "plan.rows is not set: give --rows=..., or --workdir=... whose text is counted"),
-        (["--rows=1e6"], "plan.queries is not set: give --queries=..., or --workdir=... whose text is counted"),
-        (["--rows=0"], "plan.rows = 0: take a number of 1 or more"),
-        (["--rows=inf"], "plan.rows = inf: take a number of 1 or more"),
-        (["--rows=1e6", "--queries=1e5", "--documents=0.5"], "plan.documents = 0.5: take a number of 1 or more"),
+        ([], "Amounts.rows is not set: give --rows=..., or --workdir=... whose text is counted"),
+        (["--rows=1e6"], "Amounts.queries is not set: give --queries=..., or --workdir=... whose text is counted"),
+        (["--rows=0"], "Amounts.rows = 0: take a number of 1 or more"),
+        (["--rows=inf"], "Amounts.rows = inf: take a number of 1 or more"),
+        (["--rows=1e6", "--queries=1e5", "--documents=0.5"], "Amounts.documents = 0.5: take a number of 1 or more"),
         (["--gin.build_datastore.shards=0"], "build_datastore.shards = 0: take 1 or more, or None for all"),
-        (["--rows=1e6", "--queries=1e5", "--tokens_per_second=0"], "plan.tokens_per_second = 0: take a number above 0"),
+        (["--rows=1e6", "--queries=1e5", "--tokens_per_second=0"], "Rates.tokens_per_second = 0: take a number above 0"),
         (["--rows=1e6", "--queries=1e5", "--workers=-1"], "plan.workers = -1: take a number of 1 or more"),
         (["--rows=1e6", "--queries=1e5", "--memory_gib=0.5"], "plan.memory_gib = 0.5 holds an index of 0 rows"),
-        (["--gin.plan.rows='many'"], "plan.rows = 'many' is of the wrong kind"),
-        (["--gin.plan.row=3"], "--gin.plan.row=3: in plan, row is unknown: did you mean rows?"),
+        (["--gin.plan.workers='many'"], "plan.workers = 'many' has the wrong type"),
+        (["--gin.Amounts.row=3"], "--gin.Amounts.row=3: "),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(tmp_path, capsys, wrong, said):
+def test_a_wrong_input_is_one_line(tmp_path, capsys, wrong, message):
     gin_file, _, text = arguments(tmp_path, tmp_path / "run")
     assert main(["plan", gin_file, text, *wrong]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"resmem: {said}")
+    assert error.startswith(f"resmem: {message}")
     assert error.count("\n") == 1
 
 
@@ -166,7 +167,7 @@ def test_memory_is_that_of_the_configured_index_if_none_is_given(settings, unmea
 
 def test_all_bytes_grow_with_rows_and_queries(settings):
     def of(rows, queries):
-        counts = assume(settings, rows=rows, queries=queries, documents=(rows + queries) // 100, bytes_per_token=4.0)
+        counts = assume(settings, Amounts(rows, queries, (rows + queries) // 100, bytes_per_token=4.0))
         assert (counts.rows, counts.all_queries) == (rows, queries)
         return sizes(settings, counts, index_rows=[rows], checkpoint=1)
 
@@ -180,14 +181,15 @@ def test_all_bytes_grow_with_rows_and_queries(settings):
 
 @pytest.mark.parametrize(("rows", "documents"), [(100_000, 1000), (100_000, 30_000), (100_000, 10)])
 def test_context_costs_more_tokens_than_are_emitted_and_at_most_a_stride_for_a_window(settings, rows, documents):
-    counts = assume(settings, rows=rows, queries=10, documents=documents, bytes_per_token=4.0)
+    counts = assume(settings, Amounts(rows, 10, documents, bytes_per_token=4.0))
     computed = sum(shard.window_tokens for shard in counts.shards)
     padding = 16 * 32 * len(counts.shards)
     assert rows <= computed <= rows * 32 / 24 + padding
 
 
-def test_the_rehearsal_measures_every_rate(tiny_run, settings, monkeypatch, capsys):
-    monkeypatch.setattr(rates, "ENOUGH", 0.0)
+def test_small_runs_measure_every_rate(tiny_run, settings, monkeypatch, capsys):
+    for name, value in {"ENOUGH": 0.0, "QUERIES": 1, "TRAIN_TOKENS": 256}.items():
+        monkeypatch.setattr(rates, name, value)
     made = plan(Run(tiny_run), settings=settings | {"build_index": settings["build_index"] | {"candidates": 20, "training_rows": 1000}})
     assert set(made.rates) == set(RATES)
     assert not any(rate.given for rate in made.rates.values())
@@ -200,7 +202,7 @@ def test_the_rehearsal_measures_every_rate(tiny_run, settings, monkeypatch, caps
 
 @pytest.mark.parametrize("kind", ["faiss", "scann"])
 def test_what_an_index_costs_grows_with_its_rows(kind):
-    costs = TreeCosts(kind=kind, row=1e-5, sampled_row=1e-5, leaf_product=1e-9, query=1e-5, compared_row=1e-9, query_leaf=1e-9)
+    costs = TreeCosts(kind, multiplication=1e-9, comparison=1e-9, ranking=1e-5)
     build = [costs.build_seconds(rows, 64, 100_000) for rows in (20_000, 10**6, 10**9)]
     search = [costs.search_seconds(rows, 64) for rows in (20_000, 10**6, 10**9)]
     assert build == sorted(build)
@@ -210,11 +212,11 @@ def test_what_an_index_costs_grows_with_its_rows(kind):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (size_text(999), "999 B"),
+        (size_text(999), "999 Bytes"),
         (size_text(1_678_336_131_072), "1.678 TB"),
-        (seconds_text(0.25), "0.25 s"),
-        (seconds_text(90.0), "1.5 min"),
-        (seconds_text(86400.0 * 1234), "1,234 days"),
+        (duration(0.25), "0.25 seconds"),
+        (duration(90.0), "1 minute and 30 seconds"),
+        (duration(86400.0 * 1234), "1234 days"),
     ],
 )
 def test_units(text, wanted):
