@@ -1,13 +1,11 @@
 """Collect the nearest neighbors while index shards are searched one after another."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from resmem_lm.memory.index import Index, merge_nearest
+from resmem_lm.memory.index import Index, Nearest, merge_nearest
 
 SEARCH_BLOCK = 4096  # queries searched at a time
-
-Nearest = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]  # rows and distances, nearest first
 
 
 def no_neighbors(queries: int, k: int) -> Nearest:

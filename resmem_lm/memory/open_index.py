@@ -6,13 +6,12 @@ from jaxtyping import Float
 from resmem_lm.errors import UserError
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.memory.exact_index import ExactIndex
-from resmem_lm.memory.index import ApproximateIndex, Index, Nearest, merge_nearest
+from resmem_lm.memory.index import ApproximateIndex, Index, Nearest
 from resmem_lm.memory.index_kinds import library
+from resmem_lm.memory.nearest import add_neighbors, no_neighbors
 from resmem_lm.workdir.artifacts import damaged_files, folder_of
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, local_path, read_json
-
-SEARCH_BLOCK = 4096  # queries searched at a time, before their neighbors are merged
 
 
 def rebuild_index_hint(run: Run) -> str:
@@ -69,14 +68,9 @@ def search_shards(run: Run, datastore: Datastore, queries: Float[np.ndarray, "qu
     Raises:
         UserError: the index was built from another datastore or is damaged.
     """
-    rows, distances = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32)
-    manifest = index_manifest(run, datastore)
+    nearest, manifest = no_neighbors(len(queries), k), index_manifest(run, datastore)
     for shard in range(len(manifest["shards"])):
         index, first_row = open_index(run, datastore, manifest, shard)
-        for start in range(0, len(queries), SEARCH_BLOCK):
-            some = slice(start, start + SEARCH_BLOCK)
-            found, found_distances = index.search(queries[some], k)
-            both = [(rows[some], distances[some]), (np.where(found < 0, -1, found + first_row), found_distances)]
-            rows[some], distances[some] = merge_nearest(both, k)
+        add_neighbors(nearest, index, queries, first_row)
         del index  # frees its memory before the next is loaded
-    return rows, distances
+    return nearest

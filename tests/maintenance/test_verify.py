@@ -13,7 +13,7 @@ from resmem_lm.workdir.storage import files_below, read_json, sha256, write_json
 
 def test_a_finished_run_has_no_problems_and_exits_with_0(tiny_run, capsys):
     assert main(["verify", str(tiny_run)]) == 0
-    assert capsys.readouterr().out == f"{tiny_run}: all is well\n"
+    assert capsys.readouterr().out == f"{tiny_run}: no problems found\n"
 
 
 def test_any_changed_byte_of_any_file_is_found(tiny_copy, capsys):
