@@ -1,8 +1,9 @@
 """What each command of `resmem` does: configuration -> stages, in order."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from beam_pipelines.build_datastore import build_datastore
 from beam_pipelines.build_index import build_index
@@ -103,9 +104,7 @@ def run_stages(
         return
     for stage in stages_of("run"):
         stage.check(run, **settings[stage.__name__])
-    with locked(run.path):
-        write_bytes(run.config, config.operative(settings).encode())
-        run.record_config()
+    with _configured(run, settings):
         for stage in stages_of(command):
             result = stage(run, **settings[stage.__name__])
             if stage is build_datastore:
@@ -114,6 +113,19 @@ def run_stages(
         print(format_results(read_json(run.results)))
     if command in ("report", "run"):
         print(f"Report: {run.report}")
+
+
+@contextlib.contextmanager
+def _configured(run: Run, settings: Settings) -> Iterator[None]:
+    """Hold the lock of a work directory whose config.gin has these settings."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run.path))
+            write_bytes(run.config, config.operative(settings).encode())
+            run.record_config()
+        except OSError as error:
+            raise UserError(f"--workdir={run} cannot be written ({error.strerror}): make room there or name another directory") from None
+        yield
 
 
 def _format_counts(counts: dict[str, int], documents: dict[str, int]) -> str:

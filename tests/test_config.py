@@ -276,7 +276,7 @@ def test_a_value_of_the_wrong_type_is_reported_with_the_right_one(binding, named
 
 
 @pytest.mark.parametrize(
-    ("binding", "said"),
+    ("binding", "error_start"),
     [
         ("num_heads=0", "num_heads = 0: take 1 or more"),
         ("dropout_rate=1.0", "dropout_rate = 1.0: take 0 or more and less than 1"),
@@ -285,22 +285,22 @@ def test_a_value_of_the_wrong_type_is_reported_with_the_right_one(binding, named
         ("mlp_activations=()", "mlp_activations = (): choose from linear, relu, gelu"),
     ],
 )
-def test_an_impossible_model_shape_is_reported_in_one_line(binding, said):
+def test_an_impossible_model_shape_is_reported_in_one_line(binding, error_start):
     error = error_of(f"ModelConfig.{binding}")
-    assert error.startswith(f"ModelConfig.{said}")
+    assert error.startswith(f"ModelConfig.{error_start}")
     assert "\n" not in error
 
 
 @pytest.mark.parametrize(
-    ("binding", "said"),
+    ("binding", "error_start"),
     [
         ("Part.width='wide'", "Part.width = 'wide' has the wrong type: it must be int"),
         ("Part.names=('a', 3)", "Part.names = ('a', 3) has the wrong type: it must be tuple[str, ...] | list[str]"),
     ],
 )
-def test_a_field_of_the_wrong_type_is_reported_with_the_right_one(binding, said):
+def test_a_field_of_the_wrong_type_is_reported_with_the_right_one(binding, error_start):
     config.parse([], ["use.part=@Part()", "Part.width=3", binding])
-    assert message(config.parameters, use) == said
+    assert message(config.parameters, use) == error_start
 
 
 def test_fields_that_are_not_set_are_named():

@@ -23,7 +23,7 @@ def names(parent):
     return [path.name for path in children(parent)]
 
 
-def test_what_is_published_is_found_by_what_it_was_made_from(parent):
+def test_an_artifact_is_found_by_its_provenance(parent):
     record = make(parent)
     assert find_record(parent, "shard", SOURCE) == record
     assert (record["provenance"], record["rows"], list(record["files"])) == (SOURCE, 3, ["things.bin"])
@@ -34,7 +34,7 @@ def test_what_is_published_is_found_by_what_it_was_made_from(parent):
 
 @pytest.mark.parametrize("existed", [True, False])
 @pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
-def test_an_attempt_that_raises_leaves_nothing_and_what_was_there(parent, existed, exception):
+def test_an_attempt_that_raises_publishes_nothing_and_keeps_the_earlier_artifact(parent, existed, exception):
     before = make(parent) if existed else None
     with pytest.raises(exception), publish(parent, "shard", SOURCE) as attempt:  # noqa: PT012 - what the block leaves behind is the point
         (attempt.folder / "things.bin").write_bytes(b"half")
@@ -43,7 +43,7 @@ def test_an_attempt_that_raises_leaves_nothing_and_what_was_there(parent, existe
     assert names(parent) == ([before["folder"], "shard.json"] if existed else [])
 
 
-def test_of_two_attempts_the_later_record_counts_and_the_earlier_folder_is_an_orphan(parent):
+def test_the_later_of_two_attempts_counts_and_the_earlier_folder_is_an_orphan(parent):
     first, second = make(parent), make(parent)
     assert first["folder"] != second["folder"]
     assert find_record(parent, "shard", SOURCE) == second
@@ -53,7 +53,7 @@ def test_of_two_attempts_the_later_record_counts_and_the_earlier_folder_is_an_or
     assert find_record(parent, "shard", SOURCE) == second
 
 
-def test_only_what_attempts_left_is_removed(parent):
+def test_only_orphans_are_removed(parent):
     kept, gone = make(parent, "kept"), make(parent, "gone")
     write_bytes(parent / "killed.0123abcd" / "half.bin", b"half")
     for mine in ("notes.txt", "notes/deep.txt", "notes.0123/deep.txt"):
@@ -67,14 +67,14 @@ def test_only_what_attempts_left_is_removed(parent):
     assert gone["folder"] not in names(parent)
 
 
-def test_a_changed_cut_or_missing_file_is_named_and_a_cut_or_missing_one_is_made_again(parent):
+def test_a_changed_truncated_or_missing_file_is_named(parent):
     record = make(parent)
     path = folder_of(parent, record) / "things.bin"
-    for content, says, found in ((b"thinks", "was altered", record), (b"thing", "has 5 bytes, its manifest has 6", None)):
+    for content, problem, wanted in ((b"thinks", "was altered", record), (b"thing", "has 5 bytes, its manifest has 6", None)):
         path.write_bytes(content)
-        (said,) = damaged_files(parent, record, checksums=True)
-        assert says in said
-        assert find_record(parent, "shard", SOURCE) == found
+        (line,) = damaged_files(parent, record, checksums=True)
+        assert problem in line
+        assert find_record(parent, "shard", SOURCE) == wanted
     path.unlink()
     assert list(damaged_files(parent, record)) == [f"{path} is missing"]
     assert find_record(parent, "shard", SOURCE) is None
@@ -98,14 +98,14 @@ def test_a_record_that_names_a_place_outside_is_refused(parent, name):
             list(damaged_files(parent, outside))
 
 
-def test_an_attempt_whose_folder_was_taken_away_publishes_nothing(tmp_path):
-    with pytest.raises(UserError, match="was taken away while it was written"), publish(tmp_path, "shard", SOURCE):
+def test_an_attempt_whose_folder_was_removed_publishes_nothing(tmp_path):
+    with pytest.raises(UserError, match="was removed while it was written"), publish(tmp_path, "shard", SOURCE):
         remove_orphans(tmp_path, [])
     assert names(tmp_path) == []
 
 
 def test_an_attempt_without_all_of_its_files_publishes_nothing(parent):
-    with pytest.raises(UserError, match="was taken away"), publish(parent, "shard", SOURCE, ["things.bin", "more.bin"]) as attempt:
+    with pytest.raises(UserError, match="was removed"), publish(parent, "shard", SOURCE, ["things.bin", "more.bin"]) as attempt:
         (attempt.folder / "things.bin").write_bytes(b"things")
     assert names(parent) == []
 
@@ -121,7 +121,7 @@ def test_a_record_that_cannot_be_read_now_is_an_error_and_not_a_missing_shard(tm
         find_record(tmp_path, "shard", SOURCE)
 
 
-def test_what_must_be_there_is_told_if_it_is_not(parent):
+def test_a_missing_required_artifact_is_reported(parent):
     make(parent)
     assert require_record(parent, "shard", SOURCE)["rows"] == 3
     for name, provenance in (("shard", {"text": "another"}), ("other", SOURCE)):

@@ -52,14 +52,14 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, holder):
 
 
 @pytest.mark.parametrize("place", ["here", "object storage"])
-def test_a_process_may_take_its_own_lock_again_and_gives_it_back_with_an_exception(tmp_path, place):
+def test_a_lock_is_reentrant_and_released_by_an_exception(tmp_path, place):
     workdir = tmp_path if place == "here" else to_path(f"memory://lock{tmp_path}")
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), locked(workdir), locked(workdir):
             raise KeyboardInterrupt
 
 
-def test_in_object_storage_a_lock_that_is_renewed_is_refused_and_one_that_is_not_is_taken_over(tmp_path, monkeypatch):
+def test_a_renewed_lock_in_object_storage_is_refused_and_an_abandoned_one_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("resmem_lm.workdir.lock.HEARTBEAT", 0.01)
     workdir = to_path(f"memory://lock{tmp_path}")
     over, begun = threading.Event(), threading.Event()
@@ -84,7 +84,7 @@ def test_in_object_storage_a_lock_that_is_renewed_is_refused_and_one_that_is_not
     assert not (workdir / ".lock").exists()
 
 
-def test_a_holder_that_was_silent_for_too_long_writes_nothing_more(tmp_path, monkeypatch):
+def test_a_holder_that_lost_its_lock_writes_nothing_more(tmp_path, monkeypatch):
     monkeypatch.setattr("resmem_lm.workdir.lock.HEARTBEAT", 0.05)
     workdir = to_path(f"memory://lost{tmp_path}")
     with locked(workdir):

@@ -11,7 +11,7 @@ from resmem_lm.workdir.storage import CHECKSUM, is_local, new_directory, read_js
 
 
 def message(call, *args, **kwargs):
-    """The one line that a UserError says."""
+    """Return the one-line message of the UserError."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -33,7 +33,7 @@ def test_names_are_paths_of_this_machine_or_addresses(monkeypatch, tmp_path):
     assert message(to_path, "gs:/bucket/x") == "gs:/bucket/x: an address of gs has two slashes: gs://bucket/x"
 
 
-def test_a_new_directory_takes_the_place_of_the_old(tmp_path):
+def test_a_new_directory_replaces_the_old(tmp_path):
     path = tmp_path / "things"
     write_bytes(path / "old.txt", b"old")
     with new_directory(path) as folder:
@@ -44,7 +44,7 @@ def test_a_new_directory_takes_the_place_of_the_old(tmp_path):
 
 @pytest.mark.parametrize("existed", [True, False])
 @pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
-def test_a_new_directory_vanishes_with_an_exception_and_the_old_stays(tmp_path, existed, exception):
+def test_an_exception_removes_the_new_directory_and_keeps_the_old(tmp_path, existed, exception):
     path = tmp_path / "things"
     if existed:
         write_bytes(path / "old.txt", b"old")
@@ -54,7 +54,7 @@ def test_a_new_directory_vanishes_with_an_exception_and_the_old_stays(tmp_path, 
     assert names_below(tmp_path) == (["things", "things/old.txt"] if existed else [])
 
 
-def test_what_a_killed_run_left_does_not_get_into_a_new_directory(tmp_path):
+def test_leftovers_of_a_killed_run_are_not_in_a_new_directory(tmp_path):
     killed = new_directory(tmp_path / "things")
     write_bytes(killed.__enter__() / "half.txt", b"half")
     with new_directory(tmp_path / "things") as folder:
@@ -80,7 +80,7 @@ def test_json_is_read_as_it_was_written_last_and_no_other_file_is_left(first, se
         assert [file.name for file in path.parent.iterdir()] == ["value.json"]
 
 
-def test_a_value_that_is_no_json_leaves_the_old_file_alone(tmp_path):
+def test_a_value_that_is_no_json_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "value.json", {"a": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "value.json", {"a": object()})
@@ -96,7 +96,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path):
 
 
 @given(RECORDS, st.data())
-def test_a_record_of_which_any_byte_was_changed_added_or_lost_is_refused(value, data):
+def test_a_record_with_any_changed_added_or_lost_byte_is_refused(value, data):
     whole = with_checksum(value)
     place = data.draw(st.integers(0, len(whole) - 1))
     byte = data.draw(st.binary(min_size=1, max_size=1).filter(lambda byte: byte != whole[place : place + 1]))
@@ -109,15 +109,15 @@ def test_a_record_of_which_any_byte_was_changed_added_or_lost_is_refused(value, 
 
 
 @given(RECORDS)
-def test_a_record_without_its_seal_is_refused(value):
+def test_a_record_without_its_checksum_is_refused(value):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "value.json"
         path.write_text(json.dumps(value, indent=2) + "\n")
-        assert message(read_json, path) == f"{path} is damaged (its seal does not fit its content): delete it and run its stage again"
+        assert message(read_json, path) == f"{path} is damaged (its checksum does not match its content): delete it and run its stage again"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff", b"{'a': 1}"])
-def test_damaged_json_is_named_with_the_mend(tmp_path, content):
+def test_damaged_json_is_reported_with_the_fix(tmp_path, content):
     path = tmp_path / "value.json"
     path.write_bytes(content)
     said = message(read_json, path)
@@ -125,7 +125,7 @@ def test_damaged_json_is_named_with_the_mend(tmp_path, content):
     assert said.endswith("): delete it and run its stage again")
 
 
-def test_missing_json_is_named_with_the_mend(tmp_path):
+def test_missing_json_is_reported_with_the_fix(tmp_path):
     assert message(read_json, tmp_path / "value.json") == f"{tmp_path / 'value.json'} is missing: run the stage that writes it again"
 
 
