@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 from resmem_lm.errors import UserError
+from resmem_lm.model import train_loop
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.decoder import init_parameters
@@ -25,20 +28,33 @@ MODEL = ModelConfig(vocab_size=256, emb_dim=16, num_heads=2, num_layers=1, head_
 SETTINGS = {"model": MODEL, "steps": 7, "batch_size": 4, "sequence_length": 32, "checkpoint_steps": 3, "learning_rate": 0.03}
 
 
+loss = functools.partial(jax.jit(loss_and_metrics, static_argnums=0), MODEL)
+
+
+def copy_text(tiny_run, workdir):
+    """Copy documents and vocabulary to a run that is not trained."""
+    for name in ("documents", "vocabulary"):
+        shutil.copytree(tiny_run / name, workdir / name)
+        (workdir / "stages").mkdir(exist_ok=True)
+        shutil.copy(tiny_run / "stages" / f"{name}.json", workdir / "stages")
+    return workdir
+
+
 @pytest.fixture
 def workdir(tiny_run, tmp_path):
-    """Return a run with documents and vocabulary, before training."""
-    for name in ("documents", "vocabulary"):
-        shutil.copytree(tiny_run / name, tmp_path / name)
-        (tmp_path / "stages").mkdir(exist_ok=True)
-        shutil.copy(tiny_run / "stages" / f"{name}.json", tmp_path / "stages")
-    return tmp_path
+    return copy_text(tiny_run, tmp_path)
 
 
-def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, tmp_path_factory, monkeypatch):
-    other = tmp_path_factory.mktemp("interrupted") / "run"
-    shutil.copytree(workdir, other)
-    whole = train(workdir, **SETTINGS)
+@pytest.fixture(scope="module")
+def trained(tiny_run, tmp_path_factory):
+    """Return a trained run, which no test changes."""
+    workdir = copy_text(tiny_run, tmp_path_factory.mktemp("trained"))
+    train(workdir, **SETTINGS)
+    return workdir
+
+
+def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, trained, monkeypatch):
+    whole = train(trained, **SETTINGS)
 
     class KilledError(Exception):
         pass
@@ -50,11 +66,11 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, t
     with monkeypatch.context() as patch:
         patch.setattr(Reporter, "update", killed)
         with pytest.raises(KilledError):
-            train(other, **SETTINGS)
-    assert not read_json(other / "stages/train.json")["finished"]
-    assert (other / "checkpoints/checkpoint_3").exists()
-    assert train(other, **SETTINGS) == whole
-    assert load_model(other / "checkpoints").fingerprint == whole["fingerprint"]
+            train(workdir, **SETTINGS)
+    assert not read_json(workdir / "stages/train.json")["finished"]
+    assert (workdir / "checkpoints/checkpoint_3").exists()
+    assert train(workdir, **SETTINGS) == whole
+    assert load_model(workdir / "checkpoints").fingerprint == whole["fingerprint"]
 
 
 def written(workdir, tag):
@@ -80,22 +96,19 @@ def test_the_loss_falls_and_is_written_for_tensorboard(tiny_run):
     assert held_out[-1] < losses[0] - 1
 
 
-def test_the_validation_loss_is_the_saved_models_mean_over_every_token_once(workdir):
-    train(workdir, **SETTINGS)
-    vocabulary, model = load_vocabulary(Run(workdir)), load_model(workdir / "checkpoints")
-    rows = pack(list(split_tokens(Run(workdir), "validation", vocabulary)), SETTINGS["sequence_length"])
+def test_the_validation_loss_is_the_saved_models_mean_over_every_token_once(trained):
+    vocabulary, model = load_vocabulary(Run(trained)), load_model(trained / "checkpoints")
+    rows = pack(list(split_tokens(Run(trained), "validation", vocabulary)), SETTINGS["sequence_length"])
     alone = [jax.tree.map(jnp.asarray, batch) for batch in one_pass(rows, batch_size=1)]
-    sums = [loss_and_metrics(MODEL, model.parameters, batch, None)[1] for batch in alone]
+    sums = [loss(model.parameters, batch, None)[1] for batch in alone]
     mean = sum(float(some["cross_entropy"]) for some in sums) / sum(float(some["tokens"]) for some in sums)
-    np.testing.assert_allclose(written(workdir, "validation/loss")[-1], mean, rtol=1e-5)
-    assert written(workdir, "validation/tokens")[-1] == sum(map(len, split_tokens(Run(workdir), "validation", vocabulary)))
+    np.testing.assert_allclose(written(trained, "validation/loss")[-1], mean, rtol=1e-5)
+    assert written(trained, "validation/tokens")[-1] == sum(map(len, split_tokens(Run(trained), "validation", vocabulary)))
 
 
-def test_training_without_validation_tokens_gives_the_same_model(workdir, tmp_path_factory):
-    other = tmp_path_factory.mktemp("without") / "run"
-    shutil.copytree(workdir, other)
-    assert train(workdir, **SETTINGS) == train(other, **SETTINGS, validation_tokens=0)
-    assert not written(other, "validation/loss")
+def test_training_without_validation_tokens_gives_the_same_model(workdir, trained):
+    assert train(trained, **SETTINGS) == train(workdir, **SETTINGS, validation_tokens=0)
+    assert not written(workdir, "validation/loss")
 
 
 def test_padding_and_other_rows_do_not_change_a_tokens_loss():
@@ -110,10 +123,10 @@ def test_padding_and_other_rows_do_not_change_a_tokens_loss():
         inputs[:, 0] = 0
         batch = {"decoder_input_tokens": inputs, "decoder_target_tokens": tokens, "decoder_segment_ids": segments}
         batch = jax.tree.map(jnp.asarray, batch)
-        return loss_and_metrics(MODEL, parameters, batch, None)
+        return loss(parameters, batch, None)
 
-    (loss, metrics), (padded_loss, padded_metrics) = sums(whole), sums(padded)
-    np.testing.assert_allclose(loss, padded_loss, rtol=1e-5)
+    (total, metrics), (padded_loss, padded_metrics) = sums(whole), sums(padded)
+    np.testing.assert_allclose(total, padded_loss, rtol=1e-5)
     assert metrics["tokens"] == padded_metrics["tokens"] == 52
     np.testing.assert_allclose(metrics["cross_entropy"], padded_metrics["cross_entropy"], rtol=1e-5)
 
@@ -168,22 +181,30 @@ def test_settings_out_of_their_range_are_refused(workdir, change, message):
         train(workdir, **(SETTINGS | change))
 
 
-def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path):
-    """Each run has its own process, because JAX reads the number of virtual devices at the start."""
+def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path_factory, monkeypatch):
+    """One and four devices have their own processes, because JAX reads the number of virtual devices at the start."""
     code = (
-        "import sys; from pathlib import Path; import resmem_lm.model.train as t; import resmem_lm.model.train_loop as s\n"
+        "import contextlib, sys; from resmem_lm.model import train_loop; from resmem_lm.model.train import train\n"
         "from resmem_lm.model.config import ModelConfig\n"
         "def write(step, scalars): print(*(repr(v) for k, v in scalars.items() if k.endswith('/loss')))\n"
-        "import contextlib; s.metrics = lambda *a, **k: contextlib.nullcontext(write)\n"
-        f"t.train(Path(sys.argv[1]), **{SETTINGS!r})"
+        "train_loop.metrics = lambda *a, **k: contextlib.nullcontext(write)\n"
+        f"train(sys.argv[1], **{SETTINGS!r})"
     )
-    losses = {}
-    for devices in (1, 2, 4):
-        shutil.copytree(workdir, tmp_path / f"run{devices}", ignore=lambda _, names: [n for n in names if n.startswith("run")])
+    processes = {}
+    for devices in (1, 4):
+        run = shutil.copytree(workdir, tmp_path_factory.mktemp("devices") / str(devices))
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", code, str(tmp_path / f"run{devices}")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        losses[devices] = [float(line) for line in done.stdout.split()]
-    assert len(losses[1]) == SETTINGS["steps"] + 3  # and those of validation, at three checkpoints
+        processes[devices] = subprocess.Popen([sys.executable, "-c", code, str(run)], env=environment, stdout=subprocess.PIPE, text=True)
+    losses = {2: []}
+
+    def write(step, scalars):
+        losses[2] += [value for name, value in scalars.items() if name.endswith("/loss")]
+
+    monkeypatch.setattr(train_loop, "metrics", lambda *_, **__: contextlib.nullcontext(write))
+    train(workdir, **SETTINGS)
+    for devices, process in processes.items():
+        losses[devices] = [float(line) for line in process.communicate()[0].split()]
+        assert process.returncode == 0
+    assert len(losses[1]) == SETTINGS["steps"] + 3  # and three validation losses, at the checkpoints
     for devices in (2, 4):
         np.testing.assert_allclose(losses[devices], losses[1], rtol=1e-5)
