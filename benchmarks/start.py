@@ -36,9 +36,9 @@ def _first_line(arguments: list[str]) -> float:
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout
-        process.stdout.readline()
+        output = process.stdout.readline()
         seconds = time.perf_counter() - start
-        output = process.stdout.read()
+        output += process.stdout.read()
     if process.returncode:
         raise RuntimeError(f"{arguments}: {output.decode()}")
     return seconds
