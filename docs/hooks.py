@@ -59,7 +59,14 @@ def _settings(function: Callable[..., Any], not_settings: set[str], sections: li
     described = {item.name: " ".join(item.description.split()) for section in sections if section.kind in kinds for item in section.value}
     for name, default in defaults(function).items():
         if name not in not_settings:
-            yield Setting(name, "required" if default is inspect.Parameter.empty else f"`{default!r}`", described.get(name, ""))
+            yield Setting(name, shown(default), described.get(name, ""))
+
+
+def shown(default: Any) -> str:
+    """Return a default as the page shows it."""
+    if default is inspect.Parameter.empty:
+        return "required"
+    return f"`{type(default).__name__}()`" if dataclasses.is_dataclass(default) else f"`{default!r}`"
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:

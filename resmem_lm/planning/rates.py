@@ -51,14 +51,23 @@ SPLITS = ("test", "validation", "train")  # as `prepare_documents` orders them b
 @gin.register(module="resmem_lm")
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Speeds of one worker; None is measured."""
+    """Speeds of one worker; None is measured.
 
-    train_tokens_per_second: Number | None = None  # in `train`
-    tokens_per_second: Number | None = None  # window tokens, context included, in `build`
-    index_rows_per_second: Number | None = None  # in `index`
-    query_tokens_per_second: Number | None = None  # window tokens in `search`, without the index
-    queries_per_second: Number | None = None  # in one shard of the index
-    evaluated_queries_per_second: Number | None = None  # in `evaluate`
+    Attributes:
+        train_tokens_per_second: in `train`.
+        tokens_per_second: window tokens, context included, in `build`.
+        index_rows_per_second: in `index`.
+        query_tokens_per_second: window tokens in `search`, without the index.
+        queries_per_second: in one shard of the index.
+        evaluated_queries_per_second: in `evaluate`.
+    """
+
+    train_tokens_per_second: Number | None = None
+    tokens_per_second: Number | None = None
+    index_rows_per_second: Number | None = None
+    query_tokens_per_second: Number | None = None
+    queries_per_second: Number | None = None
+    evaluated_queries_per_second: Number | None = None
 
     def check(self) -> None:
         """Raise UserError for a number out of its range."""
@@ -159,26 +168,16 @@ def _small_run(folder: Path, stages: StageSettings, texts: list[str], size: int,
     window, k = window_of(stages), stages["search"]["neighbors"]
     # Half a batch of windows at least, or padding would hide that a larger run computes more.
     queries = int(max(QUERIES, ROWS * window.length // 2) * size**0.5 / min(validation, 1 - validation))
-    wanted = {
-        # An index has a tree from SMALL rows on.
-        "train": max(2 * size * ROWS * window.stride, 2 * k, int(1.2 * SMALL) if size > 1 else 0),
-        "validation": int(queries * validation),
-        "test": int(queries * (1 - validation)),
-    }
+    # An index has a tree from SMALL rows on.
+    rows = max(2 * size * ROWS * window.stride, 2 * k, int(1.2 * SMALL) if size > 1 else 0)
+    wanted = {"train": rows, "validation": int(queries * validation), "test": int(queries * (1 - validation))}
     file.write_text(shard_content(_draw(texts, vocabulary, wanted)), encoding="utf-8")
     if "train" in stages:
         stages = stages | {"train": stages["train"] | {"steps": 2 * size, "checkpoint_steps": 2 * size}}
     stages = stages | {"prepare_documents": stages["prepare_documents"] | {"text": str(file)}}
     memory = {}
-    for stage in (
-        prepare_documents,
-        make_vocabulary,
-        train if "train" in stages else take_checkpoint,
-        build_datastore,
-        build_index,
-        search,
-        evaluate,
-    ):
+    model = train if "train" in stages else take_checkpoint
+    for stage in (prepare_documents, make_vocabulary, model, build_datastore, build_index, search, evaluate):
         reset_peak_memory()
         stage(run, **stages[stage.__name__])
         memory[stage.name] = peak_memory()

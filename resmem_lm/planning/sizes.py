@@ -54,12 +54,19 @@ def check_numbers(of: str, least: int, **values: Number | None) -> None:
 @gin.register(module="resmem_lm")
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """Amounts of text; None is counted in the work directory."""
+    """Amounts of text; None is counted in the work directory.
 
-    rows: Number | None = None  # tokens in the datastore
-    queries: Number | None = None  # tokens of validation and test
-    documents: Number | None = None  # of rows and queries; 450 tokens each if neither given nor counted
-    bytes_per_token: Number = 4.5  # where the text is not counted
+    Attributes:
+        rows: tokens in the datastore.
+        queries: tokens of validation and test.
+        documents: of rows and queries; 450 tokens each if neither given nor counted.
+        bytes_per_token: where the text is not counted.
+    """
+
+    rows: Number | None = None
+    queries: Number | None = None
+    documents: Number | None = None
+    bytes_per_token: Number = 4.5
 
     def check(self) -> None:
         """Raise UserError for a number out of its range."""
@@ -198,7 +205,7 @@ def query_bytes(settings: StageSettings) -> dict[str, int]:
     }
 
 
-def sizes(settings: StageSettings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
+def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
     """Return the bytes of each kind of file of a work directory, without a few hundred kB of records, metrics and the report.
 
     Args:
@@ -275,7 +282,7 @@ def checkpoint_bytes(settings: StageSettings) -> int:
 
 
 def file_bytes(run: Run) -> dict[str, int]:
-    """Return the bytes of each kind of file of a finished run, with the names of `sizes`."""
+    """Return the bytes of each kind of file of a finished run, with the names of `planned_bytes`."""
     found: dict[str, int] = {}
     for path in files_below(run.path):
         kind = inside(path, run.path).split("/")[0]

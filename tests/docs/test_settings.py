@@ -41,8 +41,8 @@ def test_every_setting_of_a_stage_is_on_the_page_with_its_default(hooks: ModuleT
             assert list(rows) == [parameter.name for parameter in parameters]
             for parameter in parameters:
                 default = "required" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
-                assert rows[parameter.name] == default
                 assert f"| `{parameter.name}` | {default} | " in page
+                assert rows[parameter.name] == default
 
 
 def test_every_function_has_a_summary_and_every_setting_a_description(hooks: ModuleType) -> None:
