@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import Setting
+from resmem_lm.evaluation.evaluate import evaluate
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.statistics import accuracy_metrics, bootstrap_interval
@@ -61,6 +63,22 @@ def test_tuning_chooses_the_most_accurate_of_each_kind_and_the_first_of_equals()
     found = tune(counts)
     assert (found["resmem_lambda1"].k, found["resmem"].lambda_, found["knnlm"].k) == (1, 0.5, 8)
     assert found["knn"] == Setting("knnlm", 4, 1.0, 1.0, 1.0)  # p_kNN has no temperature
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperatures": (0.3, 1.0)}, r"the datastore has no sums for T = \[0.3\]; choose from"),
+        ({"temperatures": (1.4,)}, "1.0 in temperatures"),
+        ({"sigmas": (0.0, 1.0)}, "needs sigmas above 0"),
+        ({"lambdas": (-0.5, 1.0)}, "lambdas of 0 or more"),
+        ({"lambdas": (1.0,)}, "1.0 and a smaller number in lambdas"),
+        ({"ks": (0, 13)}, "needs a number from 1 to 12 in ks"),
+    ],
+)
+def test_a_grid_without_usable_hyperparameters_is_an_error(tiny_run, setting, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.function(Run(tiny_run), **setting)
 
 
 def test_counts_of_the_sweep_equal_counts_of_the_predictions(tiny_run):
