@@ -210,7 +210,8 @@ def loop(recipe: Recipe, state: State, folder: Path, save: Callable[[State], Non
     ):
         stopwatch = _Stopwatch()
         while state.step < recipe.steps:
-            state, sums = _step(recipe, state)
+            parameters, moments, sums = recipe.update(state.parameters, state.optimizer, recipe.rows[state.step], np.int32(state.step))
+            state = State(state.step + 1, parameters, moments)
             recent.append(sums)
             last = state.step == recipe.steps
             checkpoint = last or state.step % recipe.checkpoint_steps == 0
@@ -232,8 +233,3 @@ def loop(recipe: Recipe, state: State, folder: Path, save: Callable[[State], Non
             if checkpoint:
                 with stopwatch.paused():
                     save(state)
-
-
-def _step(recipe: Recipe, state: State) -> tuple[State, dict[str, Array]]:
-    parameters, optimizer_state, sums = recipe.update(state.parameters, state.optimizer, recipe.rows[state.step], np.int32(state.step))
-    return State(state.step + 1, parameters, optimizer_state), sums
