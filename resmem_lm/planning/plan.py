@@ -15,22 +15,10 @@ from resmem_lm.evaluation.search_job import GROUPS, LOOKUP_TOKENS
 from resmem_lm.evaluation.statistics import BOOTSTRAP_SAMPLES
 from resmem_lm.memory.index import SMALL
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_bytes, index_memory, largest_index
+from resmem_lm.planning import sizes
 from resmem_lm.planning.machine import processor
 from resmem_lm.planning.rates import Cost, Costs, Rates, measure
-from resmem_lm.planning.sizes import (
-    Amounts,
-    Counts,
-    Number,
-    StageSettings,
-    assume,
-    check_numbers,
-    checkpoint_bytes,
-    count,
-    key_dimensions,
-    query_bytes,
-    searching_bytes,
-    sizes,
-)
+from resmem_lm.planning.sizes import Amounts, Counts, Number, StageSettings, check_numbers, key_dimensions
 from resmem_lm.report.tables import aligned
 from resmem_lm.text import docstrings
 from resmem_lm.text.shards import read_shard, shard_paths
@@ -113,8 +101,8 @@ def plan(
         stage: StageCosts(alone, alone * math.ceil(n / workers) / n if (n := parts.get(stage, 1)) > 1 else None, memories.get(stage))
         for stage, alone in seconds.items()
     }
-    files = sizes(settings, counts, index_rows=index_rows, checkpoint=checkpoint_bytes(settings))
-    made = Plan(counts, counted, files, searching_bytes(settings, counts, len(index_rows)), stages, index_rows, used)
+    files = sizes.planned_bytes(settings, counts, index_rows=index_rows, checkpoint=sizes.checkpoint_bytes(settings))
+    made = Plan(counts, counted, files, sizes.searching_bytes(settings, counts, len(index_rows)), stages, index_rows, used)
     print(_format(made, workers=int(workers), memory=memory))
     return made
 
@@ -124,14 +112,14 @@ def _counts(run: Run | None, settings: StageSettings, text_stages: Any, amounts:
     if run:
         for stage in text_stages:
             stage(run, **settings[stage.__name__])
-        counts = count(run, settings)
+        counts = sizes.count(run, settings)
         if not (amounts.rows or amounts.queries or amounts.documents):
             return counts, True
         amounts = dataclasses.replace(amounts, rows=amounts.rows or counts.rows, queries=amounts.queries or counts.all_queries)
     for name in ("rows", "queries"):
         if getattr(amounts, name) is None:
             raise UserError(f"Amounts.{name} is not set: give --{name}=..., or --workdir=... whose text is counted")
-    return assume(settings, amounts), False
+    return sizes.assume(settings, amounts), False
 
 
 def _index_rows(settings: StageSettings, counts: Counts, memory: int) -> list[int]:
@@ -213,7 +201,9 @@ def _memory(settings: StageSettings, counts: Counts, index_rows: list[int], cost
         "build": 2 * 48 * max(shard.tokens for shard in counts.shards),  # two shards at a time: text, tokens and Python's numbers of them
         "index": 0 if kind == "exact" else index_memory(kind, most, dimensions, settings["build_index"]["training_rows"]),
         # The larger of two merged shards, in parts and together, and of the neighbors of many shards with an index.
-        "search": max(4 * query_shard * sum(query_bytes(settings).values()), 24 * k * looked_up + index_bytes(kind, most, dimensions)),
+        "search": max(
+            4 * query_shard * sum(sizes.query_bytes(settings).values()), 24 * k * looked_up + index_bytes(kind, most, dimensions)
+        ),
         "evaluate": largest * 5 * HELD_PREDICTIONS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
     return {stage: costs.memory.get(stage, PROCESS_BYTES) + size for stage, size in grows.items()}
@@ -236,7 +226,12 @@ def _format(made: Plan, *, workers: int, memory: int) -> str:
     documents = sum(split.documents for split in (*counts.shards, *counts.queries.values()))
     computed = sum(shard.window_tokens for shard in counts.shards)
     stages = [
-        [name, duration(stage.seconds), duration(stage.shared_seconds) if stage.shared_seconds else "", size_text(stage.memory or 0)]
+        [
+            name,
+            duration(stage.seconds),
+            duration(stage.shared_seconds) if stage.shared_seconds else "",
+            size_text(stage.memory) if stage.memory else "",
+        ]
         for name, stage in made.stages.items()
     ]
     rates = [

@@ -12,7 +12,7 @@ from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, largest_in
 from resmem_lm.planning import rates
 from resmem_lm.planning.plan import duration, plan, size_text
 from resmem_lm.planning.rates import Rates
-from resmem_lm.planning.sizes import Amounts, assume, checkpoint_bytes, count, file_bytes, sizes
+from resmem_lm.planning.sizes import Amounts, assume, checkpoint_bytes, count, file_bytes, planned_bytes
 from resmem_lm.planning.tree_costs import TreeCosts
 from resmem_lm.workdir.run import Run
 from tests.tiny import arguments
@@ -43,7 +43,7 @@ def unmeasured(monkeypatch):
         raise AssertionError("something was measured although every rate was given")
 
     monkeypatch.setattr("resmem_lm.planning.plan.measure", measure)
-    monkeypatch.setattr("resmem_lm.planning.plan.checkpoint_bytes", lambda _: 12345)  # which takes seconds
+    monkeypatch.setattr("resmem_lm.planning.sizes.checkpoint_bytes", lambda _: 12345)  # which takes seconds
 
 
 def planned(settings, *, workers=1, memory_gib=None, **amounts):
@@ -52,7 +52,7 @@ def planned(settings, *, workers=1, memory_gib=None, **amounts):
 
 def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
     counts = count(Run(tiny_run), settings)
-    found = sizes(settings, counts, index_rows=[counts.rows], checkpoint=checkpoint_bytes(settings))
+    found = planned_bytes(settings, counts, index_rows=[counts.rows], checkpoint=checkpoint_bytes(settings))
     run = file_bytes(Run(tiny_run))
     # Orbax writes another number of files each time: 0.05% of T5-small's checkpoint, a few percent of this one.
     within = {name: 0.1 if name == "checkpoints" else 0.01 for name in found}
@@ -169,7 +169,7 @@ def test_all_bytes_grow_with_rows_and_queries(settings):
     def of(rows, queries):
         counts = assume(settings, Amounts(rows, queries, (rows + queries) // 100, bytes_per_token=4.0))
         assert (counts.rows, counts.all_queries) == (rows, queries)
-        return sizes(settings, counts, index_rows=[rows], checkpoint=1)
+        return planned_bytes(settings, counts, index_rows=[rows], checkpoint=1)
 
     small, more_rows, more_queries = of(30_000, 3_000), of(60_000, 3_000), of(30_000, 6_000)
     for name in small:
