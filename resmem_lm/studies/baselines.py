@@ -147,7 +147,7 @@ def _frequencies(datastore: Datastore, tokens: Int[np.ndarray, " tokens"]) -> Fl
     return counts[tokens].astype(np.float64)
 
 
-def ranges(values: Float[np.ndarray, " tokens"], edges: Sequence[float]) -> Iterator[tuple[str, Mask]]:
+def ranges(values: Float[np.ndarray, " tokens"], edges: Sequence[int | float]) -> Iterator[tuple[str, Mask]]:
     """Yield (range, mask of the tokens in it) for each range between edges that has tokens."""
     places = np.searchsorted(edges, values, side="right")
     shown = [f"{edge:,.0f}" if edge >= 1000 else f"{edge:.4g}" for edge in edges]

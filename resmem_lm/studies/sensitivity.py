@@ -83,7 +83,7 @@ def study_sensitivity(
     return write_study(run, "sensitivity", title="Sensitivity (Figures 5 and 6)", text=text, rows=rows, draw=draw)
 
 
-def _vary_fixed(test: SplitScorer, methods: Record, varied: Values, calibrated_lambdas: Sequence[float]) -> dict[str, Found]:
+def _vary_fixed(test: SplitScorer, methods: Record, varied: Values, calibrated_lambdas: Sequence[int | float]) -> dict[str, Found]:
     """Vary ResMem with the paper's and with the chosen hyperparameters, and Calibrated ResMem, which has lambdas of its own."""
     found = {}
     for name in ("resmem_paper", "resmem"):

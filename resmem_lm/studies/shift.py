@@ -173,7 +173,7 @@ def _steps_within(setup: Setup, seconds: float) -> int:
     return int(read_json(record)["steps"])
 
 
-def _fine_tune(setup: Setup, steps: int, learning_rates: Sequence[float]) -> Run:
+def _fine_tune(setup: Setup, steps: int, learning_rates: Sequence[int | float]) -> Run:
     """Fine-tune the model with each learning rate; return the work directory of the model that is best on validation."""
     found: dict[float, tuple[float, Run]] = {}
     for rate in learning_rates:

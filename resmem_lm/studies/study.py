@@ -24,13 +24,13 @@ def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[..
     return stage(name=f"study-{name}", after=after, policy="redo")
 
 
-def check_values(setting: str, values: Sequence[float], allowed: Callable[[float], bool], wanted: str) -> None:
+def check_values(setting: str, values: Sequence[int | float], allowed: Callable[[Any], bool], wanted: str) -> None:
     """Raise UserError if the setting has no values, or a value that is not allowed."""
     if not values or not all(map(allowed, values)):
         raise UserError(f"{setting} = {values}: take one or more numbers {wanted}")
 
 
-def check_some(setting: str, values: Sequence[float], allowed: Callable[[float], bool], wanted: str) -> list[Any]:
+def check_some(setting: str, values: Sequence[int | float], allowed: Callable[[Any], bool], wanted: str) -> list[Any]:
     """Return the values that are allowed. Raise UserError if there are none."""
     if not (usable := [value for value in values if allowed(value)]):
         raise UserError(f"{setting} = {values}: take one or more numbers {wanted}")

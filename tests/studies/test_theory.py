@@ -125,4 +125,4 @@ def test_unusable_settings_are_refused(tmp_path, settings):
 
 def test_the_study_needs_no_run_and_an_unknown_setting_is_an_error(tmp_path, capsys):
     assert main(["study", "theory", f"--workdir={tmp_path}", "--gin.study_theory.size=3"]) == 2
-    assert "did you mean sizes?" in capsys.readouterr().err
+    assert "doesn't have a parameter named 'size'" in capsys.readouterr().err
