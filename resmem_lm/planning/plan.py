@@ -86,8 +86,8 @@ def plan(
     rates.check()
     check_numbers("plan", 1, workers=workers)
     check_numbers("plan", 0, memory_gib=memory_gib)
-    if settings["build_datastore"]["shards"] == 0:
-        raise UserError("build_datastore.shards = 0: take 1 or more, or None for all")
+    if (shards := settings["build_datastore"]["shards"]) is not None and shards < 1:
+        raise UserError(f"build_datastore.shards = {shards}: take 1 or more, or None for all")
     counts, counted = _counts(run, settings, text_stages, amounts)
     memory = int((memory_gib or settings["build_index"]["memory_gib"]) * 2**30)
     index_rows = _index_rows(settings, counts, memory)
@@ -195,15 +195,13 @@ def _memory(settings: StageSettings, counts: Counts, index_rows: list[int], cost
     most, largest = max(index_rows), max(split.tokens for split in counts.queries.values())
     query_shard = largest * len(counts.queries) // counts.query_shards
     documents = max(split.documents for split in counts.queries.values())
-    looked_up = min(counts.all_queries, max(query_shard, LOOKUP_TOKENS))
+    looked_up, merged = min(counts.all_queries, max(query_shard, LOOKUP_TOKENS)), sum(sizes.query_bytes(settings).values())
     grows = {
         "train": 24 * counts.train_tokens,  # lists of tokens, then rows of tokens and of segments
         "build": 2 * 48 * max(shard.tokens for shard in counts.shards),  # two shards at a time: text, tokens and Python's numbers of them
         "index": 0 if kind == "exact" else index_memory(kind, most, dimensions, settings["build_index"]["training_rows"]),
         # The larger of two merged shards, in parts and together, and of the neighbors of many shards with an index.
-        "search": max(
-            4 * query_shard * sum(sizes.query_bytes(settings).values()), 24 * k * looked_up + index_bytes(kind, most, dimensions)
-        ),
+        "search": max(4 * query_shard * merged, 24 * k * looked_up + index_bytes(kind, most, dimensions)),
         "evaluate": largest * 5 * HELD_PREDICTIONS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
     return {stage: costs.memory.get(stage, PROCESS_BYTES) + size for stage, size in grows.items()}
@@ -215,7 +213,7 @@ def duration(seconds: float) -> str:
     return humanize.precisedelta(seconds, minimum_unit=unit, suppress=("years", "months"), format="%.2g")
 
 
-def size_text(size: int) -> str:
+def size_text(size: Number) -> str:
     """Return a size as "1.678 TB"."""
     return humanize.naturalsize(size, format="%.4g")
 
@@ -226,12 +224,7 @@ def _format(made: Plan, *, workers: int, memory: int) -> str:
     documents = sum(split.documents for split in (*counts.shards, *counts.queries.values()))
     computed = sum(shard.window_tokens for shard in counts.shards)
     stages = [
-        [
-            name,
-            duration(stage.seconds),
-            duration(stage.shared_seconds) if stage.shared_seconds else "",
-            size_text(stage.memory) if stage.memory else "",
-        ]
+        [name, *("" if value is None else text(value) for text, value in zip((duration, duration, size_text), stage, strict=True))]
         for name, stage in made.stages.items()
     ]
     rates = [
