@@ -34,7 +34,7 @@ def write_keys(folder, keys, deleted=()):
     for number, part in enumerate(np.split(keys, [len(keys) // 3])):
         with publish(folder, shard_name(number, 2), BINDING) as attempt:
             # Padded, because JAX compiles for each shape.
-            padded = np.pad(part, ((0, (1 << len(part).bit_length()) - len(part)), (0, 0)))
+            padded = np.pad(part, ((0, max(256, 1 << len(part).bit_length()) - len(part)), (0, 0)))
             for name, array in zip(("quantized_keys", "key_scales"), quantize_keys(jnp.asarray(padded)), strict=True):
                 np.save(attempt.folder / f"{name}.npy", np.asarray(array)[: len(part)])
             attempt.facts |= {"rows": len(part), "deleted": [] if number else list(deleted)}
