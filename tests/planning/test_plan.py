@@ -31,7 +31,7 @@ AMOUNTS = {"rows": 1000, "queries": 300, "documents": 20}
 
 @pytest.fixture
 def settings(tmp_path):
-    """The tiny configuration's, as the command has them."""
+    """The settings of the tiny configuration, by stage."""
     gin_file, _, text = arguments(tmp_path, tmp_path / "run")
     config.parse([gin_file.removeprefix("--gin_file=")], [text.removeprefix("--gin.")])
     return {stage.__name__: config.parameters(stage) for stage in stages_of("run")}
@@ -43,18 +43,18 @@ def unmeasured(monkeypatch):
         raise AssertionError("something was measured although every rate was given")
 
     monkeypatch.setattr("resmem_lm.planning.plan.measure", measure)
-    monkeypatch.setattr("resmem_lm.planning.sizes.checkpoint_bytes", lambda _: 12345)  # which takes seconds
+    monkeypatch.setattr("resmem_lm.planning.sizes.checkpoint_bytes", lambda _: 12345)  # it takes seconds
 
 
 def planned(settings, *, workers=1, memory_gib=None, **amounts):
     return plan(None, settings, amounts=Amounts(**(AMOUNTS | amounts)), rates=Rates(**RATES), workers=workers, memory_gib=memory_gib)
 
 
-def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
+def test_planned_bytes_equal_those_of_a_finished_run(tiny_run, settings):
     counts = count(Run(tiny_run), settings)
     found = planned_bytes(settings, counts, index_rows=[counts.rows], checkpoint=checkpoint_bytes(settings))
     run = file_bytes(Run(tiny_run))
-    # Orbax writes another number of files each time: 0.05% of T5-small's checkpoint, a few percent of this one.
+    # Orbax writes a different number of files each time: 0.05% of T5-small's checkpoint, a few percent of this one.
     within = {name: 0.1 if name == "checkpoints" else 0.01 for name in found}
     # An index of so few rows has no files.
     assert {name: size for name, size in found.items() if abs(size - run.get(name, 0)) > within[name] * size} == {}
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_a_finished_run(tiny_run, settings):
     assert sum(run[name] for name in unplanned) < 300_000
 
 
-def test_a_workdir_is_counted_and_its_stages_are_not_made_again(tiny_run, tiny_copy, unmeasured, capsys):
+def test_a_work_directory_is_counted_and_its_stages_do_not_run_again(tiny_run, tiny_copy, unmeasured, capsys):
     record = (tiny_copy / "stages" / "documents.json").read_bytes()
     assert main(["plan", *arguments(tiny_run.parent, tiny_copy), *GIVEN]) == 0
     documents = sum(len(path.read_text().splitlines()) for path in tiny_copy.glob("documents/*.jsonl"))
@@ -95,14 +95,14 @@ def test_given_rates_are_used_and_nothing_is_measured(settings, unmeasured, caps
 def test_workers_share_the_build(settings, unmeasured):
     alone, shared = planned(settings), planned(settings, workers=2)
     assert shared.stages["build"].seconds == alone.stages["build"].seconds
-    # One of them makes two of the three shards.
+    # One worker builds two of the three shards.
     assert shared.stages["build"].shared_seconds == pytest.approx(alone.stages["build"].seconds * 2 / 3)
-    # More workers than shards have nothing to do.
+    # Workers beyond the number of shards have nothing to do.
     assert planned(settings, workers=1000).stages["build"].shared_seconds == pytest.approx(alone.stages["build"].seconds / 3)
     assert shared.stages["train"].shared_seconds is None
 
 
-def test_flags_beat_the_gin_file(tmp_path, unmeasured, capsys):
+def test_options_replace_the_settings_of_the_gin_file(tmp_path, unmeasured, capsys):
     gin_file, _, text = arguments(tmp_path, tmp_path / "run")
     with (tmp_path / "tiny.gin").open("a") as file:
         file.write("Amounts.rows = 5000\nAmounts.queries = 700\nAmounts.documents = 30\n")
@@ -151,7 +151,7 @@ def test_shards_of_the_index_are_whole_shards_of_the_datastore_and_fit_the_memor
     assert made.stages["search"].seconds >= planned(settings, rows=200_010, memory_gib=128).stages["search"].seconds
 
 
-def test_the_memory_that_a_refusal_names_is_enough(settings, unmeasured):
+def test_the_memory_that_an_error_names_is_enough(settings, unmeasured):
     amounts = {"rows": 200_000_000, "queries": 300, "documents": 20_000}
     with pytest.raises(UserError, match=r"the largest shard of the datastore has 66666667: take [\d.]+, or more") as caught:
         planned(settings, **amounts, memory_gib=2)
@@ -159,7 +159,7 @@ def test_the_memory_that_a_refusal_names_is_enough(settings, unmeasured):
     assert len(planned(settings, **amounts, memory_gib=enough).index_rows) == 3
 
 
-def test_memory_is_that_of_the_configured_index_if_none_is_given(settings, unmeasured):
+def test_the_default_memory_is_the_memory_of_the_index(settings, unmeasured):
     settings["build_datastore"]["shards"] = 20
     settings["build_index"]["memory_gib"] = 1.02
     assert planned(settings, rows=200_010).index_rows == planned(settings, rows=200_010, memory_gib=1.02).index_rows
@@ -174,13 +174,13 @@ def test_all_bytes_grow_with_rows_and_queries(settings):
     small, more_rows, more_queries = of(30_000, 3_000), of(60_000, 3_000), of(30_000, 6_000)
     for name in small:
         split = {"datastore": more_rows, "neighbors": more_queries}.get(name.partition("/")[0])
-        if split and small[name] > 50_000:  # below, headers count
+        if split and small[name] > 50_000:  # in smaller files headers matter
             assert split[name] == pytest.approx(2 * small[name], rel=0.01), name
     assert sum(more_rows.values()) > sum(small.values()) < sum(more_queries.values())
 
 
 @pytest.mark.parametrize(("rows", "documents"), [(100_000, 1000), (100_000, 30_000), (100_000, 10)])
-def test_context_costs_more_tokens_than_are_emitted_and_at_most_a_stride_for_a_window(settings, rows, documents):
+def test_windows_compute_more_tokens_than_rows_and_at_most_their_context_more(settings, rows, documents):
     counts = assume(settings, Amounts(rows, 10, documents, bytes_per_token=4.0))
     computed = sum(shard.window_tokens for shard in counts.shards)
     padding = 16 * 32 * len(counts.shards)
@@ -201,7 +201,7 @@ def test_small_runs_measure_every_rate(tiny_run, settings, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", ["faiss", "scann"])
-def test_what_an_index_costs_grows_with_its_rows(kind):
+def test_the_costs_of_an_index_grow_with_its_rows(kind):
     costs = TreeCosts(kind, multiplication=1e-9, comparison=1e-9, ranking=1e-5)
     build = [costs.build_seconds(rows, 64, 100_000) for rows in (20_000, 10**6, 10**9)]
     search = [costs.search_seconds(rows, 64) for rows in (20_000, 10**6, 10**9)]
