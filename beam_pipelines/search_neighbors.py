@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from beam_pipelines.build_index import OneAtATime
 from beam_pipelines.runner import count, run_units
 from resmem_lm.errors import UserError
-from resmem_lm.evaluation.deepnet_arrays import deepnet_arrays
-from resmem_lm.evaluation.neighbors import Queries, common
+from resmem_lm.evaluation.neighbors import Queries, common, deepnet_arrays
 from resmem_lm.evaluation.search_job import Lookup, QueryShard, SearchJob, checksum_of_queries, group_numbers, part_name, query_shards
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays

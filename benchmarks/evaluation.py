@@ -9,8 +9,7 @@ from benchmarks.encode import fast_argmax
 from benchmarks.inputs import our_index
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
-from resmem_lm.evaluation.deepnet_arrays import deepnet_arrays
-from resmem_lm.evaluation.neighbors import Queries
+from resmem_lm.evaluation.neighbors import Queries, deepnet_arrays
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.tuning import grid_of
 from resmem_lm.memory.datastore import open_datastore

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, sha256
 
 BASE_CANDIDATES = 32
+DEEPNET_ARRAYS = ("target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
 
 
 class Queries(NamedTuple):
@@ -117,14 +118,14 @@ def _outputs(
     return target_logits, *choose_candidates(logits, tokens, BASE_CANDIDATES), log_partition(logits, temperatures)
 
 
-def deepnet_outputs(
+def deepnet_arrays(
     model: Model,
     datastore: Datastore,
     hidden: Float[np.ndarray, "queries emb"],
     targets: Int[np.ndarray, " queries"],
     neighbor_tokens: Integer[np.ndarray, "queries k"],
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield blocks of (target_logits, candidate_ids, candidate_logits, bound, log_partition), in the queries' order.
+) -> dict[str, np.ndarray]:
+    """Return the arrays of `Queries` that DeepNet computes: `DEEPNET_ARRAYS`.
 
     Args:
         model: DeepNet.
@@ -133,11 +134,13 @@ def deepnet_outputs(
         targets: their tokens.
         neighbor_tokens: their neighbors' tokens.
     """
-    for start in range(0, len(targets), TOKENS):
+    blocks = []
+    for start in range(0, max(1, len(targets)), TOKENS):  # without queries, one block gives the arrays' widths
         count = min(TOKENS, len(targets) - start)
         some = [
             np.pad(array[start : start + count], [(0, TOKENS - count)] + [(0, 0)] * (array.ndim - 1))
             for array in (hidden, targets, neighbor_tokens.astype(np.int32))
         ]
         parts = _outputs(model.parameters, *some, logits_of=model.logits, temperatures=datastore.binding.temperatures)
-        yield tuple(np.asarray(part)[:count] for part in parts)
+        blocks.append([np.asarray(part)[:count] for part in parts])
+    return {name: np.concatenate(parts) for name, parts in zip(DEEPNET_ARRAYS, zip(*blocks, strict=True), strict=True)}

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.evaluate import Grid
-from resmem_lm.evaluation.neighbors import Queries, deepnet_outputs, open_queries, recall
+from resmem_lm.evaluation.neighbors import Queries, deepnet_arrays, open_queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.statistics import accuracy_metrics
 from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
@@ -35,7 +35,6 @@ from resmem_lm.workdir.storage import Record, read_json, remove, sha256, write_j
 METHODS = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
 INPUTS = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
 ENCODED = ("keys.npy", "hidden.npy")
-SEARCHED = ("rows", "distances", "neighbor_tokens", "target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
 Certified = tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]  # predictions, and which of them are certified
 
 
@@ -147,9 +146,9 @@ class FractionSearch:
         queries, encoded = self.queries[split], self.encoded[split]
         rows, distances = search_shards(self.run, part, np.asarray(encoded["keys"]), self.neighbors)
         neighbor_tokens = part.take("tokens", np.maximum(rows, 0))
-        outputs = deepnet_outputs(self.worker.model, part, np.asarray(encoded["hidden"]), queries.tokens, neighbor_tokens)
-        arrays = [rows, distances, neighbor_tokens, *(np.concatenate(blocks) for blocks in zip(*outputs, strict=True))]
-        found: dict[str, Any] = {name: ShardedArray([array]) for name, array in zip(SEARCHED, arrays, strict=True)}
+        arrays = {"rows": rows, "distances": distances, "neighbor_tokens": neighbor_tokens}
+        arrays |= deepnet_arrays(self.worker.model, part, np.asarray(encoded["hidden"]), queries.tokens, neighbor_tokens)
+        found: dict[str, Any] = {name: ShardedArray([array]) for name, array in arrays.items()}
         return queries._replace(**found)
 
     def recall(self, part: Datastore, rows: ShardedArray, sample: int) -> float:
