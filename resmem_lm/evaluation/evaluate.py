@@ -15,7 +15,7 @@ from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import Predictions, SplitScorer
 from resmem_lm.evaluation.statistics import accuracy_metrics, bootstrap_interval, probability_metrics
 from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
-from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.text.shards import QUERY_SPLITS
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
@@ -77,8 +77,7 @@ def evaluate(
     Raises:
         UserError: a temperature that the datastore has no sums of powers for, or no usable k.
     """
-    datastore = open_datastore(run.datastore)
-    datastore.check_files(*SCORED_FILES)
+    datastore = open_datastore(run.datastore, checked=SCORED_FILES)
     scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
     grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test)
@@ -86,11 +85,15 @@ def evaluate(
     curves = _curve_settings(choice.methods, grid)
     outputs = {split: _predict(scorer, choice, curves if split == "test" else {}) for split, scorer in scorers.items()}
     found, resmem = outputs["test"].found, choice.methods["resmem"]
+    searched = read_json(run.neighbors / "neighbors.json")
     results = {
-        "splits": {split: _describe_split(run, scorers[split], choice.methods, outputs[split]) for split in scorers},
+        "splits": {split: _describe_split(searched[split], scorers[split], choice.methods, outputs[split]) for split in scorers},
         "curves": _describe_curves(curves, grid, outputs["test"], np.asarray(test.queries.tokens)),
         "examples": corrected_tokens(run, test.queries, datastore, resmem, found[DEEPNET][0], found[resmem][0]),
-        **_provenance(run, datastore),
+        "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
+        "index": _describe_index(read_json(run.index / "index.json")),
+        "model": read_json(run.checkpoints / "model.json")["config"],
+        **_describe_stages({name: run.record(name) for name in STAGES}),
     }
     write_json(run.results, results)
     return {"sha256": sha256(run.results)}
@@ -149,7 +152,7 @@ def _predict(scorer: SplitScorer, choice: Choice, curves: Curves) -> Outputs:
     )
 
 
-def _describe_split(run: Run, scorer: SplitScorer, methods: dict[str, Setting], outputs: Outputs) -> Record:
+def _describe_split(searched: Record, scorer: SplitScorer, methods: dict[str, Setting], outputs: Outputs) -> Record:
     queries, targets = scorer.queries, np.asarray(scorer.queries.tokens)
     groups, deepnet = queries.groups, outputs.found[DEEPNET][0]
     described: Record = {}
@@ -171,8 +174,7 @@ def _describe_split(run: Run, scorer: SplitScorer, methods: dict[str, Setting], 
         difference = right[one].astype(np.float64) - right[other]
         interval = bootstrap_interval(difference, groups)
         differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
-    facts = read_json(run.neighbors / "neighbors.json")[scorer.name]
-    shown = {name: facts[name] for name in ("tokens", "documents", "recall_at_k")} | {"groups": int(groups.max()) + 1}
+    shown = {name: searched[name] for name in ("tokens", "documents", "recall_at_k")} | {"groups": int(groups.max()) + 1}
     return shown | {"methods": described, "differences": differences}
 
 
@@ -189,14 +191,13 @@ def _describe_curves(curves: Curves, grid: Grid, outputs: Outputs, targets: Int[
     }
 
 
-def _provenance(run: Run, datastore: Datastore) -> Record:
-    """Describe the datastore, the index, the model, and the stages and packages that made them."""
-    index = read_json(run.index / "index.json")
-    records = {name: run.record(name) for name in STAGES}
+def _describe_index(manifest: Record) -> Record:
+    return {"kind": manifest["kind"], "candidates": manifest["candidates"], "shards": len(manifest["shards"])}
+
+
+def _describe_stages(records: dict[str, Record]) -> Record:
+    """Return the numbers of documents, the seconds of each stage, and the versions of the packages."""
     return {
-        "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
-        "index": {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])},
-        "model": read_json(run.checkpoints / "model.json")["config"],
         "documents": records["documents"]["result"]["documents"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES if _version(name)},

@@ -184,7 +184,14 @@ class Datastore:
                 raise UserError(f"{problem}; {rebuild_hint(self.folder, shard)}")
 
 
-def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str | None = None, checksums: bool = False) -> Datastore:
+def open_datastore(
+    folder: AnyPath,
+    *,
+    model: str | None = None,
+    vocabulary: str | None = None,
+    checksums: bool = False,
+    checked: tuple[str, ...] = (),
+) -> Datastore:
     """Open a finished datastore.
 
     Args:
@@ -192,6 +199,7 @@ def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str
         model: fingerprint of the model in use; the datastore of another one is refused.
         vocabulary: checksum of the vocabulary in use, likewise.
         checksums: read every file and compare its checksum; otherwise compare sizes only.
+        checked: names of files of every shard whose checksums are compared in any case.
 
     Raises:
         UserError: the datastore is not finished, is damaged, or was built with another model or vocabulary.
@@ -208,6 +216,7 @@ def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str
     datastore = Datastore(folder, manifest)
     for problem in datastore.damaged(checksums=checksums):
         raise UserError(problem)
+    datastore.check_files(*checked)
     return datastore
 
 

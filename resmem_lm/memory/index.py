@@ -82,13 +82,6 @@ def rank_candidates(
     return np.take_along_axis(rows, places, axis=1), np.take_along_axis(found, places, axis=1)
 
 
-def merge_nearest(found: list[tuple[Int[np.ndarray, "queries n"], Float[np.ndarray, "queries n"]]], k: int) -> Nearest:
-    """Return the k nearest of the neighbors that several shards of an index found, ties by row."""
-    rows, distances = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    order = np.lexsort((rows, distances), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
-
-
 def in_threads(function: Callable[..., Nearest], *arrays: np.ndarray) -> Nearest:
     """Apply a function to blocks of rows of all arrays, one thread for each core, and concatenate the results."""
     cores = os.cpu_count() or 1

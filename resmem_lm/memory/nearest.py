@@ -1,11 +1,18 @@
 """Collect the nearest neighbors while index shards are searched one after another."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from resmem_lm.memory.index import Index, Nearest, merge_nearest
+from resmem_lm.memory.index import Index, Nearest
 
 SEARCH_BLOCK = 4096  # queries searched at a time
+
+
+def merge_nearest(found: list[tuple[Int[np.ndarray, "queries n"], Float[np.ndarray, "queries n"]]], k: int) -> Nearest:
+    """Return the k nearest of the neighbors that several shards of an index found, ties by row."""
+    rows, distances = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.lexsort((rows, distances), axis=1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
 def no_neighbors(queries: int, k: int) -> Nearest:

@@ -46,7 +46,7 @@ def assert_held(workdir: AnyPath) -> None:
         UserError: this process could not renew the lock in time, and another took it.
     """
     if str(workdir.absolute()) in _lost:
-        raise UserError(f"{workdir} was taken over by another command while it could not be reached: run this command again after the other")
+        raise UserError(f"{workdir} was taken over by another command while it could not be reached: run this command again after that")
 
 
 def _refusal(workdir: AnyPath, holder: str) -> UserError:

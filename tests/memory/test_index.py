@@ -14,8 +14,9 @@ from resmem_lm.memory import index as index_module
 from resmem_lm.memory.datastore import Datastore, open_datastore
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.faiss_index import FILE
-from resmem_lm.memory.index import SMALL, ApproximateIndex, Tree, merge_nearest
+from resmem_lm.memory.index import SMALL, ApproximateIndex, Tree
 from resmem_lm.memory.index_kinds import group_shards, index_bytes, index_memory, largest_index, library
+from resmem_lm.memory.nearest import merge_nearest
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.memory.quantization import quantize_keys
 from resmem_lm.memory.scann_index import block
