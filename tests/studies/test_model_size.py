@@ -5,7 +5,7 @@ import shutil
 
 import jax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmem_lm.errors import UserError
@@ -44,6 +44,7 @@ def test_a_deepnet_equals_itself(parameters, number):
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 64), st.integers(1, 4))
+@settings(max_examples=6)  # each traces two models
 def test_resizing_changes_the_width_only(width, other, head_dim, ratio):
     model = ModelConfig(128, width, max(1, width // head_dim), 2, head_dim, ratio * width)
     assert resized(model, width) == model
