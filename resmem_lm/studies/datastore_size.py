@@ -23,11 +23,11 @@ from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
 from resmem_lm.memory.encoder import query_head
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.open_index import search_shards
-from resmem_lm.workdir.arrays import ShardedArray, load_array
 from resmem_lm.report.plots import Figure, line
 from resmem_lm.report.tables import hyperparameters, interval
 from resmem_lm.studies.study import check_values, study, usable_grid, write_study
 from resmem_lm.text.shards import QUERY_SPLITS, position, read_shard, shard_paths
+from resmem_lm.workdir.arrays import ShardedArray, load_array
 from resmem_lm.workdir.artifacts import find_record, folder_of, publish
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json, remove, sha256, write_json
