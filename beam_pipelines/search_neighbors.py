@@ -14,20 +14,18 @@ from jaxtyping import Float, Int
 
 from beam_pipelines.build_index import OneAtATime
 from beam_pipelines.runner import count, run_units
+from beam_pipelines.search_job import Lookup, QueryShard, SearchJob, part_name, query_shards
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import Queries, common, deepnet_arrays
-from resmem_lm.evaluation.search_job import Lookup, QueryShard, SearchJob, checksum_of_queries, group_numbers, part_name, query_shards
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.index import Index, Nearest
 from resmem_lm.memory.nearest import add_neighbors, merge_parts, no_neighbors
 from resmem_lm.memory.open_index import index_manifest, open_index
-from resmem_lm.memory.published_arrays import array_files, publish_arrays, published_arrays
 from resmem_lm.memory.schema import KEY_FILES
-from resmem_lm.model.checkpoints import load_model
-from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_paths
-from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.text.shards import QUERY_SPLITS, checksum_of_queries, group_numbers, read_shard, shard_paths
+from resmem_lm.workdir.arrays import array_files, publish_arrays, published_arrays
 from resmem_lm.workdir.artifacts import find_record, folder_of, publish, remove_orphans, require_record
 from resmem_lm.workdir.lock import assert_held
 from resmem_lm.workdir.run import Run
@@ -228,8 +226,7 @@ def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline
 def _job(run: Run, neighbors: int, recall_queries: int) -> SearchJob:
     if recall_queries < 1:
         raise UserError(f"search.recall_queries = {recall_queries}: take 1 or more, to measure the recall of the index")
-    fingerprint, vocabulary = load_model(run.checkpoints).fingerprint, load_vocabulary(run)
-    datastore = open_datastore(run.datastore, model=fingerprint, vocabulary=vocabulary.sha256)
+    datastore = open_datastore(run.datastore)
     if not 1 <= neighbors <= datastore.live_rows:
         raise UserError(
             f"search.neighbors = {neighbors}, but the datastore has {datastore.live_rows} rows: take 1 to {datastore.live_rows}"

@@ -14,11 +14,11 @@ from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.tuning import grid_of
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encoder import Encoder, query_head
-from resmem_lm.memory.sharded import ShardedArray
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.packing import first_tokens
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
+from resmem_lm.workdir.arrays import ShardedArray
 from resmem_lm.workdir.run import Run
 
 TOKENS, K = 8000, 50

@@ -25,8 +25,8 @@ from resmem_lm.memory.faiss_index import Searcher, build
 from resmem_lm.memory.index import ApproximateIndex
 from resmem_lm.memory.quantization import quantize_keys
 from resmem_lm.memory.schema import ARRAYS
-from resmem_lm.memory.sharded import ShardedArray
 from resmem_lm.planning.machine import least
+from resmem_lm.workdir.arrays import ShardedArray
 from resmem_lm.workdir.run import Run
 
 ROWS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)

@@ -77,7 +77,7 @@ def evaluate(
     Raises:
         UserError: a temperature that the datastore has no sums of powers for, or no usable k.
     """
-    datastore = open_datastore(run.datastore, checked=SCORED_FILES)
+    datastore = open_datastore(run.datastore, checksums=SCORED_FILES)
     scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
     grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test)
@@ -93,7 +93,9 @@ def evaluate(
         "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
         "index": _describe_index(read_json(run.index / "index.json")),
         "model": read_json(run.checkpoints / "model.json")["config"],
-        **_describe_stages({name: run.record(name) for name in STAGES}),
+        "documents": run.record("documents")["result"]["documents"],
+        "seconds": {name: run.record(name)["seconds"] for name in STAGES},
+        "versions": _versions(),
     }
     write_json(run.results, results)
     return {"sha256": sha256(run.results)}
@@ -195,13 +197,10 @@ def _describe_index(manifest: Record) -> Record:
     return {"kind": manifest["kind"], "candidates": manifest["candidates"], "shards": len(manifest["shards"])}
 
 
-def _describe_stages(records: dict[str, Record]) -> Record:
-    """Return the numbers of documents, the seconds of each stage, and the versions of the packages."""
-    return {
-        "documents": records["documents"]["result"]["documents"],
-        "seconds": {name: record["seconds"] for name, record in records.items()},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES if _version(name)},
-    }
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages."""
+    installed = {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: version for name, version in installed.items() if version}
 
 
 def _version(package: str) -> str | None:

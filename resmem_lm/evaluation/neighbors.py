@@ -16,8 +16,8 @@ from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import choose_candidates
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.memory.encoder import TOKENS, log_partition
-from resmem_lm.memory.sharded import ShardedArray, load_array
 from resmem_lm.model.checkpoints import Model
+from resmem_lm.workdir.arrays import ShardedArray, load_array
 from resmem_lm.workdir.artifacts import damaged_files, folder_of
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, sha256

@@ -12,10 +12,10 @@ from resmem_lm.memory.open_index import index_manifest, rebuild_index_hint
 from resmem_lm.memory.projection import projection_path
 from resmem_lm.memory.quantization import dequantize_probabilities
 from resmem_lm.memory.schema import ARRAYS, deleted_first_rows
-from resmem_lm.memory.sharded import load_array
 from resmem_lm.model.checkpoints import load_config, load_model
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
+from resmem_lm.workdir.arrays import load_array
 from resmem_lm.workdir.artifacts import damaged_files, name_of, record_path
 from resmem_lm.workdir.progress import progress
 from resmem_lm.workdir.run import OUTPUTS, Run, output_of

@@ -24,9 +24,9 @@ from resmem_lm.errors import UserError
 from resmem_lm.memory.projection import projection_of
 from resmem_lm.memory.quantization import dequantize_keys, dequantize_powers
 from resmem_lm.memory.schema import COUNTERS, FORMAT, Binding, deleted_first_rows
-from resmem_lm.memory.sharded import ShardedArray, load_array
 from resmem_lm.resmem import at_temperature
-from resmem_lm.workdir.artifacts import damaged_files, folder_of, record_path
+from resmem_lm.workdir.arrays import ShardedArray, load_array
+from resmem_lm.workdir.artifacts import Checksums, damaged_files, folder_of, record_path
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, Record, read_json, sha256
 
@@ -167,7 +167,7 @@ class Datastore:
         number = bisect.bisect_right(documents, inside, key=lambda document: document["first_row"]) - 1
         return shard, documents[number]["id"], inside - documents[number]["first_row"]
 
-    def damaged(self, *, checksums: bool) -> Iterator[str]:
+    def damaged(self, *, checksums: Checksums) -> Iterator[str]:
         """Yield a line for each file that differs from the manifest, with what to do about it."""
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=checksums):
@@ -180,7 +180,7 @@ class Datastore:
     def check_files(self, *names: str) -> None:
         """Read the named files of every shard. UserError if one differs from its checksum."""
         for shard in self.shards:
-            for problem in damaged_files(self.folder, shard, checksums=True, names=names):
+            for problem in damaged_files(self.folder, shard, checksums=names):
                 raise UserError(f"{problem}; {rebuild_hint(self.folder, shard)}")
 
 
@@ -189,8 +189,7 @@ def open_datastore(
     *,
     model: str | None = None,
     vocabulary: str | None = None,
-    checksums: bool = False,
-    checked: tuple[str, ...] = (),
+    checksums: Checksums = False,
 ) -> Datastore:
     """Open a finished datastore.
 
@@ -198,8 +197,7 @@ def open_datastore(
         folder: with manifest.json.
         model: fingerprint of the model in use; the datastore of another one is refused.
         vocabulary: checksum of the vocabulary in use, likewise.
-        checksums: read every file and compare its checksum; otherwise compare sizes only.
-        checked: names of files of every shard whose checksums are compared in any case.
+        checksums: compare the checksums of all files, or of files with these names; sizes are always compared.
 
     Raises:
         UserError: the datastore is not finished, is damaged, or was built with another model or vocabulary.
@@ -216,7 +214,6 @@ def open_datastore(
     datastore = Datastore(folder, manifest)
     for problem in datastore.damaged(checksums=checksums):
         raise UserError(problem)
-    datastore.check_files(*checked)
     return datastore
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import gin
 import humanize
 
+from beam_pipelines.search_job import GROUPS, LOOKUP_TOKENS
 from resmem_lm.errors import UserError
-from resmem_lm.evaluation.search_job import GROUPS, LOOKUP_TOKENS
 from resmem_lm.evaluation.statistics import BOOTSTRAP_SAMPLES
 from resmem_lm.memory.index import SMALL
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_bytes, index_memory, largest_index

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epy
 
+from beam_pipelines.search_job import GROUPS
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import choose_candidates
 from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries
-from resmem_lm.evaluation.search_job import GROUPS
 from resmem_lm.memory.encoder import ROWS, residual_head
 from resmem_lm.memory.index_kinds import index_bytes
 from resmem_lm.memory.schema import ARRAYS, COUNTERS, Binding, document_line, shard_name, token_dtype

@@ -4,6 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 
+import numpy as np
+from jaxtyping import Int
+
 from resmem_lm.errors import UserError
 from resmem_lm.text.sources import Document
 from resmem_lm.workdir.run import Run
@@ -77,3 +80,16 @@ def write_manifest(folder: AnyPath, changed: dict[str, bytes] | None = None) -> 
     files = dict(sorted(files.items()))
     write_json(folder / "manifest.json", {"files": files})
     return {name: facts["sha256"] for name, facts in files.items()}
+
+
+def checksum_of_queries(run: Run) -> str:
+    """Return a checksum of the validation and test documents. Added and deleted documents do not change it."""
+    files = read_json(run.documents / "manifest.json")["files"]
+    checksums = [files[name]["sha256"] for split in QUERY_SPLITS for name in files if name.startswith(f"{split}-")]
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
+
+
+def group_numbers(documents: list[Document]) -> Int[np.ndarray, " documents"]:
+    """Return a number for each document: equal numbers for documents of one group, in whichever shards they are."""
+    names = (f"document {document.id}" if document.group is None else f"group {document.group}" for document in documents)
+    return np.array([int(digest(name), 16) >> 1 for name in names], np.int64)

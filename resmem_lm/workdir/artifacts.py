@@ -17,6 +17,8 @@ from pathlib import Path
 from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, remove, sha256, sizes, upload, write_json
 
+Checksums = bool | tuple[str, ...]  # whether to compare the checksums of all files, or the names of those to compare
+
 
 class Attempt:
     """A local folder to write into, and facts for the record."""
@@ -109,23 +111,21 @@ def folder_of(parent: AnyPath, record: Record) -> AnyPath:
     names = [record["folder"], *record["files"]]
     outside = next((name for name in names if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..")), None)
     if outside is not None:
-        raise UserError(
-            f"{parent}: a manifest names {outside!r}, which is outside its folder: copy the directory from its source again"
-        )
+        raise UserError(f"{parent}: a manifest names {outside!r}, which is outside its folder: copy the directory from its source again")
     return parent / record["folder"]
 
 
-def damaged_files(parent: AnyPath, record: Record, *, checksums: bool = False, names: Iterable[str] | None = None) -> Iterator[str]:
-    """Yield a line for each file that is missing or differs from its record in size or, with `checksums`, in content."""
+def damaged_files(parent: AnyPath, record: Record, *, checksums: Checksums = False) -> Iterator[str]:
+    """Yield a line for each file that is missing or differs from its record in size or, where `checksums` asks for it, in content."""
     folder = folder_of(parent, record)
     found = sizes(folder)
-    for name in record["files"] if names is None else names:
-        path, expected = folder / name, record["files"][name]
+    for name, expected in record["files"].items():
+        path, compared = folder / name, checksums if isinstance(checksums, bool) else name in checksums
         if name not in found:
             yield f"{path} is missing"
         elif found[name] != expected["bytes"]:
             yield f"{path} has {found[name]} bytes, its manifest has {expected['bytes']}"
-        elif checksums and sha256(path) != expected["sha256"]:
+        elif compared and sha256(path) != expected["sha256"]:
             yield f"{path} was altered: its checksum differs from the manifest"
 
 

@@ -9,10 +9,9 @@ from beam_pipelines.runner import LOCAL_RUNNER
 from beam_pipelines.search_neighbors import search
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
-from resmem_lm.evaluation.search_job import group_numbers
 from resmem_lm.maintenance.append import append
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_content, shard_paths, write_manifest
+from resmem_lm.text.shards import QUERY_SPLITS, group_numbers, read_shard, shard_content, shard_paths, write_manifest
 from resmem_lm.text.sources import Document
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.run import Run

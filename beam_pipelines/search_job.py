@@ -1,7 +1,6 @@
 """A search for neighbors, divided into shards of queries and groups of index shards."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,8 +10,6 @@ from jaxtyping import Int
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.memory.encode_documents import EncodingWorker
 from resmem_lm.memory.encoder import query_head
-from resmem_lm.text.shards import QUERY_SPLITS, digest, shard_paths
-from resmem_lm.text.sources import Document
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, Record, read_json
 
@@ -131,16 +128,3 @@ def query_shards(job: SearchJob, names: list[str]) -> list[QueryShard]:
     """Return the query shards of a split, once they are encoded."""
     tokens = [read_json(job.encoded / f"{name}.json")["tokens"] for name in names]
     return [QueryShard(name, sum(tokens[:number]), tokens[number], sum(tokens)) for number, name in enumerate(names)]
-
-
-def checksum_of_queries(run: Run) -> str:
-    """Return a checksum of the validation and test documents. Added and deleted documents do not change it."""
-    files = read_json(run.documents / "manifest.json")["files"]
-    checksums = [files[path.name]["sha256"] for split in QUERY_SPLITS for path in shard_paths(run, split)]
-    return hashlib.sha256("".join(checksums).encode()).hexdigest()
-
-
-def group_numbers(documents: list[Document]) -> Int[np.ndarray, " documents"]:
-    """Return a number for each document: equal numbers for documents of one group, in whichever shards they are."""
-    names = (f"document {document.id}" if document.group is None else f"group {document.group}" for document in documents)
-    return np.array([int(digest(name), 16) >> 1 for name in names], np.int64)

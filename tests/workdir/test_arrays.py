@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmem_lm.memory.sharded import ShardedArray
+from resmem_lm.workdir.arrays import ShardedArray
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.sampled_from([(), (3,), (2, 2)]), st.data())

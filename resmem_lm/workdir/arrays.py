@@ -1,12 +1,16 @@
 """Row-aligned .npy files of several shards, read as one array."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from resmem_lm.errors import UserError
-from resmem_lm.workdir.storage import AnyPath, local_path
+from resmem_lm.workdir.artifacts import folder_of, publish, require_record
+from resmem_lm.workdir.stages import disk_errors
+from resmem_lm.workdir.storage import AnyPath, Record, drop_copy, local_path
 
 # NumPy parses headers with `ast`, which is not thread-safe in Python 3.11 ("AST constructor recursion depth mismatch").
 _parsing = threading.Lock()
@@ -59,3 +63,32 @@ class ShardedArray:
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> Shaped[np.ndarray, "_ ..."]:
         whole = np.concatenate(self.parts)
         return whole if dtype is None else whole.astype(dtype)
+
+
+def array_files(*names: str) -> list[str]:
+    """Return the names of the files of some arrays."""
+    return [f"{name}.npy" for name in names]
+
+
+def publish_arrays(parent: AnyPath, name: str, provenance: Record, arrays: dict[str, np.ndarray], facts: Record | None = None) -> None:
+    """Publish arrays under one name, with facts for the record."""
+    with disk_errors(parent), publish(parent, name, provenance, array_files(*arrays)) as attempt:
+        for array, content in arrays.items():
+            np.save(attempt.folder / f"{array}.npy", content)
+        attempt.facts |= facts or {}
+
+
+@contextlib.contextmanager
+def published_arrays(parent: AnyPath, name: str, provenance: Record, *arrays: str) -> Iterator[list[np.ndarray]]:
+    """Yield published arrays, mapped where possible. Copies from object storage are removed at the end.
+
+    Raises:
+        UserError: nothing is published under the name, or its provenance differs.
+    """
+    folder = folder_of(parent, require_record(parent, name, provenance))
+    paths = [folder / file for file in array_files(*arrays)]
+    try:
+        yield [load_array(path) for path in paths]
+    finally:
+        for path in paths:
+            drop_copy(path)
