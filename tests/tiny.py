@@ -35,7 +35,7 @@ evaluate.lambdas = (0.5, 1.0)
 
 
 def sentences(documents: int) -> Iterator[str]:
-    """Texts of sentences that follow a few patterns, so that there is something to learn and to remember."""
+    """Yield texts of sentences that follow a few patterns, so that a model and a memory can learn something."""
     rng = random.Random(0)
     nouns = ["array", "shard", "query", "token", "window", "index", "model", "row"]
     verbs = ["returns", "reads", "writes", "finds", "merges"]
@@ -54,12 +54,12 @@ def write_corpus(path: Path, documents: int = 60) -> None:
 
 
 def shard_folder(workdir: Path, shard: int) -> Path:
-    """Where the files of a shard of the datastore lie."""
+    """Return the folder of a shard of the datastore."""
     return sorted((workdir / "datastore").glob("shard-*/"))[shard]
 
 
 def index_memory_gib(workdir: Path, shards: int, kind: str = "faiss") -> float:
-    """Memory that holds an index of any so many shards of the datastore one after another, and not of one more."""
+    """Return GiB that hold an index of any `shards` consecutive datastore shards, and of no more."""
     from resmem_lm.memory.datastore import open_datastore
     from resmem_lm.memory.index_kinds import PROCESS_BYTES, index_memory
 

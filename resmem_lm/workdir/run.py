@@ -16,8 +16,8 @@ from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, sha2
 class Output:
     """What a stage writes: its paths within the work directory.
 
-    `manifest` is the file that lists the others with their checksums, if there is one. `marker` is a file by which a folder
-    that this package wrote is told from another: a stage that replaces the folder refuses one without it.
+    `manifest` is the file that lists the others with their checksums, if there is one. `marker` is a file
+    that every folder written by this package has: a stage that replaces the folder refuses one without it.
     """
 
     paths: tuple[str, ...]

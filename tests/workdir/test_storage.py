@@ -120,9 +120,9 @@ def test_a_record_without_its_checksum_is_refused(value):
 def test_damaged_json_is_reported_with_the_fix(tmp_path, content):
     path = tmp_path / "value.json"
     path.write_bytes(content)
-    said = message(read_json, path)
-    assert said.startswith(f"{path} is damaged (")
-    assert said.endswith("): delete it and run its stage again")
+    error = message(read_json, path)
+    assert error.startswith(f"{path} is damaged (")
+    assert error.endswith("): delete it and run its stage again")
 
 
 def test_missing_json_is_reported_with_the_fix(tmp_path):
