@@ -17,8 +17,9 @@ from resmem_lm.memory.index import SMALL
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_bytes, index_memory, largest_index
 from resmem_lm.planning import sizes
 from resmem_lm.planning.machine import processor
-from resmem_lm.planning.rates import Cost, Costs, Rates, measure
+from resmem_lm.planning.rates import Costs, Rates, measure
 from resmem_lm.planning.sizes import Amounts, Counts, Number, StageSettings, check_numbers, key_dimensions
+from resmem_lm.planning.tree_costs import Cost
 from resmem_lm.report.tables import aligned
 from resmem_lm.text import docstrings
 from resmem_lm.text.shards import read_shard, shard_paths
@@ -141,7 +142,7 @@ def _costs(run: Run | None, settings: StageSettings, counts: Counts, rates: Rate
     missing = {name for name, rate in dataclasses.asdict(rates).items() if rate is None}
     training = "train" in settings and "train_tokens_per_second" in missing
     if not training and not missing - {"train_tokens_per_second"}:
-        return Costs({}, {}, 0.0, None)
+        return Costs({}, {}, 0.0, 0.0, None)
     if run:
         documents = (document for path in shard_paths(run, "train") for document in read_shard(path))
     else:
@@ -161,7 +162,7 @@ def _seconds(
     def add(stage: str, name: str, units: int, measured: Cost | None) -> None:
         given = getattr(rates, name)
         cost = Cost(0.0, 1 / given) if given is not None else measured or Cost(0.0, 0.0)
-        seconds[stage] = seconds.get(stage, 0.0) + cost.once + cost.each * units
+        seconds[stage] = seconds.get(stage, 0.0) + cost.seconds(units)
         used[name] = Rate(1 / max(cost.each, 1e-12), given is not None)
 
     index, search, queries = settings["build_index"], settings["search"], counts.all_queries
@@ -173,7 +174,7 @@ def _seconds(
     for rows in index_rows:
         if costs.tree and rows >= SMALL:
             built += costs.tree.build_seconds(rows, key_dimensions(settings), index["training_rows"])
-            looked_up += costs.tree.search_seconds(rows, key_dimensions(settings))
+            looked_up += costs.ranking + costs.tree.search_seconds(rows, key_dimensions(settings))
         else:
             looked_up += costs.compared_row * rows
     seconds["index"] = costs.stages["index"].once if costs.stages else 0.0

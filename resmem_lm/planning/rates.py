@@ -31,7 +31,7 @@ from resmem_lm.model.take_checkpoint import take_checkpoint
 from resmem_lm.model.train import train
 from resmem_lm.planning.machine import least, peak_memory, reset_peak_memory
 from resmem_lm.planning.sizes import Number, StageSettings, check_numbers, count, model_of, save_fresh_checkpoint, window_of
-from resmem_lm.planning.tree_costs import TreeCosts, build_work, query_work
+from resmem_lm.planning.tree_costs import Cost, TreeCosts, line, measure_tree
 from resmem_lm.text.documents import prepare_documents
 from resmem_lm.text.shards import position, shard_content
 from resmem_lm.text.sources import Document
@@ -74,19 +74,13 @@ class Rates:
         check_numbers("Rates", 0, **dataclasses.asdict(self))
 
 
-class Cost(NamedTuple):
-    """Seconds of some work: once, and for each unit."""
-
-    once: float
-    each: float
-
-
 class Costs(NamedTuple):
     """Measured costs. The units of stages: tokens in `train`, window tokens in `build` and `search`, queries in `evaluate`."""
 
     stages: dict[str, Cost]  # `search` without the index
     memory: dict[str, int]  # peak of each stage in bytes
     compared_row: float  # seconds of one query and one row in exact search
+    ranking: float  # seconds to rank the candidates of one query
     tree: TreeCosts | None
 
 
@@ -124,7 +118,7 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
             large = run(4, size := size * GROWTH)
         costs = {}
         for stage, units in first.units.items():
-            each = max(large.seconds[stage] - small.seconds[stage], 1e-3) / (large.units[stage] - small.units[stage])
+            each = line(small.seconds[stage], large.seconds[stage], units, large.units[stage]).each
             costs[stage] = Cost(max(0.0, first.seconds[stage] - units * each), each)
         costs["index"] = Cost(first.seconds["index"], 0.0)  # without a tree
         return Costs(costs, large.memory, *_index_costs(large.run, stages))
@@ -213,15 +207,13 @@ def _open(run: Run) -> tuple[Index, Float[np.ndarray, "queries emb"]]:
     return index, datastore.keys(np.arange(min(datastore.rows, 2 * QUERY_BLOCK)))
 
 
-def _index_costs(run: Run, stages: StageSettings) -> tuple[float, TreeCosts | None]:
-    """Return the seconds of one query and one row in exact search, and the costs of a tree."""
+def _index_costs(run: Run, stages: StageSettings) -> tuple[float, float, TreeCosts | None]:
+    """Return the seconds of one query and one row in exact search, those to rank the candidates of one query, and the tree's costs."""
     (index, keys), k, settings = _open(run), stages["search"]["neighbors"], stages["build_index"]
     datastore, kind, sample = index.datastore, settings["kind"], keys[:RECALL_QUERIES]
     compared = least(lambda: ExactIndex(datastore).search(sample, k)) / len(sample) / datastore.rows
     if kind == "exact":
-        return compared, None
+        return compared, 0.0, None
     drawn = np.random.default_rng(0).integers(datastore.rows, size=(len(keys), max(k, settings["candidates"])))
     ranking = least(lambda: in_threads(lambda some, rows: rank_candidates(datastore, some, rows, k), keys, drawn)) / len(keys)
-    query = least(lambda: index.search(keys, k)) / len(keys) - ranking
-    built = run.record("index")["seconds"] / build_work(kind, datastore.rows, keys.shape[1], settings["training_rows"])
-    return compared, TreeCosts(kind, built, max(0.0, query) / query_work(kind, datastore.rows, keys.shape[1]), ranking)
+    return compared, ranking, measure_tree(keys.shape[1], settings)
