@@ -2,30 +2,18 @@
 
 from typing import Any
 
-STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # their errors, like the system's, name what to correct
+STORAGE_CLIENTS = ("aiohttp", "azure", "botocore", "gcsfs", "google")  # packages whose errors describe the problem well enough for users
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message is one line, what is wrong and how to fix it.
-
-    Commands print the message without a traceback and exit with code 2.
-    """
+    """An error that the user can fix. Its one-line message states what is wrong and how to fix it; the command exits with code 2."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())  # a name in it may have line breaks
+        return " ".join(super().__str__().splitlines())  # a file name may contain line breaks
 
 
 def check_least(of: str, least: int | float, **given: Any) -> None:
-    """Check that numbers, or all numbers of lists, are at least `least`.
-
-    Args:
-        of: the name of the function in gin, for the message.
-        least: the smallest number allowed.
-        given: arguments by name.
-
-    Raises:
-        UserError: a smaller number, or an empty list.
-    """
+    """Raise UserError if a number, or a number in a list, is below `least` or a list is empty; `of` is the function's name in gin."""
     for name, value in given.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         if not values or not min(values) >= least:
@@ -33,4 +21,4 @@ def check_least(of: str, least: int | float, **given: Any) -> None:
 
 
 class DamagedError(UserError):
-    """A missing or altered record."""
+    """A record is missing or altered."""

@@ -2,11 +2,11 @@
 
     r_i     = onehot(y_i) - softmax(f(x_i) / T)                 residual of training token i        (section 3.2, step 2)
     w_i(q)  = exp(-||z_q - z_i||_2 / sigma), sum to 1           over the k nearest keys z = phi(x)  (step 3)
-    r_kNN   = sum_i w_i r_i                                     zero where a row has no entry
+    r_kNN   = sum_i w_i r_i                                     a missing entry counts as zero
     score   = softmax(f(x_q) / T) + lambda * r_kNN              lambda = 1 is the paper             (step 4)
 
-A row is sparse: it has the `entries` largest components of r_i (appendix C takes 128 of 32,128): 1 - p(y) of its own token y and -p of
-other tokens. Every function is pure and works on any number of queries.
+A row is sparse. It stores the `entries` components of r_i with the largest magnitude (appendix C: 128 of 32,128). The component of the
+row's own token y is 1 - p(y); the component of any other token is -p. Every function is pure and works on any number of queries.
 """
 
 import math
@@ -24,11 +24,8 @@ def residual(
 
 
 def largest(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
-    """Return `jax.lax.top_k`, including its order of equal values, without a sort of all values.
-
-    The largest values are in the blocks with the largest maxima, so only these blocks are sorted.
-    """
-    block = 1 << max(0, round(math.log2(values.shape[1] / count) / 2))  # about as many blocks as values in the sorted blocks
+    """Return the result of `jax.lax.top_k` by sorting only the blocks with the largest maxima, which contain the largest values."""
+    block = 1 << max(0, round(math.log2(values.shape[1] / count) / 2))  # balances the number of blocks and of sorted values
     if block < 4:
         return _top_k(values, count)
     padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % block)), constant_values=-jnp.inf)
@@ -39,7 +36,7 @@ def largest(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "r
 
 
 def _top_k(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
-    # Without the barrier, XLA turns a top_k whose result is sliced into a full sort, which is much slower on a CPU.
+    # If the result of top_k is sliced, XLA replaces top_k by a full sort, which is much slower on a CPU. The barrier prevents this.
     found, places = jax.lax.optimization_barrier(jax.lax.top_k(values, count))
     return found, places
 
@@ -47,18 +44,11 @@ def _top_k(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "ro
 def sparse_residual(
     logits: Float[Array, "rows vocab"], targets: Int[Array, " rows"], log_z: Float[Array, " rows"], entries: int
 ) -> tuple[Int[Array, "rows others"], Float[Array, "rows others"], Float[Array, " rows"]]:
-    """Return the `entries` components of r at T = 1 that a row has: its own token's, and the largest others in descending order.
+    """Return the ids and probabilities p of the stored tokens other than y, largest p first, and the largest dropped p (0 if none).
 
-    The paper keeps the components largest in absolute value. The own token is one of them unless 1 - p(y) is smaller than all others.
-
-    Args:
-        logits: f(x).
-        targets: y.
-        log_z: logsumexp of the logits.
-        entries: number of components, including the own token's; a smaller vocabulary has fewer.
-
-    Returns:
-        Token ids of the others, their probabilities p (r = -p), and the largest p that is dropped (0 if none).
+    A row stores `entries` components of r at T = 1, or the whole vocabulary if it is smaller: the row's own token y, and the other tokens
+    with the largest p. The paper keeps the components with the largest magnitude; the two choices differ only if 1 - p(y) is smaller than
+    these. `log_z` is the logsumexp of the logits.
     """
     vocab = logits.shape[1]
     others = min(entries, vocab) - 1
@@ -79,16 +69,15 @@ def at_temperature(
     log_power_sum: Float[Array, "..."],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "... entries"]:
-    """Return residual entries at temperature T from entries at T = 1.
+    """Return residual entries at temperature T from probabilities p_1 at T = 1.
 
-    The logits are log p_1 + log Z_1, so p_T = p_1^(1/T) / exp(s_T) with s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T, which is
-    0 at T = 1.
+    The logits are log p_1 + log Z_1. Hence p_T = p_1^(1/T) / exp(s_T), where s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T.
 
     Args:
-        powers: p_1^(1/T) of the entries; 0 for no entry.
-        is_target: which entry is the row's own token's. It is an entry whatever its power.
+        powers: p_1^(1/T) of each entry; 0 for a missing entry.
+        is_target: mask of the entry of the row's own token. Its power is ignored.
         target_log_probability: log p_1 of the own token, more exact than its power.
-        log_power_sum: s_T.
+        log_power_sum: s_T, which is 0 at T = 1.
         temperature: T.
     """
     own = jnp.exp(target_log_probability / temperature - log_power_sum)
@@ -96,7 +85,7 @@ def at_temperature(
 
 
 def neighbor_weights(distances: Float[Array, "queries k"], sigma: float | Float[Array, ""]) -> Float[Array, "queries k"]:
-    """Return w_i = exp(-distance_i / sigma), normalized. Distances are L2, not squared; an infinite distance has weight 0."""
+    """Return the normalized w_i = exp(-distance_i / sigma). Distances are L2, not squared. An infinite distance has weight 0."""
     return jnp.where(jnp.isfinite(distances), jax.nn.softmax(-distances / sigma, axis=-1), 0)
 
 
@@ -113,7 +102,7 @@ def merge_sparse(
 
 
 def knn_probabilities(weights: Float[Array, "queries k"], targets: Int[Array, "queries k"], vocab: int) -> Float[Array, "queries vocab"]:
-    """Return p_kNN(y), the weight of the neighbors whose token is y (Khandelwal et al. 2020)."""
+    """Return p_kNN(y), the total weight of the neighbors whose token is y (Khandelwal et al. 2020)."""
     queries = jnp.arange(weights.shape[0])[:, None]
     return jnp.zeros((weights.shape[0], vocab), weights.dtype).at[queries, targets].add(weights)
 
@@ -126,5 +115,5 @@ def knn_lm(
 
 
 def predict(scores: Float[Array, "queries vocab"]) -> Int[Array, " queries"]:
-    """Return the token of the largest score; the lowest id among equal scores."""
+    """Return the token with the largest score, and the lowest id among equal scores."""
     return jnp.argmax(scores, axis=-1)

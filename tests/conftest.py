@@ -1,4 +1,4 @@
-"""Shared set-up: two virtual CPU devices, a compilation cache, reproducible examples, no settings left from the test before."""
+"""Set up all tests: two virtual CPU devices, a compilation cache, reproducible examples, and no gin settings from earlier tests."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ import pytest
 
 from tests.tiny import arguments
 
-# JAX and OpenMP read these when they are imported, which nothing above does; subprocesses inherit them.
+# JAX and OpenMP read these variables at import. No module above imports them. Subprocesses inherit the variables.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of faiss that spin while they wait would take the cores of other tests
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of faiss would occupy the cores of other tests
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -31,7 +31,7 @@ def _clear_settings() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The work directory of a finished run, made by the first test process that asks. Tests that change it take `tiny_copy`."""
+    """Return the work directory of a finished run, which all test processes share. Tests that change it use `tiny_copy`."""
     from resmem_lm.cli import main
 
     base = tmp_path_factory.getbasetemp()
@@ -46,6 +46,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 @pytest.fixture
 def tiny_copy(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, in a folder with its corpus and configuration."""
+    """Return a copy of the finished run, in a folder with its corpus and configuration."""
     shutil.copytree(tiny_run.parent, tmp_path / "tiny", symlinks=True)
     return tmp_path / "tiny" / "run"

@@ -1,4 +1,4 @@
-"""A corpus and a configuration so small that the whole pipeline runs in seconds."""
+"""Provide a corpus and a configuration that are small enough to run the whole pipeline in seconds."""
 
 import json
 import random
@@ -35,7 +35,7 @@ evaluate.lambdas = (0.5, 1.0)
 
 
 def sentences(documents: int) -> Iterator[str]:
-    """Yield texts of sentences that follow a few patterns, so that a model and a memory can learn something."""
+    """Yield texts of sentences with a few patterns, which a model and a memory can learn."""
     rng = random.Random(0)
     nouns = ["array", "shard", "query", "token", "window", "index", "model", "row"]
     verbs = ["returns", "reads", "writes", "finds", "merges"]
@@ -47,19 +47,19 @@ def sentences(documents: int) -> Iterator[str]:
 
 
 def write_corpus(path: Path, documents: int = 60) -> None:
-    """JSON lines of `sentences`."""
+    """Write `sentences` as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         for number, text in enumerate(sentences(documents)):
             file.write(json.dumps({"text": f"Document {number}. {text}"}) + "\n")
 
 
 def shard_folder(workdir: Path, shard: int) -> Path:
-    """Return the folder of a shard of the datastore."""
+    """Return the folder of a datastore shard."""
     return sorted((workdir / "datastore").glob("shard-*/"))[shard]
 
 
 def index_memory_gib(workdir: Path, shards: int, kind: str = "faiss") -> float:
-    """Return GiB that hold an index of any `shards` consecutive datastore shards, and of no more."""
+    """Return the memory in GiB that suffices for an index of any `shards` consecutive datastore shards, but not of more."""
     from resmem_lm.memory.datastore import open_datastore
     from resmem_lm.memory.index_kinds import PROCESS_BYTES, index_memory
 
@@ -68,7 +68,7 @@ def index_memory_gib(workdir: Path, shards: int, kind: str = "faiss") -> float:
 
 
 def arguments(folder: Path, workdir: Path, documents: int = 60) -> list[str]:
-    """`resmem COMMAND`'s arguments for a corpus and configuration written to `folder`."""
+    """Write the corpus and the configuration to `folder`, and return the arguments of `resmem COMMAND` that select them."""
     if not (folder / "tiny.gin").exists():
         write_corpus(folder / "corpus.jsonl", documents)
         (folder / "tiny.gin").write_text(CONFIG)

@@ -1,4 +1,4 @@
-"""Append documents to a finished datastore, in shards of their own."""
+"""Append documents to a finished datastore as new shards."""
 
 from collections.abc import Iterable
 
@@ -18,22 +18,14 @@ Text = str | list[str] | tuple[str, ...]
 
 
 def append(run: Run, text: Text, *, pipeline_options: str = "") -> Record:
-    """Add documents to a finished datastore. The model is not trained on them.
+    """Add the documents of a text to a finished datastore. The model is not trained on them.
 
-    Two kinds of documents are left out: near-duplicates of a document of the work directory, in any split, and documents whose
-    `prepare_documents.group` falls into validation or test. A second call therefore adds nothing, except documents that were deleted in
-    between, and a call after a killed one completes it. Run `resmem index` and `resmem evaluate` afterwards; they do only what is new.
+    Near-duplicates of any document in the work directory are skipped, and so are documents whose group belongs to validation or test. A
+    second call therefore adds nothing, except documents that were deleted in the meantime. A call completes an earlier call that was
+    killed. Run `resmem index` and `resmem evaluate` afterwards; they process only what is new.
 
-    Args:
-        run: with a finished datastore.
-        text: files, directories or globs, as `prepare_documents.text`.
-        pipeline_options: of Apache Beam.
-
-    Returns:
-        The numbers of documents added and left out (by reason), and of the datastore's live rows.
-
-    Raises:
-        UserError: there is no finished datastore, the text cannot be read, or another command is writing into the work directory.
+    Return the number of added documents, of skipped documents by reason, and of the datastore's live rows. Raise UserError if there is no
+    finished datastore, the text cannot be read, or another command is writing to the work directory.
     """
     with locked(run.path), disk_errors(run.path):
         record = run.finished("build")
@@ -41,13 +33,13 @@ def append(run: Run, text: Text, *, pipeline_options: str = "") -> Record:
         counts = {"added": 0, "empty": 0, "duplicate": 0, "held_out": 0}
         new = _new_documents(run, text, documents["settings"], counts)
         listed = {path.name for path in _all_shards(run)}
-        for path in children(run.documents, "added-*.jsonl"):  # from an append that was killed before it wrote the manifest
+        for path in children(run.documents, "added-*.jsonl"):  # left by an append that was killed before it wrote the manifest
             if path.name not in listed:
                 remove(path)
         if new:
             counts["added"] = len(new)
             number = 1 + len({name.split("-")[1] for name in listed if name.startswith("added-")})
-            # Shards as large as those of the train split.
+            # New shards are as large as train shards.
             shards = max(1, round(len(new) * len(shard_paths(run, "train")) / documents["result"]["documents"]["train"]))
             names = [shard_name(f"added-{number:04d}", shard, shards) for shard in range(shards)]
             contents = {name: shard_content(new[shard::shards]).encode() for shard, name in enumerate(names)}
@@ -66,17 +58,10 @@ def _all_shards(run: Run) -> list[AnyPath]:
 
 
 def _new_documents(run: Run, text: Text, settings: Record, counts: Record) -> list[Document]:
-    """Return the documents to add, and count the others by reason.
-
-    Args:
-        run: whose documents are compared.
-        text: see `append`.
-        settings: of the stage `documents`.
-        counts: updated.
-    """
+    """Return the documents to add, and count the others by reason in `counts`; `settings` are those of the stage `documents`."""
     documents: Iterable[Document]
     threshold, held_out = settings["duplicate_threshold"], 0.0
-    if "held_out" in settings:  # the work directory has sampled text, whose documents are named by their addresses
+    if "held_out" in settings:  # sampled text: the ids of its documents are their addresses
         documents = (document for path in text_files(text) for document in file_documents(str(path)))
     else:
         documents = read_documents(text, duplicate_threshold=threshold, group=settings.get("group"))
@@ -95,7 +80,7 @@ def _new_documents(run: Run, text: Text, settings: Record, counts: Record) -> li
             else:
                 signatures.add(signature)
                 new.append(document)
-    present: set[int] = set()  # numbers of new documents that the work directory has already
+    present: set[int] = set()  # indexes of the new documents that the work directory already has
     paths = _all_shards(run)
     with progress("compare", total=len(paths), unit="shards of documents") as bar:
         for number, path in enumerate(paths):

@@ -13,17 +13,14 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors
 from resmem_lm.workdir.storage import Record, drop_copy, read_json, write_json
 
-COPY_ROWS = 2**16  # rows of an array in memory at a time
+COPY_ROWS = 2**16  # rows of an array that are in memory at a time
 
 
 def compact(run: Run) -> Record:
-    """Rewrite every shard of the datastore that has deleted rows. `resmem index` then rebuilds the shards of the index that had them.
+    """Rewrite every datastore shard with deleted rows, and return the number of such shards, and of rows before and after.
 
-    Returns:
-        The numbers of shards written, and of rows before and after.
-
-    Raises:
-        UserError: the datastore is not finished or is damaged, or another command is writing into the work directory.
+    `resmem index` then rebuilds the affected index shards. Raise UserError if the datastore is unfinished or damaged, or another command is
+    writing to the work directory.
     """
     with locked(run.path), disk_errors(run.path):
         run.finished("build")
@@ -34,7 +31,7 @@ def compact(run: Run) -> Record:
             _finish_deletion(run, datastore, shard)
             on_disk = read_json(record_path(folder, record))
             if on_disk["folder"] != record["folder"] and on_disk.get("compacted_from") == record["folder"]:
-                record = on_disk  # written by a compact that was killed
+                record = on_disk  # a compact that was killed has written it
             elif record.get("deleted"):
                 record, written = _without_deleted(datastore, shard), written + 1
             records.append(record)
@@ -51,13 +48,13 @@ def compact(run: Run) -> Record:
 
 
 def _finish_deletion(run: Run, datastore: Datastore, shard: int) -> None:
-    """Remove the text that a killed `delete` has left. Without their rows, its documents could not be identified."""
+    """Remove the text that a killed `delete` left: once the deleted rows are gone, nothing identifies their documents."""
     if ids := datastore.deleted_documents(shard):
         remove_text(run, {datastore.shards[shard]["provenance"]["documents"]}, ids.__contains__)
 
 
 def _without_deleted(datastore: Datastore, shard: int) -> Record:
-    """Publish a shard without its deleted rows, and return its record."""
+    """Publish a shard without its deleted rows and return its record."""
     part, record = datastore.part(shard, 1), datastore.shards[shard]
     kept = np.flatnonzero(~part.is_deleted(np.arange(part.rows)))
     name = name_of(record)
@@ -80,7 +77,7 @@ def _without_deleted(datastore: Datastore, shard: int) -> Record:
 
 
 def _kept_lines(part: Datastore) -> Iterator[str]:
-    """Yield the lines of documents.jsonl of a shard without its deleted documents."""
+    """Yield the lines of a shard's documents.jsonl without deleted documents."""
     first_row, deleted = 0, deleted_first_rows(part.shards[0])
     for document in part.documents(0):
         if document["first_row"] not in deleted:

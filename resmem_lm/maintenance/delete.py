@@ -1,7 +1,7 @@
 """Delete documents from a datastore.
 
-Rows of deleted documents stay in their arrays, listed in the record of their shard, until `compact` rewrites the shards without them. No
-search returns them. The model keeps what it learned from the documents in training.
+Deleted rows stay in the arrays until `compact` rewrites the shards. The record of a shard lists them, and no search returns them. The model
+keeps what it learned from the documents in training.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,20 @@ DERIVED_PATHS = ("neighbors", "results.json", "report.html", "studies", "derived
 DERIVED_STAGES = ("search", "evaluate", "report", "study-*")
 DELETABLE_SPLITS = ("train", "added")
 
-Selects = Callable[[str], bool]  # whether a document's id is selected
+Selects = Callable[[str], bool]  # returns whether a document id is selected
 
 
 def delete(run: Run, *, document: str | None = None, source: str | None = None) -> Record:
-    """Delete documents: none of their rows is a neighbor any more, and their text is removed from WORKDIR/documents.
+    """Delete documents: exclude their rows from all searches, and remove their text from WORKDIR/documents.
 
     Cached neighbors, results, studies and the report are removed, because they may show the documents. If the command is killed, run it
-    again.
+    again. Return the number of newly deleted documents and rows. Raise UserError if no document matches or another command is writing to
+    the work directory.
 
     Args:
-        run: with a finished datastore.
-        document: a document's id.
-        source: a file, folder or address: deletes the documents whose id is equal to it, or begins with it and "#" or "/".
-
-    Returns:
-        The numbers of documents and rows that were deleted now.
-
-    Raises:
-        UserError: the datastore has no such document, or another command is writing into the work directory.
+        run: a run with a finished datastore.
+        document: the id of a document.
+        source: a file, folder or address. It selects the ids that are equal to it, or begin with it followed by "#" or "/".
     """
     if bool(document) == bool(source):
         raise UserError("resmem delete: give either --document=ID or --source=...")
@@ -49,12 +44,12 @@ def delete(run: Run, *, document: str | None = None, source: str | None = None) 
         run.finished("build")
         datastore = open_datastore(run.datastore)
         selected = [[d for d in datastore.documents(shard) if selects(d["id"])] for shard in range(len(datastore.shards))]
-        # Shards of documents without rows: of a killed append, and train shards beyond `build_datastore.shards`.
+        # Document shards without rows come from a killed append, or are train shards beyond `build_datastore.shards`.
         others = {path.name for split in DELETABLE_SPLITS for path in shard_paths(run, split)} - _sources(datastore.shards)
         if not any(selected) and not any(selects(d.id) for name in others for d in read_shard(run.documents / name)):
             what = f"document {document!r}" if document else f"source {source!r}"
-            raise UserError(f"{run.datastore} has no {what}: its documents.jsonl files have the ids; validation and test are not in it")
-        remove_derived(run)  # first, so that nothing shows the rows if the command is killed
+            raise UserError(f"{run.datastore} has no {what}: documents.jsonl lists its ids; validation and test documents are not in it")
+        remove_derived(run)  # first, so that no output shows the rows if the command is killed
         counts = _mark_deleted(run, datastore, selected)
         remove_text(run, _sources([record for record, some in zip(datastore.shards, selected, strict=True) if some]) | others, selects)
         run.update_result("build", datastore_summary(run))
@@ -62,12 +57,12 @@ def delete(run: Run, *, document: str | None = None, source: str | None = None) 
 
 
 def _sources(records: list[Record]) -> set[str]:
-    """Return the names of the shards of documents that some shards of the datastore were built from."""
+    """Return the names of the document shards from which datastore shards were built."""
     return {record["provenance"]["documents"] for record in records}
 
 
 def _mark_deleted(run: Run, datastore: Datastore, selected: list[list[Record]]) -> Record:
-    """List the rows of documents as deleted, in the shards' records and then in the manifest; return the numbers of new ones."""
+    """List the documents' rows as deleted in the shard records, then in the manifest. Return the number of new ones."""
     counts = {"documents": 0, "rows": 0}
     for record, documents in zip(datastore.shards, selected, strict=True):
         before = record.get("deleted", [])
@@ -75,15 +70,15 @@ def _mark_deleted(run: Run, datastore: Datastore, selected: list[list[Record]]) 
         counts = {"documents": counts["documents"] + len(new), "rows": counts["rows"] + sum(rows for _, rows in new)}
         if new:
             record["deleted"] = sorted([*before, *new])
-        write_json(record_path(run.datastore, record), record)  # of every shard: a killed compact may have left another record
-    remove_orphans(run.datastore, datastore.shards)  # or the next append would reuse what a killed one has published
+        write_json(record_path(run.datastore, record), record)  # for every shard, because a killed compact may have replaced a record
+    remove_orphans(run.datastore, datastore.shards)  # otherwise the next append would reuse artifacts of a killed one
     assert_held(run.path)
     write_json(run.datastore / "manifest.json", datastore.manifest)
     return counts
 
 
 def remove_derived(run: Run) -> None:
-    """Remove what may show rows of the datastore, and the records of the stages that wrote it."""
+    """Remove the outputs that may show rows of the datastore, and the records of their stages."""
     records = [path for name in DERIVED_STAGES for path in children(run.stages, f"{name}.json")]
     for path in (*records, *(run.path / name for name in DERIVED_PATHS)):
         remove(path)
@@ -91,18 +86,18 @@ def remove_derived(run: Run) -> None:
 
 
 def check_removed(path: AnyPath) -> None:
-    """Raise UserError if a path still exists."""
+    """Raise UserError if a removed path still exists."""
     if path.exists():
         raise UserError(f"{path} cannot be removed: make it and its folder writable, and run the same command again")
 
 
 def remove_text(run: Run, names: set[str], selects: Selects) -> None:
-    """Remove the selected documents from the named shards of documents."""
+    """Remove the selected documents from the named document shards."""
     for path in (path for split in DELETABLE_SPLITS for path in shard_paths(run, split) if path.name in names):
         documents = read_shard(path)
         kept = [document for document in documents if not selects(document.id)]
         content = shard_content(kept).encode()
-        # The manifest is written first: if the command is killed in between, the next one still finds the text and removes it.
+        # Write the manifest first. If the command is killed before it writes the shard, the next delete still finds and removes the text.
         if len(kept) < len(documents):
             write_manifest(run.documents, {path.name: content})
             write_bytes(path, content)

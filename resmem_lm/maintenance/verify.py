@@ -1,4 +1,4 @@
-"""Verify a whole work directory: every byte against the records, and every row against what a row can be."""
+"""Verify a work directory: compare every file with its record, and check that every datastore row is possible."""
 
 import contextlib
 import re
@@ -21,18 +21,18 @@ from resmem_lm.workdir.progress import progress
 from resmem_lm.workdir.run import OUTPUTS, Run, output_of
 from resmem_lm.workdir.storage import Record, children, drop_copy, files_below, inside, read_json, sha256
 
-ROWS = 2**15  # checked at a time
-COMMANDS = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}  # of stages
+ROWS = 2**15  # rows checked at a time
+COMMANDS = {"documents": "train", "vocabulary": "train", "train": "train", "build": "build", "search": "evaluate"}  # by stage
 START_OVER = "copy it again from the original work directory, or start over in a new one (`resmem train`)"
-PARTLY_WRITTEN = re.compile(r"\.tmp(/|$)|(^|/)\.lock$")  # in a path within the work directory
+PARTLY_WRITTEN = re.compile(r"\.tmp(/|$)|(^|/)\.lock$")  # matches a path within the work directory
 
 
 def verify(run: Run) -> list[str]:
-    """Return a line for each problem of a work directory, with what to do about it.
+    """Return a message with the repair for each problem of a work directory.
 
-    It checks sizes and checksums of every file, that numbers are finite, that ids are within the vocabulary, that residuals belong to their
-    token, and that each document's tokens are stored once and equal those of its text. It also reports files that no record lists, except
-    those of a run that was killed.
+    The sizes and checksums of all files must match, numbers must be finite, ids within the vocabulary, residuals consistent with their
+    token, and each document's tokens stored once and equal to those of its text. Files that no record lists are reported too, unless an
+    unfinished stage or a killed command may have left them.
     """
     return list(_problems(run))
 
@@ -40,7 +40,7 @@ def verify(run: Run) -> list[str]:
 def _problems(run: Run) -> Iterator[str]:
     if not run.stages.exists():
         raise UserError(f"{run} is no work directory: it has no stages/")
-    listed: set[str] = {".lock"}  # every file that a record lists; the checks add to it
+    listed: set[str] = {".lock"}  # all files that a record lists; the checks add to this set
     paths = children(run.stages, "*.json")
     with progress("verify", total=len(paths), unit="stages") as bar:
         for number, path in enumerate(paths):
@@ -74,7 +74,7 @@ def _command(stage: str) -> str:
 
 
 def _damaged_outputs(run: Run, name: str, record: Record) -> Iterator[str]:
-    """Check the files that the record of a stage lists."""
+    """Yield a message for each damaged file in the record of a stage."""
     for place, expected in record.get("files", {}).items():
         path = run.path / place
         if not path.exists():
@@ -85,13 +85,13 @@ def _damaged_outputs(run: Run, name: str, record: Record) -> Iterator[str]:
             problem = "was altered: its checksum differs from its record"
         else:
             continue
-        checkpoint = re.match(r"checkpoints/checkpoint_\d+", place)  # Orbax reads all of it or nothing
+        checkpoint = re.match(r"checkpoints/checkpoint_\d+", place)  # Orbax cannot read a checkpoint in part
         repair = f"delete {run.path / checkpoint[0] if checkpoint else 'it'} and {run.record_path(name)}, and run `resmem {_command(name)}`"
         yield f"{path} {problem}: {repair if name != 'config' else 'run any command, which writes it again'}"
 
 
 def _stray_files(run: Run, listed: set[str]) -> Iterator[str]:
-    """Report files that no record lists, unless their stage can resume or a killed command left them partly written."""
+    """Report files that no record lists, except those of unfinished stages and partly written files."""
     unfinished: set[str] = set()
     for name, output in OUTPUTS.items():
         path = run.record_path(name)
@@ -103,7 +103,7 @@ def _stray_files(run: Run, listed: set[str]) -> Iterator[str]:
         if place.startswith("derived/"):  # work directories of studies
             continue
         if place not in listed and place.split("/")[0] not in unfinished and not PARTLY_WRITTEN.search(place):
-            yield f"{file} is in no record, perhaps because a run was killed: delete it unless it is yours"
+            yield f"{file} is not in any record, perhaps because a run was killed: delete it unless it is yours"
 
 
 def _check_documents(run: Run, listed: set[str]) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _check_datastore(run: Run, listed: set[str]) -> Iterator[str]:
         repair = f"delete {run.record_path('build')} and run `resmem build`, which writes it again"
         yield f"{path} has {manifest['rows']} rows, but its shards have {datastore.rows}: {repair}"
     if run.record("build")["result"]["manifest"] != sha256(path):
-        yield f"{path} differs from the record of its stage: run the command again that was writing it"
+        yield f"{path} differs from the record of its stage: repeat the command that wrote it last"
     vocabulary, vocab_size = load_vocabulary(run), load_config(run.checkpoints).vocab_size
     for shard, record in enumerate(datastore.shards):
         yield from _check_shard(run, datastore.part(shard, 1), vocabulary, vocab_size)
@@ -174,7 +174,7 @@ def _check_shard(run: Run, part: Datastore, vocabulary: Vocabulary, vocab_size: 
 
 
 def _row_problems(part: Datastore, vocab_size: int) -> Iterator[str]:
-    """Check that the rows of a shard are possible; stop at the first problem."""
+    """Yield the first impossible row of a shard, if any."""
     lengths = {len(part.array(name)) for name in ARRAYS}
     if lengths != {part.rows}:
         yield f"its arrays have {sorted(lengths)} rows, not {part.rows} as in its record"
@@ -188,10 +188,10 @@ def _row_problems(part: Datastore, vocab_size: int) -> Iterator[str]:
                 return
         for name in ("tokens", "residual_ids"):
             if rows[name].size and rows[name].max() >= vocab_size:
-                yield f"{name}, row {start + int(np.argwhere(rows[name] >= vocab_size)[0][0])}: an id above the vocabulary of {vocab_size}"
+                yield f"{name}, row {start + int(np.argwhere(rows[name] >= vocab_size)[0][0])}: an id beyond the vocabulary of {vocab_size}"
                 return
         p = dequantize_probabilities(rows["quantized_residuals"])
-        wrong = (rows["residual_ids"] == rows["tokens"][:, None]).any(axis=1)  # the token's own entry is stored apart
+        wrong = (rows["residual_ids"] == rows["tokens"][:, None]).any(axis=1)  # the entry of the own token is stored separately
         wrong |= (np.diff(p, axis=1) > 0).any(axis=1) | (rows["target_log_probability"] > 1e-3)
         # Quantization changes a probability by up to 0.006, and the sum by up to 2%.
         wrong |= p.sum(axis=1) + np.exp(rows["target_log_probability"].astype(np.float32)) > 1.05
@@ -201,7 +201,7 @@ def _row_problems(part: Datastore, vocab_size: int) -> Iterator[str]:
 
 
 def _token_problems(run: Run, part: Datastore, vocabulary: Vocabulary) -> Iterator[str]:
-    """Check that a shard has the tokens of each document's text once; stop at the first problem."""
+    """Yield the first problem if a shard does not store the tokens of each document's text once."""
     entries, next_row = part.documents(0), 0
     source = part.shards[0]["provenance"]["documents"]
     documents = {document.id: document for document in read_shard(run.documents / source)}

@@ -1,1 +1,1 @@
-"""The memory: the format of a datastore row, the datastore, and the index of its keys."""
+"""The memory: the datastore of residuals and the index of its keys."""

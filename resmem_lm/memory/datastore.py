@@ -1,12 +1,12 @@
-"""The datastore: row-aligned .npy files per shard. One manifest, written last, binds them to the model and vocabulary.
+"""Open a datastore: row-aligned .npy files per shard, and a manifest, written last, that binds them to the model and vocabulary.
 
     datastore/manifest.json
     datastore/shard-00003-of-00016.json
     datastore/shard-00003-of-00016.1f3a9c2e/{quantized_keys,residual_ids,quantized_residuals,tokens,...}.npy, documents.jsonl
 
-Row i of every array of a shard belongs to the same token. The rows of a document are consecutive and in order, and `documents.jsonl`
-lists them (`id`, `first_row`, `rows`). NumPy alone can read all of it. Rows of deleted documents stay in the arrays until
-`resmem compact`, but the manifest lists them and no search returns them.
+Row i of every array of a shard belongs to the same token. The rows of a document are consecutive and in order; `documents.jsonl` lists the
+documents (`id`, `first_row`, `rows`). NumPy alone can read the arrays. Rows of deleted documents stay in the arrays until `resmem compact`.
+The manifest lists them as deleted, and no search returns them.
 """
 
 import bisect
@@ -35,13 +35,13 @@ with epy.lazy_imports():
 
 
 def rebuild_hint(folder: AnyPath, record: Record) -> str:
-    """Return what to do about a damaged shard."""
+    """Return the instructions to repair a damaged shard."""
     build = folder.parent / "stages" / "build.json"
     return f"delete {record_path(folder, record)} and {build}, and run `resmem build`, which rebuilds this shard"
 
 
 class Datastore:
-    """A datastore, or some consecutive shards of one. Its arrays are memory-mapped; rows count through all of its shards."""
+    """A datastore, or consecutive shards of one. Arrays are memory-mapped. Rows are numbered from 0 over all of its shards."""
 
     def __init__(self, folder: AnyPath, manifest: Record) -> None:
         self.folder, self.manifest = folder, manifest
@@ -52,27 +52,27 @@ class Datastore:
         self._documents: dict[int, list[Record]] = {}
 
     def part(self, first: int, shards: int) -> "Datastore":
-        """Return the given number of shards from `first` on as a datastore whose rows count from 0."""
+        """Return `shards` consecutive shards, from shard `first` on, as a datastore."""
         return Datastore(self.folder, self.manifest | {"shards": self.shards[first : first + shards]})
 
     @property
     def rows(self) -> int:
-        """The number of rows, deleted ones included."""
+        """Return the number of rows, including deleted ones."""
         return int(self.offsets[-1])
 
     @property
     def live_rows(self) -> int:
-        """The number of rows that can be neighbors."""
+        """Return the number of rows that are not deleted."""
         return self.rows - int(sum(end - begin for begin, end in self._deleted))
 
     @property
     def bytes(self) -> int:
-        """The size of all files of the shards."""
+        """Return the total size of the shards' files."""
         return sum(file["bytes"] for shard in self.shards for file in shard["files"].values())
 
     @functools.cached_property
     def _deleted(self) -> Int[np.ndarray, "ranges 2"]:
-        """Ranges of deleted rows, [begin, end), in order."""
+        """Return the ranges [begin, end) of deleted rows, in order."""
         ranges = [
             (offset + first, offset + first + rows)
             for offset, shard in zip(self.offsets, self.shards, strict=False)
@@ -82,14 +82,14 @@ class Datastore:
         return np.array(ranges, np.int64).reshape(-1, 2)
 
     def is_deleted(self, rows: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
-        """Return a mask of the rows that belong to deleted documents."""
+        """Return the mask of deleted rows."""
         if not len(self._deleted):
             return np.zeros(rows.shape, bool)
         place = np.searchsorted(self._deleted[:, 0], rows, side="right") - 1
         return (place >= 0) & (rows < self._deleted[np.maximum(place, 0), 1])
 
     def array(self, name: str) -> ShardedArray:
-        """Return one array over all shards."""
+        """Return an array over all shards."""
         if name not in self._arrays:
             self._arrays[name] = ShardedArray([self._load(shard, name) for shard in self.shards])
         return self._arrays[name]
@@ -102,39 +102,39 @@ class Datastore:
         return array
 
     def shard_arrays(self, name: str) -> list[Shaped[np.ndarray, "rows ..."]]:
-        """Return one array of each shard."""
+        """Return an array as a list of one part per shard."""
         return self.array(name).parts
 
     def take(self, name: str, rows: Int[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Return the given rows of one array."""
+        """Return rows of an array."""
         return self.array(name)[rows]
 
     @functools.cached_property
     def projection(self) -> Float[np.ndarray, "emb dimensions"] | None:
-        """The projection of the keys, None if they are not projected. UserError if its file was altered."""
+        """Return the projection of the keys, or None. Raise UserError if its file was altered."""
         return projection_of(self.folder, self.binding)
 
     def keys(self, rows: Int[np.ndarray, "*some"]) -> Float[np.ndarray, "*some emb"]:
-        """Return the keys of the given rows."""
+        """Return the keys of rows in float32."""
         return dequantize_keys(self.take("quantized_keys", rows), self.take("key_scales", rows))
 
     def shard_keys(self, shard: int, some: slice = slice(None)) -> Float[np.ndarray, "rows emb"]:
-        """Return keys of one shard; `some` counts from its first row."""
+        """Return the keys of the rows `some` of one shard, counted from its first row."""
         return dequantize_keys(*(self.shard_arrays(name)[shard][some] for name in ("quantized_keys", "key_scales")))
 
     @functools.cached_property
     def key_parts(self) -> tuple[Any, Any]:
-        """The quantized keys and the bits of their scales, one array per shard, as `memory.kernels.distances` takes them."""
+        """Return the arguments `quantized_keys` and `scales` of `memory.kernels.distances`."""
         keys, scales = ([np.asarray(part) for part in self.shard_arrays(name)] for name in ("quantized_keys", "key_scales"))
         scales = [part.view(np.uint16) for part in scales]
         for part in (*keys, *scales):
-            part.flags.writeable = False  # mapped arrays are not writable, and a typed list holds one type
+            part.flags.writeable = False  # as mapped arrays are: a typed list accepts one type only
         return numba.typed.List(keys), numba.typed.List(scales)
 
     def residuals(
         self, rows: Int[np.ndarray, "*some"], temperature: float = 1.0
     ) -> tuple[Int[np.ndarray, "*some entries"], Float[np.ndarray, "*some entries"]]:
-        """Return ids and values of the residual entries of the given rows, the token's own entry first."""
+        """Return the ids and the values of the residual entries of rows. The entry of the row's own token is first."""
         ids = np.concatenate([self.take("tokens", rows)[..., None], self.take("residual_ids", rows)], axis=-1).astype(np.int32)
         number = self.binding.temperatures.index(temperature)
         values = at_temperature(
@@ -147,7 +147,7 @@ class Datastore:
         return ids, np.asarray(values)
 
     def documents(self, shard: int) -> list[Record]:
-        """Return `id`, `first_row` (within the shard) and `rows` of the documents of a shard, in order."""
+        """Return `id`, `first_row` (counted within the shard) and `rows` of each document of a shard, in order."""
         if shard not in self._documents:
             self.part(shard, 1).check_files("documents.jsonl")
             with (folder_of(self.folder, self.shards[shard]) / "documents.jsonl").open("r", encoding="utf-8") as file:
@@ -155,12 +155,12 @@ class Datastore:
         return self._documents[shard]
 
     def deleted_documents(self, shard: int) -> set[str]:
-        """Return the ids of a shard's deleted documents whose rows are still in its arrays."""
+        """Return the ids of the deleted documents whose rows are still in a shard."""
         first_rows = deleted_first_rows(self.shards[shard])
         return {document["id"] for document in self.documents(shard) if document["first_row"] in first_rows} if first_rows else set()
 
     def locate(self, row: int) -> tuple[int, str, int]:
-        """Return the shard of a row, the id of its document, and the position of its token in the document."""
+        """Return the shard of a row, its document's id, and the position of its token in the document."""
         shard = int(np.searchsorted(self.offsets, row, side="right") - 1)
         inside = row - int(self.offsets[shard])
         documents = self.documents(shard)
@@ -168,7 +168,7 @@ class Datastore:
         return shard, documents[number]["id"], inside - documents[number]["first_row"]
 
     def damaged(self, *, checksums: Checksums) -> Iterator[str]:
-        """Yield a line for each file that differs from the manifest, with what to do about it."""
+        """Yield a message with the repair for each file that differs from the manifest."""
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=checksums):
                 yield f"{problem}; {rebuild_hint(self.folder, shard)}"
@@ -178,7 +178,7 @@ class Datastore:
             yield str(error)
 
     def check_files(self, *names: str) -> None:
-        """Read the named files of every shard. UserError if one differs from its checksum."""
+        """Raise UserError if one of the named files of any shard differs from its checksum."""
         for shard in self.shards:
             for problem in damaged_files(self.folder, shard, checksums=names):
                 raise UserError(f"{problem}; {rebuild_hint(self.folder, shard)}")
@@ -191,16 +191,9 @@ def open_datastore(
     vocabulary: str | None = None,
     checksums: Checksums = False,
 ) -> Datastore:
-    """Open a finished datastore.
+    """Open a finished datastore after checking the size of every file, and the checksums that `checksums` selects.
 
-    Args:
-        folder: with manifest.json.
-        model: fingerprint of the model in use; the datastore of another one is refused.
-        vocabulary: checksum of the vocabulary in use, likewise.
-        checksums: compare the checksums of all files, or of files with these names; sizes are always compared.
-
-    Raises:
-        UserError: the datastore is not finished, is damaged, or was built with another model or vocabulary.
+    Raise UserError if it is unfinished or damaged, or if it was built with another model (a fingerprint) or vocabulary (a checksum).
     """
     path = folder / "manifest.json"
     if not path.exists():
@@ -218,7 +211,7 @@ def open_datastore(
 
 
 def datastore_summary(run: Run) -> Record:
-    """Return the result of the stage `build`: the manifest's checksum, live rows, bytes and counts."""
+    """Return the result of the stage `build`."""
     folder = run.datastore
     datastore = open_datastore(folder)
     counts = {name: sum(shard["counts"][name] for shard in datastore.shards) for name in COUNTERS}

@@ -1,4 +1,4 @@
-"""Encode documents into row-aligned .npy files, one for each array of the encoder's head."""
+"""Encode documents to row-aligned .npy files, one for each array of the encoder's head."""
 
 import os
 from collections import Counter
@@ -16,7 +16,7 @@ from resmem_lm.workdir.run import Run
 
 
 class EncodingWorker:
-    """The model, the vocabulary and the encoder that a worker process keeps for all of its shards."""
+    """The model, the vocabulary and the encoder, which a worker process loads once for all of its shards."""
 
     def __init__(self, run: Run, binding: Binding, head: Head | None = None) -> None:
         self.vocabulary: Vocabulary = load_vocabulary(run)
@@ -28,23 +28,13 @@ class EncodingWorker:
 
 
 def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, source: str) -> dict[str, int]:
-    """Write the arrays of the encoder's head for all tokens of some documents, one row per token.
+    """Write the arrays of the encoder's head to `folder`, one row per token, and return the counts of `schema.COUNTERS`.
 
-    Args:
-        folder: where NAME.npy is written for each array.
-        tokens: token ids of each document.
-        encoder: with any head.
-        source: where the documents were read from, for error messages.
-
-    Returns:
-        The counts of `schema.COUNTERS`.
-
-    Raises:
-        UserError: a number is not finite in the dtype of its array.
+    Raise UserError if a number is not finite in the dtype of its array; the message names `source`, the origin of the documents.
     """
     arrays: dict[str, np.ndarray] = {}
     rows = sum(map(len, tokens))
-    if not tokens:  # a shard without documents has arrays without rows, as wide as those of the others
+    if not tokens:  # write arrays of the usual width without rows
         _, encoded = next(encoder([np.zeros(1, np.int32)]))
         for name, value in encoded._asdict().items():
             np.save(folder / f"{name}.npy", value[:0])
@@ -65,7 +55,7 @@ def write_arrays(folder: Path, tokens: list[np.ndarray], encoder: Encoder, sourc
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Create a mapped .npy file whose blocks are all allocated: a full disk raises an error here instead of a crash on a later write."""
+    """Create a memory-mapped .npy file with all blocks allocated, so that a full disk raises an error here and no later write crashes."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""Encode windows of tokens: datastore rows (key, sparse residual, token), or queries (key, hidden state)."""
+"""Encode windows of tokens as datastore rows (key, sparse residual, token) or as queries (key, hidden state)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from resmem_lm.text.packing import shift_right
 from resmem_lm.text.windows import WindowSpec, window_rows
 
 ROWS = 16  # windows in one forward pass
-TOKENS = 256  # emitted tokens in one call of the head: their logits stay in the cache, and little is computed for padding
+TOKENS = 256  # emitted tokens in one call of the head: few enough that the logits stay in the cache and padding is small
 
 Head = Callable[[dict[str, Any], Array, Array, Array], Any]  # (parameters, keys, hidden, targets) to a named tuple of arrays
 
@@ -31,12 +31,9 @@ def log_partition(logits: Float[Array, "rows vocab"], temperatures: tuple[float,
 
 
 def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -> Head:
-    """Return the head that computes datastore rows.
+    """Return the head that computes datastore rows with `entries` residual entries at T = 1.
 
-    Args:
-        model: computes the logits.
-        entries: of each residual.
-        temperatures: of `log_power_sums`, 1.0 among them: residuals are stored at T = 1, and these sums give those at other temperatures.
+    The temperatures, which must include 1.0, are those of `log_power_sums`, from which the residuals at other temperatures follow.
     """
     unit = temperatures.index(1.0)
 
@@ -54,7 +51,7 @@ def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -
             quantized_residuals=quantize_probabilities(p),
             tokens=targets.astype(dtype),
             target_log_probability=(target_logits - log_z[:, unit]).astype(jnp.float16),
-            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up: it is a bound
+            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up, because it is an upper bound
             log_power_sums=(log_z - log_z[:, unit, None] / jnp.array(temperatures, jnp.float32)).astype(jnp.float16),
         )
 
@@ -62,14 +59,14 @@ def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -
 
 
 class QueryRows(NamedTuple):
-    """Keys and last hidden states of query tokens."""
+    """The keys and the last hidden states of query tokens."""
 
     keys: Float[Array, "rows emb"]
     hidden: Float[Array, "rows emb"]
 
 
 def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> QueryRows:
-    """Return keys and hidden states in float32. The logits are computed from the hidden states after the search."""
+    """Return keys and hidden states in float32. The evaluation computes logits from the hidden states."""
     return QueryRows(keys.astype(jnp.float32), hidden.astype(jnp.float32))
 
 
@@ -78,7 +75,7 @@ def _first(output: Any, count: int) -> Any:
 
 
 class Encoder:
-    """The model over the windows of documents, and a head over the tokens that the windows emit. Keys are projected if asked."""
+    """Apply the model to the windows of documents, and a head to the emitted tokens. Project the keys if a projection is given."""
 
     def __init__(self, model: Model, spec: WindowSpec, head: Head, projection: Float[np.ndarray, "emb dimensions"] | None = None) -> None:
         self.spec, self.parameters = spec, model.parameters
@@ -94,11 +91,9 @@ class Encoder:
     def __call__(
         self, documents: list[Int[np.ndarray, "_"]], counts: Counter[str] | None = None
     ) -> Iterator[tuple[Int[np.ndarray, " rows"], Any]]:
-        """Yield (positions, head's output): every token of the documents once, in no fixed order.
+        """Yield (positions, head's output) for batches that contain each token of the documents once, in no fixed order.
 
-        Args:
-            documents: token ids of each.
-            counts: receives the number of windows, of their tokens (context included) and of computed tokens (padding included).
+        `counts` is increased by the number of windows, of window tokens (including context) and of computed tokens (including padding).
         """
         for batch in window_rows(documents, self.spec, ROWS):
             if counts is not None:

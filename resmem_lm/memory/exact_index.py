@@ -1,4 +1,4 @@
-"""Exact search in JAX: compare every query with every key. For small datastores, for GPUs, and to measure recall."""
+"""Search exactly in JAX by comparing every query with every key: for small datastores, for GPUs, and to measure recall."""
 
 import functools
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from resmem_lm.memory.index import QUERY_BLOCK, Nearest, in_threads, rank_candid
 from resmem_lm.resmem import largest
 
 EXACT_BLOCK = 2**16  # keys in one matrix product
-SPARE = 16  # candidates beyond k: in float32, inner products order rows only nearly as distances do
+SPARE = 16  # extra candidates: in float32, inner products order rows almost as distances do, but not exactly
 
 
 class ExactIndex:
@@ -23,9 +23,9 @@ class ExactIndex:
         self.datastore = datastore
 
     def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Nearest:
-        """See `Index.search`."""
+        """Search as `Index.search` specifies."""
         kept = k + SPARE
-        rows = np.full((len(queries), 2 * kept), -1, np.int64)  # the best so far, and those of the next block
+        rows = np.full((len(queries), 2 * kept), -1, np.int64)  # the best rows so far, then those of one block
         scores = np.full((len(queries), 2 * kept), -np.inf, np.float32)
         for first_row, keys, live in self._blocks():
             count = min(kept, len(keys))
@@ -41,7 +41,7 @@ class ExactIndex:
         return in_threads(lambda some, candidates: rank_candidates(self.datastore, some, candidates, k), queries, rows[:, :kept])
 
     def _blocks(self) -> Iterator[tuple[int, Float[Array, "keys emb"], Bool[Array, " keys"]]]:
-        """Yield the first row, the keys and a mask of live rows of each block, padded to a power of two so that few shapes are compiled."""
+        """Yield the first row, the keys and the mask of live rows of each block, padded to a power of two to compile few shapes."""
         for shard, record in enumerate(self.datastore.shards):
             for start in range(0, record["rows"], EXACT_BLOCK):
                 keys = self.datastore.shard_keys(shard, slice(start, start + EXACT_BLOCK))
@@ -55,6 +55,6 @@ class ExactIndex:
 def _search_block(
     queries: Float[Array, "queries emb"], keys: Float[Array, "keys emb"], live: Bool[Array, " keys"], count: int
 ) -> tuple[Array, Array]:
-    # For one query, q.z - |z|^2 / 2 orders keys as the distance does.
+    # For a fixed query q, sorting keys z by descending q.z - |z|^2 / 2 sorts them by ascending distance.
     offsets = jnp.where(live, -jnp.sum(jnp.square(keys), axis=-1) / 2, -jnp.inf)
     return largest(queries @ keys.T + offsets, count)

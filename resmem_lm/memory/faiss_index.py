@@ -1,7 +1,7 @@
-"""The faiss index: inverted lists with 4-bit product quantization, compared in registers (André et al. 2017).
+"""Build and search the faiss index: inverted lists with 4-bit product quantization, compared in registers (André et al. 2017).
 
-Each code quantizes three dimensions of the difference between a key and the center of its list. All codes have the same number of bits, so
-keys are first rotated at random, which spreads their variance over all dimensions and changes no distance.
+Each code quantizes three dimensions of the difference between a key and the center of its list. Because all codes have the same number of
+bits, a random rotation first spreads the variance of the keys over all dimensions. It preserves distances.
 """
 
 import math
@@ -20,18 +20,18 @@ with epy.lazy_imports():
     import faiss
 
 FILE = "index.faiss"
-BLOCK = 2**13  # keys added at a time: few enough to reuse memory, and a multiple of 8 because a bitmap packs 8 rows in a byte
+BLOCK = 2**13  # keys added at a time: few, to reuse memory, and a multiple of 8, because a bitmap packs 8 rows per byte
 CODE_DIMENSIONS, CODE_BITS = 3, 4
 SEED = 1  # of the rotation
-SAMPLE_OF_LIST = 64  # rows per list that k-means learns from; more give no better lists
-NEIGHBORS, COVERED = 50, 0.99  # neighbors of a query, and the share of them that the probed lists shall hold
-RADIUS_QUERIES = 1000  # rows used as queries to learn the probe radius
+SAMPLE_OF_LIST = 64  # rows per list for k-means; more rows give no better lists
+NEIGHBORS, COVERED = 50, 0.99  # the probed lists must contain the share COVERED of a query's NEIGHBORS nearest rows
+RADIUS_QUERIES = 1000  # rows used as queries to fit the probe radius
 
 
 def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
-    """Return the number of lists, of probed lists at most (more find little more), and of rows to learn from.
+    """Return the number of lists, the maximum of probed lists (more improve recall little), and the number of rows to train on.
 
-    The rows are at least as many as the lists and as the values of a code.
+    k-means needs at least one row per list and per value of a code.
     """
     lists = max(1, math.isqrt(rows) // 2)
     sample = max(min(training_rows, SAMPLE_OF_LIST * lists), lists, 2**CODE_BITS)
@@ -39,11 +39,11 @@ def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
 
 
 def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> "faiss.IndexPreTransform":
-    """Return an empty index with lists and codes learned from a sample of at least 16 keys. Equal samples give equal indexes."""
+    """Return an empty index trained on a sample of at least 16 keys. Training is deterministic."""
     dimensions, rotated = sample.shape[1], _rotated_dimensions(sample.shape[1])
     index = faiss.IndexIVFPQFastScan(faiss.IndexFlatL2(rotated), rotated, lists, rotated // CODE_DIMENSIONS, CODE_BITS)
     index.by_residual = True
-    # faiss warns below 39 points for each center.
+    # This avoids a warning of faiss about fewer than 39 points per center.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     rotation = faiss.RandomRotationMatrix(dimensions, rotated)
     rotation.init(SEED)
@@ -53,14 +53,10 @@ def learn(sample: Float[np.ndarray, "rows emb"], lists: int) -> "faiss.IndexPreT
 
 
 def probe_radius(index: "faiss.IndexPreTransform", sample: Float[np.ndarray, "rows emb"], neighbors: int) -> float:
-    """Return the probe radius: a query probes lists whose center is within this multiple of the distance to the nearest center.
+    """Return the probe radius: a query probes the lists whose center is within this multiple of the distance to the nearest center.
 
-    It is the least radius at which the probed lists hold the share COVERED of the neighbors. Rows of the sample serve as queries.
-
-    Args:
-        index: from `learn`.
-        sample: keys.
-        neighbors: the average number of a query's neighbors that are in the sample.
+    It is the smallest radius at which the probed lists contain the share COVERED of the nearest neighbors. Rows of the sample serve as
+    queries. `neighbors` is the average number of a query's nearest neighbors that are in the sample.
     """
     rotation, ivf = parts(index)
     centers, rotated = ivf.quantizer, rotation.apply(sample)
@@ -68,30 +64,30 @@ def probe_radius(index: "faiss.IndexPreTransform", sample: Float[np.ndarray, "ro
     near = faiss.knn(queries, rotated, 1 + min(neighbors, len(rotated) - 1))[1][:, 1:]  # without the query itself
     of_lists = centers.reconstruct_batch(centers.search(rotated, 1)[1][near.ravel(), 0]).reshape(*near.shape, -1)
     theirs = np.sum(np.square(queries[:, None] - of_lists), axis=-1, dtype=np.float64)
-    nearest = np.maximum(centers.search(queries, 1)[0], 1e-9)  # 0 if all rows of the list are equal
+    nearest = np.maximum(centers.search(queries, 1)[0], 1e-9)  # the distance is 0 if all rows of a list are equal
     return max(1.0, float(np.sqrt(np.quantile(theirs / nearest, COVERED)).round(3)))
 
 
 def _rotated_dimensions(dimensions: int) -> int:
-    """Return the dimensions of rotated keys: a multiple of a code's."""
+    """Return the number of dimensions of rotated keys, a multiple of CODE_DIMENSIONS."""
     return dimensions + -dimensions % CODE_DIMENSIONS
 
 
 def add(index: "faiss.IndexPreTransform", blocks: Iterable[Float[np.ndarray, "rows emb"]]) -> None:
     """Add blocks of at most BLOCK keys to an index."""
-    parts(index)[1].pq.sync_transposed_centroids()  # encodes three dimensions in three fifths of the time
+    parts(index)[1].pq.sync_transposed_centroids()  # reduces the time to encode to three fifths
     for keys in blocks:
         index.add(keys)
 
 
 def write(index: "faiss.IndexPreTransform", folder: Path) -> None:
-    """Write index.faiss. A full disk is an OSError, unlike in faiss's own writer."""
+    """Write index.faiss. A full disk raises OSError, which faiss's own writer does not."""
     with (folder / FILE).open("wb") as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
 def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
-    """Write the index of part of a datastore, and return its parameters. Below `SMALL` rows there is none: all keys are compared."""
+    """Write the index of part of a datastore and return its parameters. Below `SMALL` rows, write nothing: the search is exact."""
     rows = datastore.rows
     if rows < SMALL:
         return {}
@@ -106,7 +102,7 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
 
 
 def parts(index: "faiss.IndexPreTransform") -> "tuple[faiss.VectorTransform, faiss.IndexIVFPQFastScan]":
-    """Return the rotation and the inverted lists of an index, which must outlive them."""
+    """Return the rotation and the inverted lists of an index. The caller must keep the index alive."""
     return index.chain.at(0), faiss.downcast_index(index.index)
 
 
@@ -118,17 +114,12 @@ def nearest_codes(
     wanted: int,
     selector: "faiss.IDSelector | None" = None,
 ) -> Int[np.ndarray, "queries wanted"]:
-    """Return the rows with the nearest codes in the probed lists of each query; -1 where there are fewer.
+    """Return the `wanted` rows with the nearest codes in the probed lists of each rotated query, padded with -1.
 
-    Args:
-        ivf: inverted lists.
-        rotated: queries, rotated as the keys are.
-        lists, squared: probed lists and the squared distances to their centers.
-        wanted: rows for each query.
-        selector: of the rows that may be returned; all rows if None.
+    `squared` has the squared distances from the queries to the centers of the lists. `selector` restricts the rows.
     """
-    # Searching lists chosen before saves a second comparison with all centers. The C function takes their number as an argument; faiss's
-    # Python wrapper takes it from the index, which threads share.
+    # The lists are given, which saves a second comparison with all centers. The C function takes their number as an argument. faiss's
+    # Python wrapper reads it from the index, which threads share.
     options = {} if selector is None else {"sel": selector}
     parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1], **options)
     lists, squared = np.ascontiguousarray(lists), np.ascontiguousarray(squared)
@@ -139,7 +130,7 @@ def nearest_codes(
 
 
 class Searcher:
-    """A `Proposer` with index.faiss in memory."""
+    """A `Proposer` that holds index.faiss in memory."""
 
     def __init__(self, datastore: Datastore, folder: Path, record: Record) -> None:
         self._index = faiss.read_index(str(folder / FILE))
@@ -154,17 +145,17 @@ class Searcher:
     def lists(
         self, rotated: Float[np.ndarray, "queries whole"]
     ) -> tuple[Int[np.ndarray, "queries most"], Float[np.ndarray, "queries most"], Int[np.ndarray, " queries"]]:
-        """Return the nearest lists of rotated queries, the squared distances to their centers, and how many of them each query probes.
+        """Return the nearest lists of rotated queries, the squared distances to their centers, and the number of lists to probe.
 
-        This number is rounded up to a power of two, so that many queries share it, or is the largest allowed.
+        This number is rounded up to a power of two, so that many queries share it, and is limited to the maximum of probed lists.
         """
         squared, lists = self._ivf.quantizer.search(rotated, self._most)
         near = np.sum(squared <= self._radius**2 * squared[:, :1], axis=1)
         return lists, squared, np.minimum(self._most, 2 ** np.ceil(np.log2(near)).astype(np.int64))
 
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries wanted"]:
-        """See `Proposer.propose`. A query that found too few rows probes four times as many lists, until it has probed all."""
-        faiss.omp_set_num_threads(1)  # per calling thread: other threads search at the same time
+        """Propose rows as `Proposer.propose` specifies. A query with too few rows probes four times as many lists, and so on."""
+        faiss.omp_set_num_threads(1)  # for the calling thread only; other threads search at the same time
         rotated = self.rotation.apply(queries)
         lists, squared, counts = self.lists(rotated)
         rows, pending = np.full((len(queries), wanted), -1, np.int64), np.arange(len(queries))
@@ -181,12 +172,12 @@ class Searcher:
 
 
 def _code_bytes(dimensions: int) -> int:
-    """Return the bytes of a row's codes: faiss stores an even number of them, two in a byte."""
+    """Return the size of a row's codes in bytes: two codes per byte, padded to an even number of codes."""
     return -(-dimensions // (2 * CODE_DIMENSIONS))
 
 
 def index_bytes(rows: int, dimensions: int) -> int:
-    """Return the size of index.faiss: codes and id of every row, centers of lists and codes. Lists are padded to 32 rows."""
+    """Return the size of index.faiss in bytes: the codes and the id of each row, the centers, and lists padded to 32 rows."""
     if rows < SMALL:
         return 0
     lists, rotated = tree(rows, dimensions, rows).leaves, _rotated_dimensions(dimensions)
@@ -197,8 +188,8 @@ def index_bytes(rows: int, dimensions: int) -> int:
 def index_memory(rows: int, dimensions: int, training_rows: int) -> int:
     """Return the peak memory of an index build in bytes.
 
-    It is the sample twice (k-means copies it), lists that grow by half, and the larger of two buffers: a block of keys, rotated and as
-    differences, or the neighbors that `probe_radius` compares, which are most for the fewest rows.
+    It is the sum of two copies of the sample (k-means copies it), the lists with room to grow, and the larger of two buffers: a block of
+    rotated keys with their differences, or the neighbors that `probe_radius` compares. The second is largest for the fewest rows.
     """
     sample, rotated = tree(rows, dimensions, training_rows).sample, _rotated_dimensions(dimensions)
     compared = RADIUS_QUERIES * NEIGHBORS * tree(SMALL, dimensions, training_rows).sample // SMALL

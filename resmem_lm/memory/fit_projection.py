@@ -1,4 +1,4 @@
-"""Fit the projection of a datastore's keys to the keys of some train documents."""
+"""Fit the projection of a datastore's keys to the keys of a sample of train documents."""
 
 import dataclasses
 
@@ -21,10 +21,9 @@ SAMPLED_TOKENS = 20_000
 
 
 def project_keys(run: Run, model: Model, vocabulary: Vocabulary, binding: Binding, dimensions: int) -> Binding:
-    """Return the binding of a datastore with projected keys. A missing projection is fitted and saved.
+    """Return the binding of a datastore with projected keys. Fit and save the projection if it is missing.
 
-    Raises:
-        UserError: the model's keys have fewer dimensions.
+    Raise UserError if the keys of the model have fewer than `dimensions` dimensions.
     """
     if not 1 <= dimensions <= model.config.emb_dim:
         raise UserError(f"build_datastore.key_dimensions = {dimensions}: take 1 to {model.config.emb_dim}, or None for all")
@@ -37,7 +36,7 @@ def project_keys(run: Run, model: Model, vocabulary: Vocabulary, binding: Bindin
 
 
 def _sample_keys(run: Run, model: Model, vocabulary: Vocabulary, window: WindowSpec) -> Float[np.ndarray, "rows emb"]:
-    """Return the keys of whole documents from every train shard."""
+    """Return the keys of about SAMPLED_TOKENS tokens: whole documents from every train shard."""
     paths, tokens, count = shard_paths(run, "train"), [], 0
     for number, path in enumerate(paths, start=1):
         for document in read_shard(path):

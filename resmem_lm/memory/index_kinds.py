@@ -1,21 +1,21 @@
-"""The kinds of index, and their sizes: how many rows one shard of an index may have."""
+"""Choose the library of an index, and the number of rows of an index shard."""
 
 from typing import Any
 
 from resmem_lm.memory import faiss_index, scann_index
 
-# Each module has `tree`, `build`, `Searcher`, `index_bytes` and `index_memory`. An exact search is divided among workers as faiss's is.
+# Each module has `tree`, `build`, `Searcher`, `index_bytes` and `index_memory`. The shards of an exact index have the sizes of faiss's.
 LIBRARIES: dict[str, Any] = {"faiss": faiss_index, "scann": scann_index, "exact": faiss_index}
-PROCESS_BYTES = 2**30  # memory of a worker process for libraries and compiled programs
+PROCESS_BYTES = 2**30  # memory of the libraries and compiled programs in a worker process
 
 
 def library(kind: str) -> Any:
-    """Return the module of a kind of index."""
+    """Return the module that implements a kind of index."""
     return LIBRARIES[kind]
 
 
 def index_bytes(kind: str, rows: int, dimensions: int) -> int:
-    """Return the size of the files of an index."""
+    """Return the size of an index's files in bytes."""
     return 0 if kind == "exact" else int(library(kind).index_bytes(rows, dimensions))
 
 
@@ -25,8 +25,8 @@ def index_memory(kind: str, rows: int, dimensions: int, training_rows: int) -> i
 
 
 def largest_index(kind: str, memory: int, dimensions: int, training_rows: int) -> int:
-    """Return the most rows whose index can be built within `memory` bytes; 0 if none."""
-    low, high = 0, max(0, memory) + 1  # a row takes more than a byte
+    """Return the maximum of rows for which an index can be built in `memory` bytes, or 0."""
+    low, high = 0, max(0, memory) + 1  # a row needs more than a byte
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if index_memory(kind, middle, dimensions, training_rows) <= memory else (low, middle)
@@ -34,14 +34,9 @@ def largest_index(kind: str, memory: int, dimensions: int, training_rows: int) -
 
 
 def group_shards(shard_rows: list[int], most: int) -> list[tuple[int, int]]:
-    """Group consecutive shards of a datastore into shards of an index. New shards of the datastore change only the last group.
+    """Group consecutive datastore shards into index shards of at most `most` rows; return each group's first shard and size.
 
-    Args:
-        shard_rows: rows of each shard of the datastore.
-        most: rows of a group; a larger shard is a group of its own.
-
-    Returns:
-        The first shard and the number of shards of each group.
+    A larger datastore shard is a group of its own. Appending datastore shards changes only the last group.
     """
     groups: list[tuple[int, int]] = []
     room = 0

@@ -1,6 +1,6 @@
-"""Compiled loops over scattered rows, which neither NumPy nor XLA does in one pass over memory.
+"""Compile loops over scattered rows with Numba, because neither NumPy nor XLA computes them in one pass over memory.
 
-Numba compiles each function at its first call and caches the result on disk. The loops release the GIL, so threads run them in parallel.
+Numba compiles each function at its first call and caches the result on disk. The loops release the GIL, so threads run in parallel.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ from jaxtyping import Float, Int, Int8, Integer, UInt8, UInt16
 from llvmlite import ir  # a dependency of Numba
 from numba.extending import intrinsic
 
-AHEAD = 4  # rows between the one that is read and the one that is prefetched
-LINE = 64  # bytes in a cache line
+AHEAD = 4  # distance in rows between the row that is read and the row that is prefetched
+LINE = 64  # bytes of a cache line
 FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)  # Numba has no float16 on a CPU
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Tests wrap functions in shape checks, which Numba cannot compile. `reassoc` vectorizes sums; NaN and infinity keep their meaning.
+    # `unwrap` removes the shape checks of tests, which Numba cannot compile. `reassoc` lets sums vectorize and respects NaN and infinity.
     compiled: Callable[..., Any] = numba.njit(nogil=True, fastmath={"contract", "reassoc"})(inspect.unwrap(function))
-    with contextlib.suppress(RuntimeError):  # there is no writable folder for a cache
+    with contextlib.suppress(RuntimeError):  # no folder for the cache is writable
         compiled.enable_caching()  # type: ignore[attr-defined]
     return compiled
 
 
 @intrinsic
 def _prefetch(typing_context: Any, address: Any) -> Any:
-    """Start to load the cache line at an address, which may be invalid."""
+    """Prefetch the cache line at an address. An invalid address is allowed."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
@@ -49,13 +49,10 @@ def distances(
     offsets: Int[np.ndarray, " ends"],
     rows: Int[np.ndarray, "queries n"],
 ) -> Float[np.ndarray, "queries n"]:
-    """Return the L2 distances of each query to its rows, infinite where a row is negative.
+    """Return the L2 distances of each query to its rows, which must be ascending. The distance of a negative row is infinite.
 
-    Args:
-        queries: keys.
-        quantized_keys, scales: of each shard, as `numba.typed.List`; scales are the bits of float16.
-        offsets: the first row of each shard, then the number of all rows.
-        rows: of all shards, ascending for each query.
+    `quantized_keys` and `scales` are `numba.typed.List` of one array per shard; scales are the bits of float16. `offsets` has the first row
+    of each shard and, last, the number of rows.
     """
     found = np.empty(rows.shape, np.float32)
     for query in range(len(rows)):
@@ -69,7 +66,7 @@ def distances(
                 while row >= offsets[shard + 1]:
                     shard += 1
                 shard_keys, shard_scales = quantized_keys[shard], scales[shard]
-            if place + AHEAD < rows.shape[1]:  # the address is wrong if that row is in a later shard, which does no harm
+            if place + AHEAD < rows.shape[1]:  # wrong but harmless if that row is in a later shard
                 ahead = rows[query, place + AHEAD] - offsets[shard]
                 for byte in range(0, len(key) + LINE - 1, LINE):
                     _prefetch(shard_keys.ctypes.data + ahead * len(key) + byte)  # type: ignore[call-arg]
@@ -90,16 +87,10 @@ def quantized_at(
     quantized: UInt8[np.ndarray, "queries k others"],
     vocabulary: int,
 ) -> UInt8[np.ndarray, "queries k candidates"]:
-    """Return the quantized probability of each candidate in each neighbor's row, zero where the row does not store it.
+    """Return the quantized probability of each candidate token in the row of each neighbor, or 0 if the row does not store the token.
 
-    A table over the vocabulary, which stays in the cache, maps each id to its candidate. Ids that are not candidates map to a spare place
-    that nobody reads, which costs less than a branch.
-
-    Args:
-        candidates: token ids of each query.
-        ids: token ids that the rows of its neighbors store.
-        quantized: probabilities of `ids`.
-        vocabulary: above every id.
+    A table over the vocabulary, which stays in the cache, maps each id to its candidate. All other ids map to an unused place, which costs
+    less than a branch. `ids` and `quantized` are the tokens and probabilities that each row stores; ids are below `vocabulary`.
     """
     (queries, k, others), count = ids.shape, candidates.shape[1]
     place = np.full(vocabulary, count, np.uint16)
@@ -109,7 +100,7 @@ def quantized_at(
     for query in range(queries):
         for number in range(count):
             place[candidates[query, number]] = number
-        # The table has the last place of a candidate that occurs more than once; `repeated` pairs the other places with it.
+        # If a candidate occurs more than once, the table has its last place. `repeated` pairs each other place with the last one.
         pairs = 0
         for number in range(count):
             last = place[candidates[query, number]]

@@ -1,4 +1,4 @@
-"""The manifest of a datastore: which published shards belong to it."""
+"""Read and write the manifest of a datastore, which lists the published shards that belong to it."""
 
 import contextlib
 
@@ -10,22 +10,17 @@ from resmem_lm.workdir.storage import AnyPath, Record, read_json, write_json
 
 
 def listed_shards(folder: AnyPath) -> list[Record]:
-    """Return the records in the manifest; none if there is no manifest."""
+    """Return the shard records in the manifest, or [] if there is no manifest."""
     path = folder / "manifest.json"
     shards: list[Record] = read_json(path)["shards"] if path.exists() else []
     return shards
 
 
 def finished_shards(folder: AnyPath, listed: list[Record], provenances: dict[str, Record]) -> dict[str, Record]:
-    """Return the records of shards that need not be built again, by name.
+    """Return the records, by name, of the shards that are finished. `listed` are the records in the manifest.
 
-    The manifest's record of a shard takes precedence over the shard's own record, which a worker that Beam gave up may still replace.
-    A shard without a record of its own is built again; a user deletes the record to replace a damaged shard.
-
-    Args:
-        folder: of the datastore.
-        listed: records in the manifest.
-        provenances: of each shard, by name.
+    The record in the manifest takes precedence over the shard's record file, because a worker that Beam abandoned may still replace the
+    file. A shard without a record file is not finished: users delete the file to rebuild a damaged shard.
     """
     in_manifest = {name_of(record): record for record in listed}
     finished = {}
@@ -39,7 +34,7 @@ def finished_shards(folder: AnyPath, listed: list[Record], provenances: dict[str
 
 
 def write_manifest(folder: AnyPath, binding: Binding, records: list[Record]) -> None:
-    """Write the manifest of published shards, and remove what else is published in the folder."""
+    """Write the manifest of published shards, and remove other artifacts from the folder."""
     with disk_errors(folder):
         write_json(folder / "manifest.json", binding.to_json() | {"rows": sum(r["rows"] for r in records), "shards": records})
         remove_orphans(folder, records)

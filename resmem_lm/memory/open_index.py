@@ -1,4 +1,4 @@
-"""Open the shards of WORKDIR/index, and search all of them."""
+"""Open and search the shards of WORKDIR/index."""
 
 import numpy as np
 from jaxtyping import Float
@@ -15,16 +15,12 @@ from resmem_lm.workdir.storage import Record, local_path, read_json
 
 
 def rebuild_index_hint(run: Run) -> str:
-    """Return what to do about a damaged index."""
+    """Return the instructions to repair a damaged index."""
     return f"delete {run.index} and {run.record_path('index')}, and run `resmem index`"
 
 
 def index_manifest(run: Run, datastore: Datastore) -> Record:
-    """Return the manifest of the index.
-
-    Raises:
-        UserError: the index was built from another datastore or is damaged.
-    """
+    """Return the manifest of the index. Raise UserError if the index is damaged or was built from another datastore."""
     manifest = read_json(run.index / "index.json")
     if [shard["folder"] for shard in datastore.shards] != [name for shard in manifest["shards"] for name in shard["provenance"]["folders"]]:
         raise UserError(
@@ -37,15 +33,11 @@ def index_manifest(run: Run, datastore: Datastore) -> Record:
 
 
 def open_index(run: Run, datastore: Datastore, manifest: Record, shard: int) -> tuple[Index, int]:
-    """Return one shard of the index, and the datastore's row that is its row 0.
-
-    Raises:
-        UserError: the shard cannot be read.
-    """
+    """Return an index shard, and the datastore row of its row 0. Raise UserError if the shard cannot be read."""
     counts = [len(record["provenance"]["folders"]) for record in manifest["shards"]]
     first = sum(counts[:shard])
     part, first_row, record = datastore.part(first, counts[shard]), int(datastore.offsets[first]), manifest["shards"][shard]
-    if not record["files"]:  # exact, or of few rows
+    if not record["files"]:  # exact search
         return ExactIndex(part), first_row
     folder = folder_of(run.index, record)
     try:
@@ -57,16 +49,9 @@ def open_index(run: Run, datastore: Datastore, manifest: Record, shard: int) -> 
 
 
 def search_shards(run: Run, datastore: Datastore, queries: Float[np.ndarray, "queries emb"], k: int) -> Nearest:
-    """Return the k nearest rows in all shards of WORKDIR/index. One shard at a time is in memory.
+    """Return the k nearest live rows of each query in WORKDIR/index. Only one index shard is in memory at a time.
 
-    Args:
-        run: with a finished index.
-        datastore: from which the index was built; rows deleted since are skipped.
-        queries: keys.
-        k: neighbors of each query.
-
-    Raises:
-        UserError: the index was built from another datastore or is damaged.
+    Raise UserError if the index is damaged or was built from another datastore.
     """
     nearest, manifest = no_neighbors(len(queries), k), index_manifest(run, datastore)
     for shard in range(len(manifest["shards"])):

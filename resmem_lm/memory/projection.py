@@ -1,6 +1,6 @@
-"""Project keys onto the principal components of a sample of them, to search fewer dimensions.
+"""Project keys onto the principal components of a sample of keys, to search fewer dimensions.
 
-He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.3) find that kNN-LM loses nothing by it.
+He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.3) find that the projection does not hurt kNN-LM.
 """
 
 import io
@@ -14,10 +14,10 @@ from resmem_lm.workdir.storage import AnyPath, sha256, write_bytes
 
 
 def principal_components(keys: Float[np.ndarray, "rows emb"], dimensions: int) -> Float[np.ndarray, "emb dimensions"]:
-    """Return a random orthonormal basis, as columns, of the space of the keys' leading principal components.
+    """Return a random orthonormal basis (columns) of the subspace of the leading principal components.
 
-    The basis is random because the first components have most of the variance: with one scale per key (`quantize_keys`), the others would
-    be rounded coarsely.
+    A random basis spreads the variance over all dimensions. Keys have a single scale (`quantize_keys`): in the basis of the components, the
+    first ones have most of the variance, and the others would be quantized coarsely.
     """
     _, directions = np.linalg.eigh(np.cov(keys.astype(np.float64), rowvar=False))
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dimensions, dimensions)))
@@ -25,7 +25,7 @@ def principal_components(keys: Float[np.ndarray, "rows emb"], dimensions: int) -
 
 
 def projection_path(datastore: AnyPath, model: str, dimensions: int) -> AnyPath:
-    """Return the path of the projection of a model's keys; `model` is its fingerprint."""
+    """Return the path of the projection for the model with the fingerprint `model`."""
     return datastore / f"projection-{model[:12]}-{dimensions}.npy"
 
 
@@ -37,11 +37,7 @@ def save_projection(path: AnyPath, projection: Float[np.ndarray, "emb dimensions
 
 
 def load_projection(path: AnyPath, checksum: str) -> Float[np.ndarray, "emb dimensions"]:
-    """Return the projection in a file.
-
-    Raises:
-        UserError: the file is not the one that the datastore's keys were projected with.
-    """
+    """Return the projection in a file. Raise UserError if the file is missing or has another checksum."""
     if not path.exists() or sha256(path) != checksum:
         raise UserError(f"{path} is missing or was altered: delete {path.parent} and run `resmem build` again")
     with path.open("rb") as file:
@@ -50,7 +46,7 @@ def load_projection(path: AnyPath, checksum: str) -> Float[np.ndarray, "emb dime
 
 
 def projection_of(folder: AnyPath, binding: Binding) -> Float[np.ndarray, "emb dimensions"] | None:
-    """Return the projection of a datastore's keys; None if they are not projected."""
+    """Return the projection of a datastore's keys, or None if they are not projected."""
     if binding.projection is None or binding.key_dimensions is None:
         return None
     return load_projection(projection_path(folder, binding.model, binding.key_dimensions), binding.projection)

@@ -1,7 +1,7 @@
-"""Quantize keys and probabilities to one byte per number. All functions take NumPy and JAX arrays.
+"""Quantize keys and probabilities to one byte per number. All functions accept NumPy and JAX arrays.
 
-A key has a scale, 1/127 of its largest component, and its components are rounded to multiples of it. A probability p is stored as
-255 p^(1/3), rounded. The error is at most 0.006 near p = 1 and shrinks with p, which suits scores: they add probabilities. A
+The components of a key are rounded to multiples of the key's scale, which is 1/127 of its largest component. A probability p is stored as
+round(255 p^(1/3)). The error is at most 0.006, near p = 1, and shrinks with p. This suits scores, which are sums of probabilities. A
 probability below 7e-9 becomes 0.
 """
 
@@ -36,11 +36,11 @@ def dequantize_probabilities(quantized: UInt8[Any, "*some"]) -> Float[Any, "*som
 
 
 def dequantize_powers(quantized: UInt8[Any, "*some"], temperature: float | Float[Array, ""]) -> Float[Array, "*some"]:
-    """Return p^(1/T). A table of all 256 values costs less than a power for each element."""
+    """Return p^(1/T) from a table of all 256 values, which costs less than a power per element."""
     return jnp.power(dequantize_probabilities(jnp.arange(256, dtype=jnp.uint8)), 1 / temperature)[quantized]
 
 
 def upper_probabilities(quantized: UInt8[Any, "*some"]) -> Float[Any, "*some"]:
-    """Return the largest probabilities that are quantized to these values."""
+    """Return the largest probability that is quantized to each value."""
     root = np.minimum(quantized.astype(np.float32) + 0.5, 255) / 255
     return root * root * root

@@ -1,4 +1,4 @@
-"""The ScaNN index (Guo et al. 2020), which the paper uses: a tree and 4-bit anisotropic product quantization."""
+"""Build and search the ScaNN index (Guo et al. 2020), which the paper uses: a tree and 4-bit anisotropic product quantization."""
 
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,21 @@ from resmem_lm.workdir.storage import Record
 
 
 class Searcher:
-    """A `Proposer` with ScaNN's files in memory."""
+    """A `Proposer` that holds ScaNN's index in memory."""
 
     def __init__(self, datastore: Datastore, folder: Path, record: Record) -> None:
         self.datastore = datastore
         self._searcher = _scann().load_searcher(str(folder))
 
     def propose(self, queries: Float[np.ndarray, "queries emb"], wanted: int, needed: int) -> Int[np.ndarray, "queries n"]:
-        """See `Proposer.propose`. Queries that lose candidates to deleted rows are searched again for twice as many."""
+        """Propose rows as `Proposer.propose` specifies. Repeat a query for twice as many rows if too many of its rows are deleted."""
         rows, live = self.datastore.rows, max(1, self.datastore.live_rows)
         result = np.full((len(queries), min(wanted, rows)), -1, np.int64)
-        count = min(rows, -(-wanted * rows // live))  # on average, `wanted` of them are live
+        count = min(rows, -(-wanted * rows // live))  # on average, `wanted` of these rows are live
         pending = np.arange(len(queries))
         while len(pending):
             found, scores = self._searcher.search_batched_parallel(queries[pending], final_num_neighbors=count)
-            # ScaNN returns row 0 with a score of NaN where the probed leaves hold too few rows.
+            # If the probed leaves have too few rows, ScaNN returns row 0 with a score of NaN.
             found = np.where(np.isnan(scores), -1, found.astype(np.int64))
             exhausted = (found < 0).any(axis=1)
             found[self.datastore.is_deleted(found) & (found >= 0)] = -1
@@ -49,23 +49,23 @@ def _scann() -> Any:
 
 
 def tree(rows: int, dimensions: int, training_rows: int) -> Tree:
-    """Return the number of leaves, of probed leaves, and of rows to learn from; 12 k-means rounds are ScaNN's default."""
+    """Return the number of leaves, of probed leaves, of training rows, and of k-means rounds (ScaNN's default)."""
     leaves = int(np.clip(np.sqrt(rows), 16, rows))
     return Tree(leaves, min(leaves, max(40, leaves // 16)), min(rows, training_rows), rounds=12)
 
 
 def block(dimensions: int) -> int:
-    """Return the dimensions of a code. ScaNN's fast path takes at most 256 codes for a key."""
+    """Return the number of dimensions per code. ScaNN's fast path accepts at most 256 codes per key."""
     return max(2, -(-dimensions // 256))
 
 
 def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
-    """Write ScaNN's files for part of a datastore, and return the measure and the parameters of the tree."""
+    """Write the ScaNN index of part of a datastore, and return its distance measure and the parameters of its tree."""
     keys = np.empty((datastore.rows, datastore.array("quantized_keys").shape[1]), np.float32)
     for shard, begin in enumerate(datastore.offsets[:-1]):
         keys[begin : datastore.offsets[shard + 1]] = datastore.shard_keys(shard)
     norms = np.linalg.norm(keys[:: max(1, len(keys) // 100_000)], axis=1)
-    # Inner products are three times faster to search, and order keys of equal norm as distances do.
+    # A search by inner products is three times faster. If all keys have the same norm, it has the same result.
     facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}
     if datastore.rows >= SMALL:
         chosen = tree(*keys.shape, settings["training_rows"])
@@ -76,12 +76,12 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
 
 
 def learn(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, training_rows: int, threads: int) -> Any:
-    """Return ScaNN's searcher of some keys. Without `leaves` in the facts, it compares all keys."""
+    """Return ScaNN's searcher of the keys. It is exact if `facts` has no `leaves`."""
     builder = _scann().builder(keys, candidates, facts["measure"]).set_n_training_threads(threads)
     if "leaves" not in facts:
         return builder.score_brute_force().build()
     sample = min(training_rows, len(keys))
-    # k-means++ with ScaNN's fixed seed, instead of random centers, makes builds reproducible.
+    # Random centers are not reproducible. k-means++ is, because ScaNN fixes its seed.
     builder = builder.tree(
         num_leaves=facts["leaves"], num_leaves_to_search=facts["leaves_to_search"], training_sample_size=sample, random_init=False
     )
@@ -89,7 +89,7 @@ def learn(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, t
 
 
 def index_bytes(rows: int, dimensions: int) -> int:
-    """Return the size of ScaNN's files: codes and leaf of every row, centers of leaves and codes; all keys if there are few."""
+    """Return the size of ScaNN's files in bytes: the codes and leaf of each row and the centers, or all keys if there are few."""
     if rows < SMALL:
         return rows * dimensions * 4 + 400
     codes = -(-dimensions // block(dimensions))
@@ -97,5 +97,5 @@ def index_bytes(rows: int, dimensions: int) -> int:
 
 
 def index_memory(rows: int, dimensions: int, training_rows: int) -> int:
-    """Return the peak memory of an index build in bytes: the keys in float32 twice, ScaNN's files, and the sample twice."""
+    """Return the peak memory of an index build in bytes: two copies of the keys in float32, ScaNN's files, two copies of the sample."""
     return 8 * rows * dimensions + index_bytes(rows, dimensions) + 8 * min(rows, training_rows) * dimensions

@@ -1,4 +1,4 @@
-"""The format of the datastore: arrays, dtypes, file names, and what a datastore is bound to. Nothing here imports the model."""
+"""Define the format of a datastore: arrays, dtypes, file names and the binding to a model. This module does not import the model."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ from resmem_lm.workdir.storage import Record
 
 
 class DatastoreRows(NamedTuple):
-    """Rows of the datastore in its dtypes. Keys and probabilities are quantized (`memory.quantization`).
+    """Rows of the datastore. Keys and probabilities are quantized (`memory.quantization`).
 
-    A row's residual is 1 - p at its own token and -p at the other ids. `residual_ids` are the other ids with the largest p at T = 1, in
-    descending order, and `quantized_residuals` are these p. `dropped` is an upper bound of p at every id that is not stored.
-    `target_log_probability` is log p at the token itself. `log_power_sums` are log sum_y p(y)^(1/T).
+    The residual of a row is 1 - p at the row's own token and -p at every other id. `residual_ids` are the other ids with the largest p at
+    T = 1, in descending order of p, and `quantized_residuals` are the values of p. `dropped` is an upper bound on p at the ids that are not
+    stored. `target_log_probability` is log p of the own token. `log_power_sums` are log sum_y p(y)^(1/T) for each temperature.
     """
 
     quantized_keys: Int8[Array, "rows emb"]
@@ -44,9 +44,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """The model, the vocabulary and the settings that a datastore was built with. It is refused with any others.
+    """The model, the vocabulary and the settings that a datastore was built with, and the only ones that it can be used with.
 
-    `model` and `projection` are checksums; `key_dimensions` is the width of projected keys, None if keys are not projected.
+    `model`, `vocabulary` and `projection` are checksums. `key_dimensions` is the width of projected keys, or None without a projection.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Binding:
     projection: str | None = None
 
     def to_json(self) -> Record:
-        """Return the manifest's entries for this binding."""
+        """Return this binding as entries of a manifest."""
         value: Record = json.loads(json.dumps({"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self)}))
         return value
 
@@ -80,5 +80,5 @@ def document_line(name: str, first_row: int, rows: int) -> str:
 
 
 def deleted_first_rows(record: Record) -> set[int]:
-    """Return the first row of each deleted document whose rows are still in the shard of this record."""
+    """Return the first row of each deleted document that still has rows in the shard."""
     return {first for first, rows in record.get("deleted", []) if rows}

@@ -1,8 +1,8 @@
-"""The model seam: a directory of checkpoints -> parameters, and a fingerprint that binds a datastore to them.
+"""Read and write checkpoints, and compute the fingerprint of a model, which binds a datastore to it.
 
-A checkpoint has T5X's form: `checkpoint_1000/state`, written by Orbax, with the tree {"target": parameters, "state": {"step",
-"param_states"}}. T5X resumes from checkpoints of the built-in trainer, and this module reads T5X's checkpoints without T5X. T5X's older
-form, `checkpoint_1000/checkpoint` (msgpack) beside one zarr array per parameter, is read-only.
+Checkpoints have T5X's format: `checkpoint_1000/state`, written by Orbax, with the tree {"target": parameters, "state": {"step",
+"param_states"}}. T5X can resume from them, and this module reads T5X's checkpoints without T5X. It also reads, but does not write, T5X's
+older format: `checkpoint_1000/checkpoint` (msgpack) beside one zarr array per parameter.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ Hidden = Float[Array, "batch length emb"]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """DeepNet: token windows -> keys and logits. `parameters` may be on any device."""
+    """DeepNet, which maps token windows to keys and logits. `parameters` may be on any device."""
 
     config: ModelConfig
     parameters: dict[str, Any]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the configuration and of every parameter."""
+        """Return the SHA-256 of the configuration and all parameters."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.parameters):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -53,29 +53,29 @@ class Model:
     def hidden(
         self, parameters: dict[str, Any], inputs: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"]
     ) -> tuple[Hidden, Hidden]:
-        """Return `Decoder.hidden`. The parameters are an argument because jit would otherwise copy them into its programs."""
+        """Return the result of `Decoder.hidden`. Parameters are an argument, because jit would copy `self.parameters` into its programs."""
         outputs: Any = decoder.Decoder(self.config).apply({"params": parameters}, inputs, segment_ids, method="hidden")
         return outputs[0], outputs[1]
 
     def logits(self, parameters: dict[str, Any], hidden: Float[Array, "tokens emb"]) -> Float[Array, "tokens vocab"]:
-        """Return `Decoder.logits`."""
+        """Return the result of `Decoder.logits`."""
         logits: Any = decoder.Decoder(self.config).apply({"params": parameters}, hidden, method="logits")
         return jax.numpy.asarray(logits)
 
 
 def checkpoint_manager(directory: Path, *, keep: int = 2) -> Any:
-    """Return Orbax's manager of the checkpoints in `directory`, with T5X's names."""
+    """Return an Orbax CheckpointManager for `directory` that uses T5X's names."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, step_prefix="checkpoint")
     return ocp.CheckpointManager(directory.absolute(), options=options, item_names=(STATE,))
 
 
 def save_checkpoint(manager: Any, step: int, tree: dict[str, Any]) -> None:
-    """Save T5X's tree of a checkpoint."""
+    """Save a checkpoint in T5X's tree."""
     manager.save(step, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree)}))
 
 
 def save_config(directory: AnyPath, config: ModelConfig, vocabulary: str) -> None:
-    """Write model.json beside the checkpoints: the shape of the model and the checksum of its vocabulary."""
+    """Write the shape of the model and the checksum of its vocabulary to model.json in `directory`."""
     write_json(directory / "model.json", {"config": dataclasses.asdict(config), "vocabulary": vocabulary})
 
 
@@ -85,21 +85,13 @@ def load_config(directory: AnyPath) -> ModelConfig:
 
 
 def load_model(directory: AnyPath) -> Model:
-    """Return the model of the newest checkpoint in `directory`.
-
-    Raises:
-        UserError: there is no checkpoint, or its shape differs from model.json.
-    """
+    """Return the model of the newest checkpoint. Raise UserError if there is none or its shape differs from model.json."""
     config = load_config(directory)
     return Model(config, read_parameters(local_path(newest_checkpoint(directory)), config))
 
 
 def newest_checkpoint(path: AnyPath) -> AnyPath:
-    """Return `path` if it is a checkpoint, otherwise the checkpoint of the highest step in it.
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
+    """Return `path` if it is a checkpoint, else the checkpoint with the highest step in it. Raise UserError if there is none."""
 
     def is_checkpoint(folder: AnyPath) -> bool:
         return (folder / STATE).is_dir() or (folder / "checkpoint").is_file()
@@ -114,16 +106,15 @@ def newest_checkpoint(path: AnyPath) -> AnyPath:
 
 
 def read_parameters(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
-    """Return the parameters of one checkpoint in float32 on one device, without the optimizer's state.
+    """Return the parameters of a checkpoint in float32 on one device.
 
-    Raises:
-        UserError: the checkpoint is damaged, or its names or shapes differ from `config`.
+    Raise UserError if the checkpoint is damaged, or the names or shapes of its parameters differ from `config`.
     """
     try:
         stored = (_read_msgpack if (checkpoint / "checkpoint").is_file() else _read_orbax)(checkpoint)
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint} is damaged or no checkpoint of T5X ({reason}): copy or train it again") from error
+        raise UserError(f"{checkpoint} is damaged or is not a T5X checkpoint ({reason}): copy or train it again") from error
     wanted = traverse_util.flatten_dict(jax.eval_shape(lambda: decoder.init_parameters(config, 0)), sep="/")
     _check_shapes(checkpoint, stored, wanted)
     device = jax.local_devices()[0]
@@ -164,7 +155,7 @@ def _read_orbax(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_msgpack(checkpoint: Path) -> dict[str, Any]:
-    """Read T5X's older form: the msgpack file has small arrays, and the names of the zarr folders of the others."""
+    """Return the parameters in T5X's older format. The msgpack file contains small arrays and the names of the others' zarr folders."""
 
     def load(value: Any) -> Any:
         if not isinstance(value, dict):

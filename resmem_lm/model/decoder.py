@@ -1,6 +1,6 @@
-"""Decoder-only T5 (Raffel et al. 2020, without encoder and cross-attention), in the form that T5X's `DecoderOnlyModel` needs.
+"""Define a decoder-only T5 (Raffel et al. 2020, without encoder and cross-attention) that T5X's `DecoderOnlyModel` can train.
 
-Parameter names, axis annotations and the call signature follow T5X, so T5X can train this module, and each reads the other's parameters.
+Parameter names, axis annotations and the call signature are T5X's, so T5X and this package can read each other's parameters.
 `Decoder.hidden` returns ResMem's key phi(x): the activations of the last layer after the pre-MLP LayerNorm and before the MLP (paper,
 section 4.1).
 """
@@ -27,7 +27,7 @@ Bias = Float[Array, "#batch #heads length length"]
 
 
 def relative_buckets(length: int) -> Int[np.ndarray, "length length"]:
-    """Return the T5 bucket of every (query, key) distance in a causal decoder: exact up to 16, then logarithmic to 128."""
+    """Return T5's bucket of each (query, key) distance in a causal decoder: exact below 16, then logarithmic up to 128."""
     distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = RELATIVE_BUCKETS // 2
     log_ratio = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(RELATIVE_MAX_DISTANCE / exact)
@@ -36,7 +36,7 @@ def relative_buckets(length: int) -> Int[np.ndarray, "length length"]:
 
 
 class Dense(nn.Module):
-    """A linear map without bias from the last `inputs_axes` axes to `features`. The kernel is a matrix."""
+    """A linear map without bias from the last `inputs_axes` axes to `features`. Its kernel is a matrix."""
 
     features: tuple[int, ...]
     kernel_axes: tuple[str, str]
@@ -49,7 +49,7 @@ class Dense(nn.Module):
         kept, contracted = inputs.shape[: -self.inputs_axes], inputs.shape[-self.inputs_axes :]
         shape = (int(np.prod(contracted)), int(np.prod(self.features)))
         kernel = param_with_axes("kernel", self.kernel_init, shape, jnp.float32, axes=self.kernel_axes)
-        # One row per token: a product of two matrices, because XLA then uses the CPU's fast routine for the gradients too.
+        # Reshape to a product of two matrices, for which XLA uses the CPU's fast routine, also in the gradients.
         outputs = jnp.asarray(inputs, self.dtype).reshape(-1, shape[0]) @ jnp.asarray(kernel, self.dtype)
         return outputs.reshape(*kept, *self.features)
 
@@ -86,14 +86,14 @@ class SelfAttention(nn.Module):
         value = heads(kernel_init=init, name="value")(inputs)
         query, key, value = (with_sharding_constraint(x, ("batch", "length", "heads", "kv")) for x in (query, key, value))
 
-        # Heads before positions, so that XLA uses the CPU's fast routine for both products. Normalization after the sum divides
+        # The head axis comes first, so that XLA uses the CPU's fast routine for both products. Normalizing after the sum over keys divides
         # head_dim numbers per query instead of `length`.
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         weights = jnp.einsum("bhqd,bhkd->bhqk", query, key) + bias.astype(dtype)
         weights = jnp.exp(weights - jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1)
         if not deterministic and cfg.dropout_rate > 0:
-            # T5X also has one mask for all queries.
+            # As in T5X, all queries share one mask.
             shape = (*weights.shape[:2], 1, weights.shape[3])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
             weights = weights * keep.astype(dtype) / jnp.asarray(1 - cfg.dropout_rate, dtype)
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """T5's feed-forward block: `wi`, or the gated `wi_0` and `wi_1`, then `wo`."""
+    """T5's feed-forward block: `wi` (or gated `wi_0` and `wi_1`), then `wo`."""
 
     config: ModelConfig
 
@@ -121,7 +121,7 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention and MLP, each after its LayerNorm and with a residual connection. It returns the output and the key."""
+    """Self-attention and MLP, each with a LayerNorm before it and a residual connection. Returns the output and ResMem's key."""
 
     config: ModelConfig
 
@@ -140,7 +140,7 @@ class DecoderLayer(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """One bias per head and distance bucket, shared by all layers."""
+    """T5's bias per head and distance bucket, shared by all layers."""
 
     config: ModelConfig
 
@@ -157,7 +157,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding, which is also the output matrix if `logits_via_embedding` is set."""
+    """The token embedding, which is also the output matrix if `logits_via_embedding` is set."""
 
     config: ModelConfig
 
@@ -175,7 +175,7 @@ class Embedding(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers, final LayerNorm and logits, which are float32 for every dtype of the activations."""
+    """Embedding, layers, final LayerNorm and logits. Logits are float32 for every dtype of the activations."""
 
     config: ModelConfig
 
@@ -207,14 +207,14 @@ class DecoderStack(nn.Module):
         return key, self.output_dropout(self.decoder_norm(x), deterministic=deterministic)
 
     def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
-        """Return DeepNet's f(x)."""
+        """Return the logits."""
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(hidden) / jnp.sqrt(self.config.emb_dim)
         return self.logits_dense(hidden)
 
 
 class Decoder(nn.Module):
-    """The module that T5X trains: the stack in T5X's scope `decoder/`, with T5X's call signature."""
+    """The module that T5X trains, with T5X's parameter scope `decoder/` and call signature."""
 
     config: ModelConfig
 
@@ -232,23 +232,23 @@ class Decoder(nn.Module):
         enable_dropout: bool = True,
         decode: bool = False,
     ) -> Float[Array, "batch length vocab"]:
-        """Return the logits of every next token. T5X passes targets and positions; they are not used."""
+        """Return the logits of the next token at every position. Targets and positions, which T5X passes, are not used."""
         if decode:
             raise NotImplementedError("autoregressive decoding is not implemented: ResMem only scores given text")
         _, hidden = self.decoder.hidden(decoder_input_tokens, decoder_segment_ids, decoder_causal_attention, not enable_dropout)
         return self.decoder.logits(hidden)
 
     def hidden(self, inputs: Tokens, segment_ids: Tokens) -> tuple[Hidden, Hidden]:
-        """Return ResMem's keys phi(x) and the last hidden states for `logits`, without dropout."""
+        """Return ResMem's keys phi(x) and the input of `logits`, without dropout."""
         return self.decoder.hidden(inputs, segment_ids, None, True)
 
     def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
-        """Return DeepNet's logits f(x) from hidden states."""
+        """Return DeepNet's logits f(x)."""
         return self.decoder.logits(hidden)
 
 
 def init_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Return initial float32 parameters; they do not depend on the length of the input."""
+    """Return initial float32 parameters."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     parameters: dict[str, Any] = Decoder(config).init(jax.random.key(seed), tokens, tokens, enable_dropout=False)["params"]
     return parameters

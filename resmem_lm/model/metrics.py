@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard."""
+"""Write scalars for TensorBoard."""
 
 import contextlib
 import time
@@ -15,10 +15,10 @@ with epy.lazy_imports():
 
 @contextlib.contextmanager
 def metrics(folder: Path, *, begin: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Open a file of events in `folder` and yield a function that writes the scalars of a step.
+    """Open an event file in `folder` and yield a function that writes the scalars of a step.
 
-    TensorBoard drops the events of an interrupted run after step `begin`. Events are written at once and in this thread, because the
-    thread of tensorboardX's SummaryWriter survives a full disk and prints tracebacks.
+    TensorBoard ignores events that an interrupted run wrote after step `begin`. Events are written synchronously, because the thread of
+    tensorboardX's SummaryWriter survives a full disk and prints tracebacks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     events = event_file_writer.EventsWriter(str(folder / "events"))

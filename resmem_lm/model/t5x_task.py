@@ -1,8 +1,8 @@
-"""The SeqIO Task over TFDS with which T5X pretrains this repository's model; gin/t5x/*.gin uses it.
+"""Define the SeqIO Task for pretraining with T5X on a TFDS dataset, which gin/t5x/*.gin uses.
 
     python -m t5x.train --gin_file=gin/t5x/pretrain_t5_small_c4.gin --gin.MODEL_DIR="'/absolute/path'"
 
-Only T5X imports this module: it needs the extra `resmem_lm[c4]`.
+Only T5X imports this module, which needs the extra `resmem_lm[c4]`.
 """
 
 import re
@@ -19,7 +19,7 @@ def _targets(record: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 
 
 def split_long(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
-    """Cut the tokens of each document into parts of at most `sequence_length["targets"]`; SeqIO alone keeps only the first part."""
+    """Split each document into parts of at most `sequence_length["targets"]` tokens, because SeqIO itself keeps only the first part."""
     length = sequence_length["targets"]
 
     def parts(document: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
@@ -31,17 +31,12 @@ def split_long(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> 
 
 
 def language_model_task(tfds_name: str, vocabulary: seqio.Vocabulary) -> str:
-    """Register next-token prediction on a TFDS dataset's `text`: every token of every document, followed by T5's end id.
+    """Register a Task that predicts every next token in the field `text` of a TFDS dataset, and return the Task's name.
 
-    Args:
-        tfds_name: dataset, configuration and version, such as "c4/en:3.1.0"; its splits keep their names.
-        vocabulary: the vocabulary of the model; T5X compares both.
-
-    Returns:
-        The name of the Task, which T5X takes.
+    `tfds_name` has the dataset, configuration and version, such as "c4/en:3.1.0". T5X checks that the model has the same vocabulary.
     """
     name = f"resmem_lm_{re.sub(r'[^A-Za-z0-9]+', '_', tfds_name)}"
-    if name not in seqio.TaskRegistry.names():  # gin calls this function for training and again for evaluation
+    if name not in seqio.TaskRegistry.names():  # gin calls this function once for training and once for evaluation
         seqio.TaskRegistry.add(
             name,
             source=seqio.TfdsDataSource(tfds_name=tfds_name),
@@ -52,5 +47,5 @@ def language_model_task(tfds_name: str, vocabulary: seqio.Vocabulary) -> str:
 
 
 def absolute(path: str) -> str:
-    """Return MODEL_DIR as an absolute path: Orbax refuses relative paths, after minutes of compilation."""
+    """Return MODEL_DIR as an absolute path, because Orbax rejects relative paths only after minutes of compilation."""
     return path if "://" in path else str(Path(path).absolute())

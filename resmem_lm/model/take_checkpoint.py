@@ -1,4 +1,4 @@
-"""The stage `take_checkpoint`: use a checkpoint trained elsewhere, by T5X or by this package, in place of training."""
+"""Use a checkpoint of T5X or of another work directory instead of training."""
 
 import re
 
@@ -14,18 +14,18 @@ from resmem_lm.workdir.storage import Record, local_path, new_directory, read_js
 
 @stage(name="train", after=("documents", "vocabulary"))
 def take_checkpoint(run: Run, *, model: ModelConfig, checkpoint: str | None = None) -> Record:
-    """Copy the parameters of another checkpoint to WORKDIR/checkpoints; the work directory does not depend on it afterwards.
+    """Copy the parameters of a checkpoint to WORKDIR/checkpoints instead of training.
 
     Args:
-        model: the shape of the model in the checkpoint.
-        checkpoint: a directory `checkpoint_1000`, or a directory with several, of which the newest is copied: T5X's MODEL_DIR or
-            WORKDIR/checkpoints of another work directory. Both forms of T5X's checkpoints are read. Required.
+        model: shape of the model in the checkpoint.
+        checkpoint: required. A directory such as `checkpoint_1000`, or a directory of checkpoints, such as T5X's MODEL_DIR or
+            WORKDIR/checkpoints of another work directory; the newest one is copied. Both checkpoint formats of T5X are accepted.
 
     Returns:
         The fingerprint of the model.
 
     Raises:
-        UserError: there is no checkpoint, or it has another shape, other names or another vocabulary.
+        UserError: there is no checkpoint, or its shape, parameter names or vocabulary differ.
     """
     if not checkpoint:
         raise UserError("take_checkpoint.checkpoint is not set: set it with --gin.CHECKPOINT=\"'...'\"")
@@ -39,7 +39,7 @@ def take_checkpoint(run: Run, *, model: ModelConfig, checkpoint: str | None = No
             f"set make_vocabulary.model = '{source.parent.parent / 'vocabulary' / 'vocabulary.model'}'"
         )
     taken = Model(model, read_parameters(local_path(source), model))
-    named = re.fullmatch(r"checkpoint_(\d+)", source.name)  # a renamed checkpoint has another name
+    named = re.fullmatch(r"checkpoint_(\d+)", source.name)  # no match if the checkpoint was renamed
     with new_directory(run.checkpoints) as directory:
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:

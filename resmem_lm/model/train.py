@@ -1,4 +1,4 @@
-"""The stage `train`: pretraining of DeepNet on packed documents, from initial parameters or from the newest checkpoint."""
+"""Pretrain DeepNet on packed documents, from initial parameters or from the newest checkpoint."""
 
 import contextlib
 import tempfile
@@ -18,7 +18,7 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
 from resmem_lm.workdir.storage import Record, download, remove, upload
 
-_COPIED_LAST = "_CHECKPOINT_METADATA"  # a file of Orbax in every checkpoint
+_COPIED_LAST = "_CHECKPOINT_METADATA"  # a file that Orbax writes to every checkpoint
 
 
 def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
@@ -45,27 +45,27 @@ def train(
     validation_tokens: int = 30_000,
     seed: int = 0,
 ) -> Record:
-    """Train a model on the train split, data parallel over the local devices; write WORKDIR/checkpoints and metrics.
+    """Train DeepNet on the train split, data parallel over the local devices, and write WORKDIR/checkpoints and WORKDIR/metrics.
 
-    An interrupted and resumed run ends with the same parameters as an uninterrupted one: batch and dropout depend on the step alone.
+    A resumed run ends with the same parameters as an uninterrupted run, because the batch and the dropout depend only on the step.
 
     Args:
-        model: the shape of the model.
+        model: shape of the model.
         steps: number of optimizer steps.
-        batch_size: rows per step over all devices.
+        batch_size: rows per step, summed over all devices.
         sequence_length: tokens per row.
         learning_rate: learning rate of Adafactor, relative to each parameter's root mean square.
         constant_steps: steps at `learning_rate` before the inverse square root decay.
-        cooldown_steps: last steps, in which the learning rate falls linearly to 0; 0 for none.
-        checkpoint_steps: steps between checkpoints; loss and accuracy on validation tokens are reported at each.
-        validation_tokens: number of these tokens, from the first documents of the validation split; 0 for none.
+        cooldown_steps: number of final steps in which the learning rate falls linearly to 0; 0 for none.
+        checkpoint_steps: steps between checkpoints. Each checkpoint reports loss and accuracy on the validation tokens.
+        validation_tokens: number of validation tokens, from the first documents of the validation split; 0 for none.
         seed: seed of the initialization, the order of the rows and dropout.
 
     Returns:
         The fingerprint of the trained model.
 
     Raises:
-        UserError: the vocabulary is larger than the model's, a number is out of its range, or the devices cannot share a batch evenly.
+        UserError: the vocabulary is larger than the model's, a number is out of range, or the devices cannot share a batch evenly.
     """
     vocabulary = load_vocabulary(run)
     check_vocabulary(vocabulary, model)
@@ -104,23 +104,23 @@ def train(
 
 
 def _validation(model: ModelConfig, rows: list[Batch]) -> Callable[[Any], dict[str, float]]:
-    """Return the function from parameters to loss and accuracy on `rows`."""
+    """Return a function that maps parameters to loss and accuracy on `rows`."""
     sums = train_loop.compiled_sums(model)
     return lambda parameters: train_loop.means([sums(parameters, batch) for batch in rows]) if rows else {}
 
 
 @contextlib.contextmanager
 def _local(run: Run) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Yield a local work directory, and the function to call after a checkpoint has been saved in it.
+    """Yield a local folder for Orbax, and a function to call after each saved checkpoint.
 
-    Orbax needs a local folder. For a run in object storage, checkpoints are downloaded at the beginning and uploaded when saved.
+    For a run in object storage, download its checkpoints at the beginning, and upload each saved checkpoint.
     """
     if isinstance(run.path, Path):
         yield run.path, lambda: None
         return
     with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
         here = Path(scratch)
-        for checkpoint in run.path.glob(f"checkpoints/checkpoint_*/{_COPIED_LAST}"):  # an incomplete upload has none
+        for checkpoint in run.path.glob(f"checkpoints/checkpoint_*/{_COPIED_LAST}"):  # absent from an incomplete upload
             download(checkpoint.parent, here / "checkpoints" / checkpoint.parent.name)
 
         def saved() -> None:

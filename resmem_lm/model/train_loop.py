@@ -1,4 +1,4 @@
-"""Pretraining with T5X's numerics: cross-entropy with z-loss, Adafactor, a data-parallel step, and the loop over steps."""
+"""Train with T5X's numerics: cross-entropy with z-loss, Adafactor, a data-parallel step, and the loop over steps."""
 
 import contextlib
 import time
@@ -36,27 +36,18 @@ class State(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What the loop needs to train.
+    """The functions, data and numbers that the training loop uses."""
 
-    Attributes:
-        update: the result of `compiled_update`.
-        rows: the batch of each step.
-        validate: returns scalars of parameters; an empty dictionary without validation tokens.
-        schedule: returns the learning rate of a step.
-        steps: number of steps in total.
-        checkpoint_steps: number of steps between checkpoints.
-    """
-
-    update: Any
-    rows: Any
-    validate: Callable[[Any], dict[str, float]]
+    update: Any  # the result of `compiled_update`
+    rows: Any  # the batch of each step
+    validate: Callable[[Any], dict[str, float]]  # returns scalars for parameters, or {} without validation tokens
     schedule: "optax.Schedule"
     steps: int
     checkpoint_steps: int
 
 
 def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> "optax.Schedule":
-    """Return a schedule: constant, then inverse square root decay (paper, appendix C), then linear to 0 in the last `cooldown_steps`."""
+    """Return a schedule: constant, then inverse square root decay (paper, appendix C), then linear decay to 0 in `cooldown_steps`."""
 
     def schedule(step: Any) -> Any:
         decayed = learning_rate * jnp.sqrt(constant_steps / jnp.maximum(step, constant_steps))
@@ -81,7 +72,7 @@ def optimizer(schedule: "optax.Schedule") -> "optax.GradientTransformation":
 def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return T5X's loss, the sum over tokens of cross-entropy + 1e-4 log(Z)^2, and the sums for the metrics."""
+    """Return T5X's loss (the sum over tokens of cross-entropy + 1e-4 log(Z)^2) and the sums from which `means` computes metrics."""
     logits: Any = decoder.Decoder(config).apply(
         {"params": parameters},
         batch["decoder_input_tokens"],
@@ -95,13 +86,13 @@ def loss_and_metrics(
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum((log_z - target_logits) * weights)
     loss = cross_entropy + Z_LOSS * jnp.sum(jnp.square(log_z) * weights)
-    # The prediction is correct if no logit exceeds the target's; an argmax would take a second pass.
+    # A prediction is correct if no logit exceeds the target's. An argmax would need a second pass.
     correct = jnp.sum((target_logits >= jnp.max(logits, axis=-1)) * weights)
     return loss, {"cross_entropy": cross_entropy, "correct": correct, "tokens": jnp.sum(weights)}
 
 
 def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int | Array) -> dict[str, Any]:
-    """Return T5X's tree of a checkpoint: the parameters, and Adafactor's second moments under the same names."""
+    """Return T5X's checkpoint tree: the parameters, and Adafactor's second moments with the same names."""
     moments = {name: optax.tree_utils.tree_get(optimizer_state, name) for name in ("v", "v_row", "v_col")}
 
     def param_state(v: Array, v_row: Array, v_col: Array) -> dict[str, Any]:
@@ -112,26 +103,23 @@ def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int |
 
 
 def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:
-    """Return parameters and optimizer state of T5X's tree; `optimizer_state` gives the structure."""
+    """Return the parameters and the optimizer state in T5X's checkpoint tree, in the structure of `optimizer_state`."""
     parameters, state = train_state["target"], train_state["state"]
     moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in ("v", "v_row", "v_col")}
     optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
-    # Several counts share the array of the step: donating an array twice crashes the process.
+    # `tree_set` gives several counts the same array. Copy it, because donating an array twice crashes the process.
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
 
 def shardings() -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
-    """Return the shardings of the parameters (a copy on every local device) and of a batch (a part of its rows on every device)."""
+    """Return the sharding of the parameters (replicated over the local devices) and of a batch (rows divided among them)."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
     replicated, by_row = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("data",)))
     return replicated, by_row
 
 
 def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation", seed: int) -> Any:
-    """Return the compiled training step, data parallel over the local devices.
-
-    It takes parameters, optimizer state, batch and step, and returns new parameters, new optimizer state and the sums for the metrics.
-    """
+    """Return the compiled, data-parallel training step: (parameters, optimizer state, batch, step) to (parameters, state, sums)."""
     replicated, by_row = shardings()
     dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
 
@@ -145,12 +133,12 @@ def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation
 
 
 def compiled_sums(model: ModelConfig) -> Any:
-    """Return the compiled function from parameters and a batch to the sums for the metrics, without dropout."""
+    """Return the compiled function from (parameters, batch) to the sums of `loss_and_metrics`, without dropout."""
     return jax.jit(lambda parameters, batch: loss_and_metrics(model, parameters, batch, None)[1], in_shardings=shardings())
 
 
 def means(sums: list[dict[str, Array]]) -> dict[str, float]:
-    """Return loss and accuracy per token over some batches, and the number of tokens."""
+    """Return the mean loss and accuracy per token over batches, and the number of tokens."""
     total = {name: float(np.sum([batch[name] for batch in jax.device_get(sums)])) for name in ("cross_entropy", "correct", "tokens")}
     return {"loss": total["cross_entropy"] / total["tokens"], "accuracy": total["correct"] / total["tokens"], "tokens": total["tokens"]}
 
@@ -176,7 +164,7 @@ def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int)
 
 
 class _Stopwatch:
-    """The seconds since the last reading, without pauses."""
+    """Measure the seconds since the last reading, without pauses."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -193,14 +181,7 @@ class _Stopwatch:
 
 
 def loop(recipe: Recipe, state: State, folder: Path, save: Callable[[State], None]) -> None:
-    """Train from `state` to the last step.
-
-    Args:
-        recipe: what to train.
-        state: where to begin; its arrays are donated.
-        folder: for the metrics.
-        save: saves a checkpoint.
-    """
+    """Train from `state`, whose arrays are donated, to the last step; write metrics to `folder` and call `save` at each checkpoint."""
     log_steps = max(1, min(50, recipe.steps // 10))
     recent: list[Any] = []
     validation = ""

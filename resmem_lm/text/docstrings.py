@@ -1,7 +1,7 @@
-"""Docstrings of the standard library and of our direct dependencies: a text that every installation has.
+"""Read the docstrings of the standard library and of this package's direct dependencies, a text that every installation has.
 
-One module is one document: its docstrings in the order of the source. `ast` finds them without an import. Test modules are left out.
-A near-duplicate of an earlier docstring is dropped: classes often repeat a docstring of another module, which may be in another split.
+Each module is one document: its docstrings in source order. Modules are parsed, not imported, and test modules are skipped. Classes often
+repeat a docstring of another module, which may be in another split. So near-duplicates of earlier docstrings are dropped.
 """
 
 import ast
@@ -43,7 +43,7 @@ def module_files() -> Iterator[tuple[str, Path]]:
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    # Only statements: ast.walk visits every expression, which takes ten times as long.
+    # Visit statements only. ast.walk visits every expression, which takes ten times as long.
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         yield inspect.cleandoc(first.value.value)
@@ -53,14 +53,14 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 
 def module_docstrings(path: Path) -> list[str]:
-    """Return the non-empty docstrings of one source file in order; none if this Python cannot parse it."""
+    """Return the non-empty docstrings of a source file in order. Return an empty list if this Python version cannot parse it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other projects' code
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []
-    # A UTF-8 file cannot hold half of a surrogate pair.
+    # UTF-8 cannot encode half of a surrogate pair.
     return [text.encode(errors="replace").decode() for text in _docstrings(tree) if text]
 
 

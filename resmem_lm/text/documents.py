@@ -1,7 +1,7 @@
-"""Text -> documents: read, drop near-duplicates, split into train, validation and test.
+"""Read documents, drop near-duplicates, and split the rest into train, validation and test.
 
-WORKDIR/documents contains JSON lines (`id`, `text`, `group` if there is one) in one or more shards per split, and a manifest. One train
-shard becomes one shard of the datastore.
+WORKDIR/documents contains a manifest and, for each split, one or more shards of JSON lines (`id`, `text`, and `group` if the document has
+one). Each train shard becomes one shard of the datastore.
 """
 
 import bisect
@@ -19,11 +19,11 @@ from resmem_lm.workdir.storage import AnyPath, Record, new_directory
 
 
 def assign_splits(documents: Iterable[Document], *, validation_fraction: float, test_fraction: float) -> Iterator[tuple[str, Document]]:
-    """Yield (split, document): test for a `position` below `test_fraction`, then validation, then train.
+    """Yield (split, document): test for a `position` below `test_fraction`, validation for the next `validation_fraction`, else train.
 
-    A document's split does not change when others are added, except that no split stays empty: if necessary, the document of the lowest
-    position is test, the next is validation, and the one of the highest position is train. Documents of one group share its position, and
-    never move to fill a split.
+    So adding documents does not change the split of the others, with one exception. If a split would be empty, one document moves to it:
+    the one with the lowest position to test, the next one to validation, the one with the highest position to train. Documents of a group
+    share the position of the group and never move.
     """
 
     def split_at(place: float) -> str:
@@ -57,22 +57,22 @@ def prepare_documents(
     duplicate_threshold: float = 0.7,
     shards: int = 16,
 ) -> Record:
-    """Write WORKDIR/documents: the documents of a text without near-duplicates, split and sharded.
+    """Write the documents of a text, without near-duplicates, to the shards of each split in WORKDIR/documents.
 
     Args:
-        text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or a text of the installation:
-            "docstrings" of its modules or "descriptions" of its packages.
+        text: files, directories or globs (.txt, .md, .jsonl, .json; also .gz, .xz, .zst, .bz2), or a text that every installation has:
+            "docstrings" (of the installed modules) or "descriptions" (of the installed packages).
         group: a field of the JSON lines. Documents with the same value, such as the chapters of a book, go into one split.
-        validation_fraction: share of the documents for the choice of hyperparameters, 0 to 1.
-        test_fraction: share of the documents for the reported results, 0 to 1.
+        validation_fraction: share of the documents used to choose hyperparameters, 0 to 1.
+        test_fraction: share of the documents used for the reported results, 0 to 1.
         duplicate_threshold: Jaccard similarity of word 5-grams, above 0 and up to 1, at which the later of two documents is dropped.
-        shards: number of train shards. `build_datastore.shards` decides how many of them are in the datastore.
+        shards: number of train shards. `build_datastore.shards` sets the number of them in the datastore.
 
     Returns:
-        The number of documents per split, of empty and of duplicate ones, and the checksum of every shard.
+        The number of documents in each split, of empty documents and of duplicates, and the checksum of every shard.
 
     Raises:
-        UserError: the text is missing, unreadable or has fewer than three documents, or a setting is out of its range.
+        UserError: the text is missing or unreadable, it has fewer than three documents, or a setting is out of range.
     """
     check_least("prepare_documents", 1, shards=shards)
     if not 0 < duplicate_threshold <= 1:
@@ -90,7 +90,7 @@ def prepare_documents(
             total = sum(counts[split] for split in SPLITS)
             raise UserError(
                 f"{text!r} has {total} different documents for {len(SPLITS)} splits "
-                f"({counts['empty']} more are empty, {counts['duplicate']} repeat others): give at least {len(SPLITS)}"
+                f"({counts['empty']} more are empty, {counts['duplicate']} are duplicates): give at least {len(SPLITS)}"
                 f"{', or larger validation_fraction and test_fraction, because groups stay together' if group else ''}"
             )
         checksums = write_manifest(folder)
@@ -98,7 +98,7 @@ def prepare_documents(
 
 
 def _distinct(documents: Iterable[Document], threshold: float, counts: dict[str, int]) -> Iterator[Document]:
-    """Yield the documents that are neither empty nor near-duplicates; count the others in `counts`."""
+    """Yield the documents that are neither empty nor near-duplicates, and count the others in `counts`."""
 
     def nonempty() -> Iterator[tuple[Document, str]]:
         for document in documents:
@@ -114,7 +114,7 @@ def _distinct(documents: Iterable[Document], threshold: float, counts: dict[str,
 
 
 def _write_shards(folder: AnyPath, splits: Iterable[tuple[str, Document]], train_shards: int, counts: dict[str, int]) -> None:
-    """Write the documents to the shards of their splits in turn; count them in `counts`."""
+    """Write each document to the next shard of its split, in turn, and count it in `counts`."""
     shards_of = {split: train_shards if split == "train" else 1 for split in SPLITS}
     with contextlib.ExitStack() as stack:
         files = {

@@ -1,4 +1,4 @@
-"""Near-duplicate texts, found with MinHash (Broder 1997) over word 5-grams, as Lee et al. (2022) do for C4."""
+"""Find near-duplicate texts with MinHash (Broder 1997) over word 5-grams, as Lee et al. (2022) do for C4."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ BANDS = 32  # a pair of Jaccard similarity s becomes a candidate with probabilit
 
 
 def minhash(text: str) -> RMinHash:
-    """Return the MinHash signature of the text's set of word 5-grams; a shorter text is one shingle."""
+    """Return the MinHash signature of the set of word 5-grams of a text. A text of fewer words is one shingle."""
     words = re.findall(r"\w+", text.lower()) or [text]
     shingles = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
@@ -36,18 +36,18 @@ class Signatures:
         self._kept.append(signature)
 
     def similar(self, signature: RMinHash) -> list[int]:
-        """Return the numbers, in order of addition, of the texts whose estimated Jaccard similarity is `threshold` or more."""
+        """Return the numbers (0 for the text added first) of the texts with an estimated Jaccard similarity of at least `threshold`."""
         return [other for other in self._lsh.query(signature) if signature.jaccard(self._kept[other]) >= self.threshold]
 
     def has_similar(self, signature: RMinHash) -> bool:
-        """Return whether `similar` finds a text."""
+        """Return whether any added text is similar."""
         return bool(self.similar(signature))
 
 
 def mark_duplicates(texts: Iterable[tuple[T, str]], *, threshold: float) -> Iterator[tuple[T, bool]]:
-    """Yield every label with True if an earlier kept text has an estimated Jaccard similarity of `threshold` or more.
+    """Yield each label with True if its text is a near-duplicate of an earlier text that was kept, otherwise with False.
 
-    The first of several near-duplicates is kept, so the result depends on the order of the texts.
+    The first of several near-duplicates is kept. So the result depends on the order of the texts.
     """
     kept = Signatures(threshold)
     for label, text in texts:

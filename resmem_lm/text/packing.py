@@ -1,6 +1,6 @@
-"""Tokens -> training rows: documents one after another, cut into rows of one length, shuffled.
+"""Pack tokens into training rows: concatenate the documents, cut them into rows of equal length, and shuffle the rows.
 
-No token is lost at a cut, and only the end of the last row is padding. Segment ids separate the documents of a row.
+A cut loses no token, and only the end of the last row is padding. Segment ids separate the documents of a row.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ with epy.lazy_imports():
 
 
 class Batch(TypedDict):
-    """A batch of rows under T5X's feature names. Segment id 0 marks padding, which has no loss."""
+    """A batch of rows with T5X's feature names. Segment id 0 marks padding, which does not count in the loss."""
 
     decoder_input_tokens: Int[np.ndarray, "batch length"]
     decoder_target_tokens: Int[np.ndarray, "batch length"]
@@ -27,13 +27,13 @@ class Batch(TypedDict):
 
 
 def split_tokens(run: Run, split: str, vocabulary: Vocabulary) -> Iterator[Int[np.ndarray, " tokens"]]:
-    """Yield the tokens of every document of a split."""
+    """Yield the tokens of each document of a split."""
     for shard in shard_paths(run, split):
         yield from vocabulary.encode_documents(read_shard(shard))
 
 
 def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list[Int[np.ndarray, "_"]]:
-    """Return the first documents with `tokens` tokens in total; the last document is cut."""
+    """Return the first documents with `tokens` tokens in total. The last one may be cut."""
     found, room = [], tokens
     remaining = iter(documents)
     while room and (document := next(remaining, None)) is not None:
@@ -44,14 +44,14 @@ def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list
 
 
 def shift_right(tokens: Int[Any, "batch length"], segment_ids: Int[Any, "batch length"]) -> Int[np.ndarray, "batch length"]:
-    """Return the decoder's inputs for the target tokens: each segment begins with BOS = 0 and ends before its last token."""
+    """Return the decoder inputs for target tokens: each segment is shifted right by one token and begins with BOS = 0."""
     inputs = np.zeros_like(tokens)
     inputs[:, 1:] = tokens[:, :-1] * (segment_ids[:, 1:] == segment_ids[:, :-1])
     return inputs
 
 
 def pack(documents: list[Int[np.ndarray, "_"]], length: int) -> Int[np.ndarray, "2 rows length"]:
-    """Return tokens and segment ids of the documents, packed into rows of `length` tokens; segments count from 1 in every row."""
+    """Return the documents as rows of `length` tokens, and the segment ids, which count from 1 in every row."""
     lengths = [len(document) for document in documents]
     rows = -(-sum(lengths) // length)
     padding = np.zeros(rows * length - sum(lengths), np.int32)
@@ -62,16 +62,13 @@ def pack(documents: list[Int[np.ndarray, "_"]], length: int) -> Int[np.ndarray, 
 
 
 def batches(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int, seed: int) -> Any:
-    """Return an endless sequence of batches (grain's MapDataset), shuffled again for each pass over the rows.
-
-    Batch i does not depend on the batches that were read before it, so training can resume at any step.
-    """
+    """Return an endless grain MapDataset of batches, reshuffled for each pass. Any batch can be read first, so training can resume."""
     order = grain.MapDataset.range(packed.shape[1]).seed(seed).shuffle().repeat().batch(batch_size)
     return order.map(lambda row_ids: _batch(packed[:, row_ids]))
 
 
 def one_pass(packed: Int[np.ndarray, "2 rows length"], *, batch_size: int) -> list[Batch]:
-    """Return every row once and in order, in batches of `batch_size` rows; padding fills the last batch."""
+    """Return batches of `batch_size` rows that contain every row once, in order. Padding fills the last batch."""
     filled = np.pad(packed, ((0, 0), (0, -packed.shape[1] % batch_size), (0, 0)))
     return [_batch(filled[:, start : start + batch_size]) for start in range(0, filled.shape[1], batch_size)]
 

@@ -1,4 +1,4 @@
-"""Shards of documents in WORKDIR/documents: JSON lines, their names and the manifest with their checksums."""
+"""Read and write the shards of documents in WORKDIR/documents (JSON lines) and their manifest."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ QUERY_SPLITS = ("validation", "test")
 
 
 def digest(text: str) -> str:
-    """Return 16 hexadecimal digits that depend on the text alone."""
+    """Return a hash of the text as 16 hexadecimal digits."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def position(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone and decides its split."""
+    """Return a hash of the text as a number in [0, 1), which determines the split of a document."""
     return int(digest(text), 16) / 2**64
 
 
@@ -32,17 +32,13 @@ def shard_name(split: str, shard: int, shards: int) -> str:
 
 
 def shard_paths(run: Run, split: str) -> list[AnyPath]:
-    """Return the shards of a split in order. The split "added" has the shards of `resmem append`."""
+    """Return the shards of a split in order. The split "added" contains the documents that `resmem append` added."""
     names = read_json(run.documents / "manifest.json")["files"]
     return [run.documents / name for name in names if name.startswith(f"{split}-")]
 
 
 def read_shard(path: AnyPath) -> list[Document]:
-    """Return the documents of one shard.
-
-    Raises:
-        UserError: the shard is missing or damaged.
-    """
+    """Return the documents of one shard. Raise UserError if it is missing or damaged."""
     try:
         with path.open("r", encoding="utf-8") as file:
             return [Document(**json.loads(line)) for line in file]
@@ -51,7 +47,7 @@ def read_shard(path: AnyPath) -> list[Document]:
 
 
 def query_documents(run: Run, split: str) -> list[Document]:
-    """Return the documents whose tokens are the queries of a split, in order."""
+    """Return the documents of a query split in order."""
     return [document for shard in shard_paths(run, split) for document in read_shard(shard)]
 
 
@@ -62,14 +58,9 @@ def shard_content(documents: Iterable[Document]) -> str:
 
 
 def write_manifest(folder: AnyPath, changed: dict[str, bytes] | None = None) -> Record:
-    """Write manifest.json with the size and the checksum of every shard.
+    """Write manifest.json with the size and the checksum of every shard, and return the checksums by name.
 
-    Args:
-        folder: the folder of the shards.
-        changed: name -> content of the shards whose entries change; None reads all shards in `folder`.
-
-    Returns:
-        The checksum of every shard by name.
+    `changed` maps the name of each changed shard to its content. If it is None, every shard in `folder` is read.
     """
     if changed is None:
         paths = children(folder, "*-*-of-*.jsonl")
@@ -83,13 +74,13 @@ def write_manifest(folder: AnyPath, changed: dict[str, bytes] | None = None) -> 
 
 
 def checksum_of_queries(run: Run) -> str:
-    """Return a checksum of the validation and test documents. Added and deleted documents do not change it."""
+    """Return a checksum of the validation and test documents, which `append` and `delete` do not change."""
     files = read_json(run.documents / "manifest.json")["files"]
     checksums = [files[name]["sha256"] for split in QUERY_SPLITS for name in files if name.startswith(f"{split}-")]
     return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def group_numbers(documents: list[Document]) -> Int[np.ndarray, " documents"]:
-    """Return a number for each document: equal numbers for documents of one group, in whichever shards they are."""
+    """Return one number for each document. Documents of one group have the same number in all shards."""
     names = (f"document {document.id}" if document.group is None else f"group {document.group}" for document in documents)
     return np.array([int(digest(name), 16) >> 1 for name in names], np.int64)

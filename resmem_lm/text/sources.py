@@ -1,4 +1,4 @@
-"""Files, directories, globs and the installation -> documents."""
+"""Read documents from files, directories and globs, or from a text that every installation has."""
 
 import bz2
 import contextlib
@@ -19,8 +19,8 @@ from resmem_lm.text import descriptions, docstrings
 from resmem_lm.workdir import storage
 from resmem_lm.workdir.storage import AnyPath, files_below, with_home
 
-Source = str | list[str] | tuple[str, ...]  # files, directories and globs, or a text of the installation
-DOCSTRINGS, DESCRIPTIONS = "docstrings", "descriptions"  # the texts of the installation
+Source = str | list[str] | tuple[str, ...]  # files, directories and globs, or one of the two names below
+DOCSTRINGS, DESCRIPTIONS = "docstrings", "descriptions"  # texts that every installation has
 
 _TEXT_SUFFIXES = (".txt", ".md")
 _LINES_SUFFIXES = (".jsonl", ".json")
@@ -28,7 +28,7 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.ope
 
 
 class Document(NamedTuple):
-    """One file or one record of a JSON-lines file. Documents of one `group`, such as the chapters of a book, go into one split."""
+    """A text file, or one record of a JSON-lines file. All documents of a `group` go into one split."""
 
     id: str
     text: str
@@ -36,15 +36,9 @@ class Document(NamedTuple):
 
 
 def read_documents(text: Source, *, duplicate_threshold: float, group: str | None = None) -> Iterator[Document]:
-    """Yield every document of a text, including empty ones.
+    """Yield every document of a text, including empty ones. Raise UserError with the name of a file or line that cannot be read.
 
-    Args:
-        text: files, directories and globs, or "docstrings" or "descriptions" for a text of the installation.
-        duplicate_threshold: Jaccard similarity at which a docstring is a near-duplicate; files are not compared.
-        group: a field of the JSON lines.
-
-    Raises:
-        UserError: a file or a line cannot be read; the message names it.
+    `group` is a field of the JSON lines. `duplicate_threshold` applies to docstrings only; files are not compared here.
     """
     if text == DOCSTRINGS:
         yield from (Document(*pair) for pair in docstrings.documents(duplicate_threshold=duplicate_threshold))
@@ -56,7 +50,7 @@ def read_documents(text: Source, *, duplicate_threshold: float, group: str | Non
 
 
 def text_files(text: Source) -> list[AnyPath]:
-    """Return the files of a text in a stable order, each once. Directories are searched recursively."""
+    """Return each file of a text once, in a stable order. Directories are searched recursively."""
     suffixes = ", ".join((*_TEXT_SUFFIXES, *_LINES_SUFFIXES))
     found: list[AnyPath] = []
     for pattern in [text] if isinstance(text, str) else text:
@@ -77,7 +71,7 @@ def _matches(pattern: str) -> list[AnyPath]:
         return storage.glob(pattern)
     if pattern.startswith("~/"):
         pattern = str(with_home(pattern))
-    # First a name, then a glob: "notes[1].txt" may be a file.
+    # An existing file takes precedence over a glob: "notes[1].txt" may be a file.
     names = [pattern] if pattern and Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     return [Path(name) for name in names]
 
@@ -91,7 +85,7 @@ def _kind(path: AnyPath) -> str | None:
 
 
 def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
-    """Yield the documents of one file, including empty ones, as `read_documents` does."""
+    """Yield the documents of one file, including empty ones."""
     for place, record in read_records(path):
         if group and _kind(path) == "lines":
             if not isinstance(record.get(group), str):
@@ -101,11 +95,7 @@ def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
 
 
 def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place in the file, record with a `text`) for everything in one file.
-
-    Raises:
-        UserError: the file or a line cannot be read; the message names it.
-    """
+    """Yield (document id, record with a `text`) for each document of a file. Raise UserError if the file or a line cannot be read."""
     name = os.fsencode(str(path)).decode("utf-8", "replace")
     try:
         with _open(path) as file:

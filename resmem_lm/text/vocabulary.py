@@ -1,4 +1,4 @@
-"""Documents -> tokens: a SentencePiece vocabulary, trained on the train split or copied from a file."""
+"""Convert documents to tokens with a SentencePiece vocabulary, trained on the train split or copied from a file."""
 
 import io
 import random
@@ -19,17 +19,13 @@ _LINE_CHARACTERS = 1000  # SentencePiece skips training lines of more than 4,192
 
 
 class Vocabulary:
-    """A SentencePiece model with T5's ids: 0 is padding and BOS, 1 ends a document, 2 is unknown.
-
-    Raises:
-        UserError: the file is no SentencePiece model or has other ids.
-    """
+    """A SentencePiece model with T5's ids: 0 is padding and BOS, 1 ends a document, 2 is unknown. Other files raise UserError."""
 
     def __init__(self, path: AnyPath) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(local_path(path)))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} is no SentencePiece model ({error}): give a .model file, or None to train one") from None
+            raise UserError(f"{path} is not a SentencePiece model ({error}): give a .model file, or None to train one") from None
         self.sha256 = sha256(path)
         self.size = self._processor.get_piece_size()
         self.eos_id = self._processor.eos_id()
@@ -37,11 +33,11 @@ class Vocabulary:
             raise UserError(f"{path} needs padding id 0 and an end-of-sentence id: train it with pad_id=0, eos_id=1, unk_id=2")
 
     def encode(self, text: str) -> Int[np.ndarray, " tokens"]:
-        """Return the token ids of a document, followed by the end-of-document id."""
+        """Return the token ids of a document, including the end-of-document id."""
         return np.array([*self._processor.encode(text), self.eos_id], np.int32)
 
     def encode_documents(self, documents: list[Document]) -> list[Int[np.ndarray, "_"]]:
-        """Return `encode` of each document, computed on all cores."""
+        """Return the result of `encode` for each document, computed on all cores."""
         encoded = self._processor.encode([document.text for document in documents], num_threads=-1)
         return [np.array([*ids, self.eos_id], np.int32) for ids in encoded]
 
@@ -50,7 +46,7 @@ class Vocabulary:
         return self._processor.decode([int(i) for i in ids])
 
     def pieces(self, ids: list[int] | Int[np.ndarray, " tokens"]) -> list[str]:
-        """Return the vocabulary's spelling of each token, with a space for its word-boundary mark."""
+        """Return the SentencePiece piece of each token. A space replaces the word-boundary mark."""
         return [self._processor.id_to_piece(int(i)).replace("▁", " ") if i < self.size else f"<{i}>" for i in ids]
 
 
@@ -68,9 +64,9 @@ def _training_lines(run: Run) -> Iterator[str]:
 
 
 def draw_lines(lines: Iterable[str], count: int) -> list[str]:
-    """Return at most `count` of the lines, all equally likely (reservoir sampling with a fixed seed).
+    """Return a uniform sample of at most `count` lines (reservoir sampling with a fixed seed).
 
-    SentencePiece's own sampling differs between processes, whatever its seed.
+    SentencePiece's own sampling is not reproducible: it differs between processes for every seed.
     """
     chance = random.Random(0)
     drawn: list[str] = []
@@ -89,13 +85,13 @@ def make_vocabulary(run: Run, *, model: str | None = None, size: int = 4096, tra
     Args:
         model: a SentencePiece model to copy, such as T5's; None trains one on the train split.
         size: number of pieces of a trained vocabulary.
-        training_lines: number of random lines of the train split on which a vocabulary is trained.
+        training_lines: number of random lines of the train split used to train a vocabulary.
 
     Returns:
         The checksum and the number of pieces.
 
     Raises:
-        UserError: `model` is no SentencePiece model, or the text has too few words or too many characters for `size` pieces.
+        UserError: `model` is not a SentencePiece model, or the text has too few words or too many characters for `size` pieces.
     """
     if size < 1 or training_lines < 1:
         raise UserError(f"make_vocabulary.size = {size}, training_lines = {training_lines}: take 1 or more of each")
@@ -121,11 +117,11 @@ def _train(lines: list[str], size: int) -> bytes:
             unk_id=2,
             bos_id=-1,
             shuffle_input_sentence=False,
-            num_threads=2,  # a constant, because the pieces depend on the sums of the threads
+            num_threads=2,  # fixed, because the order of the sums over threads affects the pieces
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        # Drop the position in SentencePiece's source before the reason, and advice for a setting that does not exist here after it.
+        # Keep the reason only: a source position precedes it, and advice on a setting that does not exist here follows it.
         reason = str(error).rpartition("] ")[2].split(" or decrease ")[0]
         raise UserError(f"make_vocabulary.size = {size} does not suit this text: {reason}") from None
     return trained.getvalue()

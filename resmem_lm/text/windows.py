@@ -1,8 +1,8 @@
-"""Tokens -> windows: overlapping windows of each document, in which every token is emitted once (paper, appendix C).
+"""Cut each document into overlapping windows that emit every token once (paper, appendix C).
 
-A window has up to `length` tokens. The next window begins `length - context` tokens later and emits the tokens after its first `context`
-tokens, so a token has at least `context` tokens before it where its document has them. Windows that are shorter than a row share a row,
-separated by segment ids, so that little is computed for padding.
+A window has up to `length` tokens. The next window begins `length - context` tokens later and emits all but its first `context` tokens. So
+a token follows at least `context` tokens, or all earlier tokens of its document if they are fewer. Short windows share a row, separated by
+segment ids, to save padding.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from resmem_lm.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-    """The length of a window and its context in tokens. The paper has 256 and 64, a stride of 192."""
+    """The length and the context of a window in tokens. The paper uses 256 and 64, a stride of 192."""
 
     length: int = 256
     context: int = 64
@@ -25,17 +25,17 @@ class WindowSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.context < self.length:
             raise UserError(
-                f"a window of {self.length} tokens cannot have {self.context} of context: set a context from 0 to the length - 1"
+                f"a window of {self.length} tokens cannot have {self.context} context tokens: set a context from 0 to {self.length - 1}"
             )
 
     @property
     def stride(self) -> int:
-        """Return the distance between the beginnings of two windows in tokens."""
+        """Return the number of tokens from one window's begin to the next."""
         return self.length - self.context
 
 
 class Window(NamedTuple):
-    """Tokens [begin, end) of a document, of which [emit, end) are emitted."""
+    """A window of tokens [begin, end) of a document. It emits the tokens [emit, end)."""
 
     document: int
     begin: int
@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
 
 class WindowRows(NamedTuple):
-    """Rows for the model. `positions` is the place of an emitted token in the concatenated documents, and -1 for other tokens."""
+    """Rows for the model. `positions` has the place of each emitted token in the concatenated documents, and -1 elsewhere."""
 
     tokens: Int[np.ndarray, "rows length"]
     segment_ids: Int[np.ndarray, "rows length"]
@@ -52,7 +52,7 @@ class WindowRows(NamedTuple):
 
     @property
     def emitted(self) -> Bool[np.ndarray, "rows length"]:
-        """Return which tokens are emitted."""
+        """Return the mask of emitted tokens."""
         return self.positions >= 0
 
 
@@ -67,7 +67,7 @@ def cut(document_lengths: list[int], spec: WindowSpec) -> Iterator[Window]:
 
 
 def _fill(windows: Iterator[Window], length: int) -> Iterator[list[Window]]:
-    """Yield the windows of each row: first fit over the last 32 rows that are not full."""
+    """Yield the windows of each row, filled first-fit; up to 32 rows stay open."""
     unfilled: list[tuple[int, list[Window]]] = []
     for window in windows:
         size = window.end - window.begin
@@ -87,7 +87,7 @@ def _fill(windows: Iterator[Window], length: int) -> Iterator[list[Window]]:
 
 
 def window_rows(documents: list[Int[np.ndarray, "_"]], spec: WindowSpec, rows: int) -> Iterator[WindowRows]:
-    """Yield the windows of `documents` in batches of `rows` rows; empty rows (segment 0) fill the last batch."""
+    """Yield the windows of `documents` in batches of `rows` rows. Empty rows (segment id 0) fill the last batch."""
     lengths = [len(document) for document in documents]
     first_position = np.concatenate([[0], np.cumsum(lengths)])
 

@@ -1,4 +1,4 @@
-"""Row-aligned .npy files of several shards, read as one array."""
+"""Publish .npy files, and read the files of several shards as one array."""
 
 import contextlib
 import threading
@@ -17,11 +17,7 @@ _parsing = threading.Lock()
 
 
 def load_array(path: AnyPath) -> Shaped[np.ndarray, "_ ..."]:
-    """Return a .npy file as an array, memory-mapped unless it has no rows.
-
-    Raises:
-        UserError: the file is not a .npy file.
-    """
+    """Return a .npy file as an array, memory-mapped unless it has no rows. Raise UserError if it is not a .npy file."""
     local = local_path(path)
     with _parsing:
         try:
@@ -35,7 +31,7 @@ def load_array(path: AnyPath) -> Shaped[np.ndarray, "_ ..."]:
 
 
 class ShardedArray:
-    """The arrays of several shards, concatenated. Only the rows that are asked for are read."""
+    """The arrays of several shards as one array. Indexing reads only the requested rows."""
 
     def __init__(self, parts: list[Shaped[np.ndarray, "_ ..."]]) -> None:
         self.parts = parts
@@ -46,13 +42,13 @@ class ShardedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the concatenated array."""
+        """Return the shape of the concatenated array."""
         return (len(self), *self.parts[0].shape[1:])
 
     def __getitem__(self, rows: Int[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         flat = rows.reshape(-1)
         found = np.empty((len(flat), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        # Sorting groups the rows by shard, and a disk is read in one direction.
+        # Sorted rows are grouped by shard and read from the disk in order.
         order = np.argsort(flat, kind="stable")
         cuts = np.searchsorted(flat[order], self.offsets)
         for part, offset, begin, end in zip(self.parts, self.offsets, cuts, cuts[1:], strict=False):
@@ -66,12 +62,12 @@ class ShardedArray:
 
 
 def array_files(*names: str) -> list[str]:
-    """Return the names of the files of some arrays."""
+    """Return the file names of arrays."""
     return [f"{name}.npy" for name in names]
 
 
 def publish_arrays(parent: AnyPath, name: str, provenance: Record, arrays: dict[str, np.ndarray], facts: Record | None = None) -> None:
-    """Publish arrays under one name, with facts for the record."""
+    """Publish arrays as one artifact, and add `facts` to its record."""
     with disk_errors(parent), publish(parent, name, provenance, array_files(*arrays)) as attempt:
         for array, content in arrays.items():
             np.save(attempt.folder / f"{array}.npy", content)
@@ -80,11 +76,7 @@ def publish_arrays(parent: AnyPath, name: str, provenance: Record, arrays: dict[
 
 @contextlib.contextmanager
 def published_arrays(parent: AnyPath, name: str, provenance: Record, *arrays: str) -> Iterator[list[np.ndarray]]:
-    """Yield published arrays, mapped where possible. Copies from object storage are removed at the end.
-
-    Raises:
-        UserError: nothing is published under the name, or its provenance differs.
-    """
+    """Yield published arrays, memory-mapped where possible. Raise UserError if they are missing or have another provenance."""
     folder = folder_of(parent, require_record(parent, name, provenance))
     paths = [folder / file for file in array_files(*arrays)]
     try:

@@ -1,10 +1,10 @@
-"""Artifacts: folders that many workers publish at once, some of them twice, each complete or absent.
+"""Publish artifacts: folders that are either complete or absent. Many workers may publish at once, and the same artifact twice.
 
     NAME.json            the record: the folder, its provenance, and the size and checksum of each file
     NAME.1f3a9c2e/       the files
 
-Each attempt writes into a folder of its own, and its record last. A record is replaced as a whole, on a disk as in object storage. So a
-killed attempt leaves at most a folder without a record, which `remove_orphans` removes.
+Each attempt writes to a new folder and then replaces the record atomically. A killed attempt leaves at most a folder without a record,
+which `remove_orphans` removes.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from pathlib import Path
 from resmem_lm.errors import DamagedError, UserError
 from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, remove, sha256, sizes, upload, write_json
 
-Checksums = bool | tuple[str, ...]  # whether to compare the checksums of all files, or the names of those to compare
+Checksums = bool | tuple[str, ...]  # True: compare all checksums; False: none; names: those of these files
 
 
 class Attempt:
-    """A local folder to write into, and facts for the record."""
+    """A local folder to write to, and facts to add to the record."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,22 +29,15 @@ class Attempt:
 
 
 def file_facts(folder: AnyPath) -> dict[str, Record]:
-    """Return size and checksum of each file directly in a folder."""
+    """Return the size and the checksum of each file in a folder (subfolders excluded)."""
     return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in children(folder)}
 
 
 @contextlib.contextmanager
 def publish(parent: AnyPath, name: str, provenance: Record, expected: Iterable[str] = ()) -> Iterator[Attempt]:
-    """Publish under `name` what the block writes; nothing if the block raises.
+    """Publish the files that the block writes as the artifact `name`, unless the block raises an exception.
 
-    Args:
-        parent: the folder to publish in.
-        name: of the artifact.
-        provenance: what the artifact is made from.
-        expected: files that the block must have written. One is missing if another command has removed the folder as an orphan.
-
-    Raises:
-        UserError: an expected file is missing.
+    Raise UserError if an expected file is missing, because another command may have removed the folder as an orphan.
     """
     folder = parent / f"{name}.{os.urandom(4).hex()}"
     with contextlib.ExitStack() as stack:
@@ -67,7 +60,7 @@ def publish(parent: AnyPath, name: str, provenance: Record, expected: Iterable[s
 
 
 def find_record(parent: AnyPath, name: str, provenance: Record) -> Record | None:
-    """Return the record of an artifact if its provenance is the given one and every file has its size; otherwise None."""
+    """Return the record of an artifact, or None if it has another provenance or a file of it is missing or incomplete."""
     path = parent / f"{name}.json"
     if not path.exists():
         return None
@@ -80,34 +73,26 @@ def find_record(parent: AnyPath, name: str, provenance: Record) -> Record | None
 
 
 def record_path(parent: AnyPath, record: Record) -> AnyPath:
-    """Return the path of a record, which is beside its folder."""
+    """Return the path of a record."""
     return parent / f"{name_of(record)}.json"
 
 
 def name_of(record: Record) -> str:
-    """Return the name of an artifact: the name of its folder without the attempt."""
+    """Return the name of an artifact."""
     name: str = record["folder"].rpartition(".")[0]
     return name
 
 
 def require_record(parent: AnyPath, name: str, provenance: Record) -> Record:
-    """Return the record of an artifact.
-
-    Raises:
-        UserError: the artifact is missing or damaged, or has another provenance.
-    """
+    """Return the record of an artifact. Raise UserError if it is missing or damaged, or has another provenance."""
     record = find_record(parent, name, provenance)
     if record is None:
-        raise UserError(f"{parent / name} is missing, damaged or made from something else: run the same command again")
+        raise UserError(f"{parent / name} is missing, is damaged or has another provenance: run the same command again")
     return record
 
 
 def folder_of(parent: AnyPath, record: Record) -> AnyPath:
-    """Return the folder of an artifact.
-
-    Raises:
-        UserError: the record names a path outside `parent`, which this package never writes.
-    """
+    """Return the folder of an artifact. Raise UserError if the record names a path outside `parent`."""
     names = [record["folder"], *record["files"]]
     outside = next((name for name in names if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..")), None)
     if outside is not None:
@@ -116,7 +101,7 @@ def folder_of(parent: AnyPath, record: Record) -> AnyPath:
 
 
 def damaged_files(parent: AnyPath, record: Record, *, checksums: Checksums = False) -> Iterator[str]:
-    """Yield a line for each file that is missing or differs from its record in size or, where `checksums` asks for it, in content."""
+    """Yield a message for each file that is missing or differs from its record in size or, if compared, in checksum."""
     folder = folder_of(parent, record)
     found = sizes(folder)
     for name, expected in record["files"].items():
@@ -130,7 +115,7 @@ def damaged_files(parent: AnyPath, record: Record, *, checksums: Checksums = Fal
 
 
 def remove_orphans(parent: AnyPath, kept: Iterable[Record]) -> None:
-    """Remove the folders that no kept record names, and the records without a kept folder."""
+    """Remove every folder and record of `parent` that does not belong to a kept record."""
     kept = list(kept)
     folders, names = {record["folder"] for record in kept}, {name_of(record) for record in kept}
     for path in children(parent):
@@ -140,8 +125,8 @@ def remove_orphans(parent: AnyPath, kept: Iterable[Record]) -> None:
             with contextlib.suppress(UserError):
                 if read_json(beside := parent / f"{attempt[1]}.json")["folder"] == path.name:
                     remove(beside)
-        elif path.suffix == ".json" and path.stem not in names:
-            with contextlib.suppress(UserError):  # object storage has no empty folders, so its folder may be absent
+        elif path.suffix == ".json" and path.stem not in names:  # object storage keeps no empty folders
+            with contextlib.suppress(UserError):  # damaged, or not a record
                 record = read_json(path)
                 if "folder" in record and record["folder"] not in folders:
                     remove(path)

@@ -1,4 +1,4 @@
-"""The lock of a work directory: one command writes at a time. The lock ends with its process, also when that is killed."""
+"""Lock a work directory, so that one command writes at a time. A lock is released when its process ends, even by a kill."""
 
 import contextlib
 import functools
@@ -15,18 +15,14 @@ from upath import UPath
 from resmem_lm.errors import UserError
 from resmem_lm.workdir.storage import AnyPath
 
-HEARTBEAT = 5.0  # seconds; a lock in object storage that is not renewed for three of them is free
+HEARTBEAT = 5.0  # seconds between renewals of a lock in object storage; after three without one, the lock is free
 _held: set[str] = set()
 _lost: set[str] = set()
 
 
 @contextlib.contextmanager
 def locked(workdir: AnyPath) -> Iterator[None]:
-    """Hold the lock of a work directory; a process that holds it may take it again.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold the lock of a work directory (reentrant). Raise UserError if another process holds it."""
     name = str(workdir.absolute())
     if name in _held:
         yield
@@ -40,17 +36,16 @@ def locked(workdir: AnyPath) -> Iterator[None]:
 
 
 def assert_held(workdir: AnyPath) -> None:
-    """Check that this process still holds the lock; call it before writing what other processes read.
+    """Raise UserError if another process took the lock because this one could not renew it in time.
 
-    Raises:
-        UserError: this process could not renew the lock in time, and another took it.
+    Call this before writing files that other processes read.
     """
     if str(workdir.absolute()) in _lost:
-        raise UserError(f"{workdir} was taken over by another command while it could not be reached: run this command again after that")
+        raise UserError(f"{workdir} was locked by another command during a storage outage: run this command again when that one has ended")
 
 
 def _refusal(workdir: AnyPath, holder: str) -> UserError:
-    return UserError(f"{workdir} is being written by another command{holder}: wait until it has ended, or take another --workdir")
+    return UserError(f"{workdir} is being written by another command{holder}: wait until that command ends, or take another --workdir")
 
 
 @contextlib.contextmanager
@@ -69,7 +64,7 @@ def _file_lock(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(workdir: UPath) -> Iterator[None]:
-    """Hold a lock in object storage, which has none of its own: an object that its holder renews."""
+    """Hold a lock in object storage: an object that its holder renews, because object storage has no locks."""
     path, me = workdir / ".lock", f"{socket.gethostname()} {os.getpid()} {os.urandom(4).hex()}"
     write = functools.partial(path.fs.pipe_file, path.path)
 
@@ -89,7 +84,7 @@ def _lease(workdir: UPath) -> Iterator[None]:
         if now and now != before:
             raise _refusal(workdir, f" ({' '.join(now.split()[:2])})")
         write(f"{me} 0".encode())
-        time.sleep(HEARTBEAT)  # if several processes take it, the last to write holds it
+        time.sleep(HEARTBEAT)  # if several processes write it, the last one holds the lock
     else:
         with contextlib.suppress(FileExistsError):
             write(f"{me} 0".encode(), mode="create")
@@ -101,7 +96,7 @@ def _lease(workdir: UPath) -> Iterator[None]:
         beat = 0
         while not over.wait(HEARTBEAT):
             beat += 1
-            with contextlib.suppress(Exception):  # an outage, as any storage's package raises it
+            with contextlib.suppress(Exception):  # during an outage, each storage package raises its own errors
                 if not is_mine():
                     _lost.add(str(workdir))
                     return

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
+"""Show the progress of long work: a bar on a terminal, otherwise a line every few seconds."""
 
 import contextlib
 import sys
@@ -21,7 +21,7 @@ class Reporter:
         self.task = bar.add_task(name, total=total, completed=done, detail="") if bar else None
 
     def update(self, done: int, detail: str = "") -> None:
-        """Show that `done` of the total is finished, with `detail` beside it."""
+        """Show the number of finished units and a detail."""
         now = time.monotonic()
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, detail=detail)
@@ -37,7 +37,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def progress(name: str, *, total: int | None, unit: str, done: int = 0) -> Iterator[Reporter]:
-    """Show the progress of a stage on standard error until the block ends; `total` is None if it is unknown."""
+    """Show the progress of a stage on standard error while the block runs. A `total` of None is unknown."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Reporter(name, total, done, unit, None)

@@ -1,4 +1,4 @@
-"""A run: the paths of one work directory and the records of its stages.
+"""Define the paths of a work directory and read the records of its stages.
 
 `WORKDIR/stages/NAME.json` records the settings, the inputs and, once finished, the result of the stage NAME.
 """
@@ -14,10 +14,10 @@ from resmem_lm.workdir.storage import AnyPath, Record, children, read_json, sha2
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a stage writes: its paths within the work directory.
+    """The output of a stage: paths within the work directory.
 
-    `manifest` is the file that lists the others with their checksums, if there is one. `marker` is a file
-    that every folder written by this package has: a stage that replaces the folder refuses one without it.
+    `manifest` is a file that lists the checksums of the others. `marker` is a file in every folder that the stage writes. A stage does not
+    replace a folder without its marker, because this package did not write that folder.
     """
 
     paths: tuple[str, ...]
@@ -38,13 +38,13 @@ OUTPUTS = {
 
 
 def output_of(stage: str) -> Output:
-    """Return what a stage writes; a study writes WORKDIR/studies/NAME."""
+    """Return the output of a stage or of a study."""
     name = stage.removeprefix("study-")
     return OUTPUTS[stage] if stage in OUTPUTS else Output((f"studies/{name}/results.json", f"studies/{name}"))
 
 
 class Run:
-    """A work directory. It is pickled as its address, so workers on other machines can open it."""
+    """A work directory. It is pickled as its address, so that workers on other machines can open it."""
 
     def __init__(self, path: "str | AnyPath | Run") -> None:
         self.path: AnyPath = path.path if isinstance(path, Run) else to_path(path)
@@ -79,23 +79,19 @@ class Run:
         return self.stages / f"{stage}.json"
 
     def record(self, stage: str) -> Record:
-        """Return the record of a stage; an empty one if the stage has not begun."""
+        """Return the record of a stage, empty if the stage has not begun."""
         path = self.record_path(stage)
         return read_json(path) if path.exists() else {}
 
     def finished(self, stage: str) -> Record:
-        """Return the record of a finished stage.
-
-        Raises:
-            UserError: the stage has not finished.
-        """
+        """Return the record of a finished stage. Raise UserError if it has not finished."""
         record = self.record(stage)
         if not record.get("finished"):
             raise UserError(f"{self}: the stage {stage} has not finished: run it first")
         return record
 
     def current(self) -> set[str]:
-        """Return the stages that have finished and whose inputs are still those of this work directory."""
+        """Return the names of the finished stages whose inputs have not changed since."""
         records = {path.stem: read_json(path) for path in children(self.stages, "*.json")}
         digests = {name: digest(record.get("result", {})) for name, record in records.items()}
         return {
@@ -105,22 +101,22 @@ class Run:
         }
 
     def update_result(self, stage: str, result: Record) -> None:
-        """Replace the result of a finished stage whose output another command has changed."""
+        """Replace the result of a finished stage after another command changed its output."""
         write_json(self.record_path(stage), read_json(self.record_path(stage)) | {"result": plain(result)})
 
     def record_config(self) -> None:
-        """Record the checksum of config.gin, which `resmem verify` compares."""
+        """Record the size and checksum of config.gin for `resmem verify`."""
         facts = {"bytes": self.config.stat().st_size, "sha256": sha256(self.config)}
         write_json(self.record_path("config"), {"finished": True, "files": {"config.gin": facts}})
 
 
 def digest(result: Record) -> str:
-    """Return the SHA-256 of a stage's result, by which later stages know their inputs."""
+    """Return the SHA-256 of a stage's result. Later stages record it as the identity of their input."""
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:
-    """Return settings or a result as JSON has them: dataclasses as objects, tuples as lists."""
+    """Return a value in JSON's types: dataclasses become objects, tuples become lists."""
     return json.loads(
         json.dumps(value, default=lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else str(x))
     )

@@ -1,10 +1,10 @@
-"""Stages: functions that each run once for one configuration, and resume when interrupted.
+"""Run each stage once for one configuration, and resume interrupted stages.
 
-A finished stage is skipped. What happens when its settings or inputs have changed is its policy:
+A finished stage is skipped. Its policy applies when its settings or inputs have changed:
 
-    refuse    raise an error, because its output is expensive
-    extend    keep what is still valid and make the rest; changed settings are refused
-    redo      run again, because it is cheap
+    refuse    raise an error, because the output is expensive
+    extend    keep the output that is still valid and add the rest; raise an error if settings changed
+    redo      run the stage again, because it is cheap
 """
 
 import contextlib
@@ -27,23 +27,23 @@ Policy = Literal["refuse", "extend", "redo"]
 
 @contextlib.contextmanager
 def disk_errors(where: AnyPath) -> Iterator[None]:
-    """Turn "no space left on device" into a UserError that names the place."""
+    """Replace errors about a full disk by a UserError that names the path."""
     try:
         yield
     except (OSError, ValueError) as error:
-        # NumPy reports a short write without an errno, Orbax a full disk by a status in a ValueError.
+        # NumPy reports a full disk as a short write without an errno, Orbax as a ValueError with a status.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "RESOURCE_EXHAUSTED" in str(error) or " requested and " in str(error):
             place = getattr(error, "filename", None) or where
-            raise UserError(f"no space left on the disk of {place}: free some and run the same command again; it resumes") from error
+            raise UserError(f"no space left on the disk of {place}: free some space and run the same command again") from error
         raise
 
 
 class Stage:
-    """A stage function with its record. A call runs it, skips it or refuses; the result is the function's.
+    """A stage function with its record. A call runs the function, skips it, or raises UserError.
 
-    The function takes a `Run` first and keyword-only settings after it. A call also takes the path of the work directory.
-    The function returns a JSON object that identifies its output, such as a checksum: later stages record it as their input.
+    The function takes a `Run` and keyword-only settings. A stage also accepts the path of a work directory. The function returns a JSON
+    object that identifies its output, such as a checksum. Later stages record this object as their input.
     """
 
     def __init__(self, function: Function, name: str, after: tuple[str, ...], policy: Policy, free: tuple[str, ...]) -> None:
@@ -71,7 +71,7 @@ class Stage:
         run = Run(run)
         settings, record = self._settings(run, kwargs), run.record(self.name)
         output = run.path / self.output.paths[0]
-        # A stage that failed before it wrote anything may have failed because of a setting.
+        # A stage that wrote nothing may run with other settings: a setting may be the reason why it failed.
         if self.policy == "redo" or not record or (not record["finished"] and not output.exists()):
             return
         old = record["settings"]
@@ -83,7 +83,7 @@ class Stage:
                 )
 
     def __call__(self, run: Run | AnyPath | str, **kwargs: Any) -> Record:
-        """Run the stage unless it is finished; return its result."""
+        """Return the result of the stage. Run it first unless it is finished."""
         run = Run(run)
         self.check(run, **kwargs)
         settings = self._settings(run, kwargs)
@@ -92,12 +92,12 @@ class Stage:
             return self._run(run, settings, kwargs) if finished is None else finished
 
     def _finished(self, run: Run, settings: Record) -> Record | None:
-        """Return the result if the stage need not run; raise UserError if it may not."""
+        """Return the result of a finished stage, or None if the stage must run. Raise UserError if the stage must not run."""
         inputs, record, path = self._inputs(run), run.record(self.name), run.record_path(self.name)
         output = run.path / self.output.paths[0]
         if not record:
             if self.output.marker and children(output) and not (output / self.output.marker).exists():
-                raise UserError(f"{output} is not of a run, and {self.name} would replace it: move it, or take another --workdir")
+                raise UserError(f"{output} was not written by resmem, and {self.name} would replace it: move it, or take another --workdir")
             return None
         changed = [name for name in inputs if record["inputs"].get(name) != inputs[name]]
         if changed and self.policy == "refuse":
@@ -108,7 +108,7 @@ class Stage:
             return None
         if not output.exists():
             if self.policy != "redo":
-                raise UserError(f"{output} is missing although {path} records it as finished: delete {path} to make it again")
+                raise UserError(f"{output} is missing although {path} records it as finished: delete {path} and run the stage again")
             return None
         result: Record = record["result"]
         return result
@@ -126,7 +126,7 @@ class Stage:
         return result
 
     def _files(self, run: Run) -> Record:
-        """Return size and checksum of the stage's files; none where a manifest has them."""
+        """Return the size and checksum of each file of the output, unless a manifest lists them."""
         if self.output.manifest:
             return {}
         outputs = [run.path / name for name in self.output.paths]
@@ -135,13 +135,13 @@ class Stage:
 
 
 def stage(*, name: str, after: tuple[str, ...] = (), policy: Policy = "refuse", free: tuple[str, ...] = ()) -> Callable[[Function], Stage]:
-    """Make a function the stage `name`, which gin knows by the function's name.
+    """Return a decorator that makes a function the stage `name` and registers it with gin under the function's name.
 
     Args:
-        name: of its record; `workdir.run.OUTPUTS` has what it writes.
-        after: the stages that it needs.
-        policy: see the module.
-        free: settings that do not change the output (how often to save, where to run) and may differ between runs.
+        name: name of the record, and of the output in `workdir.run.OUTPUTS`.
+        after: stages that must finish first.
+        policy: see the docstring of this module.
+        free: settings that do not change the output, such as the checkpoint interval. They may differ between runs.
     """
 
     def wrap(function: Function) -> Stage:

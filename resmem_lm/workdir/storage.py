@@ -1,7 +1,7 @@
-"""Files on this machine or in object storage (gs://, s3://, ...) through fsspec.
+"""Read and write files on this machine or in object storage (gs://, s3://, ...) through fsspec.
 
-Object storage has neither rename nor mapped files. So an artifact is published by writing one small file last, which is atomic in both
-places. A file that must be mapped, or that a library reads by its path, is copied to this machine first (`local_path`).
+Object storage cannot rename or memory-map files. So an artifact is published by writing one small file last, which is atomic in both kinds
+of storage. `local_path` copies a file to this machine if it must be memory-mapped or a library needs its path.
 """
 
 import contextlib
@@ -26,20 +26,16 @@ CHECKSUM = "checksum"
 
 
 def to_path(name: str | AnyPath) -> AnyPath:
-    """Return the path of a name or address.
-
-    Raises:
-        UserError: fsspec has no such storage or lacks a package for it.
-    """
+    """Return the path of a name or an address. Raise UserError if fsspec cannot open this kind of storage."""
     if not isinstance(name, str):
         return name
     if address := re.match(r"([a-z][a-z0-9]+):/(?!/)", name):
-        raise UserError(f"{name}: an address of {address[1]} has two slashes: {address[1]}://{name[address.end() :]}")
+        raise UserError(f"{name}: an address of {address[1]} needs two slashes: write {address[1]}://{name[address.end() :]}")
     if "://" not in name:
         return with_home(name)
     try:
-        path = UPath(name, use_listings_cache=False)  # other processes write there too
-        path = UPath(path.fs.unstrip_protocol(path.path), use_listings_cache=False)  # s3a:// is s3://, as listings say it
+        path = UPath(name, use_listings_cache=False)  # other processes also write there
+        path = UPath(path.fs.unstrip_protocol(path.path), use_listings_cache=False)  # s3a:// becomes s3://, as in listings
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: {reason}: install the package of that storage (gcsfs for gs://, s3fs for s3://)") from None
@@ -47,17 +43,17 @@ def to_path(name: str | AnyPath) -> AnyPath:
 
 
 def with_home(name: str) -> Path:
-    """Return a local path with a leading ~ expanded, which a shell leaves in --workdir=~/run and in quotes."""
+    """Return a local path with a leading ~ expanded. Shells do not expand it in --workdir=~/run."""
     return Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
 
 
 def is_local(path: AnyPath) -> bool:
-    """Return whether a path is in the file system of this machine."""
+    """Return whether a path is on this machine."""
     return isinstance(path, Path)
 
 
 def write_bytes(path: AnyPath, content: bytes) -> None:
-    """Write a file atomically: readers see the old content or the whole new one."""
+    """Write a file atomically: readers see either the old or the new content."""
     if not isinstance(path, Path):
         path.write_bytes(content)
         return
@@ -75,21 +71,21 @@ def _text(value: dict[str, Any]) -> str:
 
 
 def with_checksum(value: dict[str, Any]) -> bytes:
-    """Return the bytes that `write_json` writes."""
+    """Return a JSON object with its checksum as bytes."""
     return _text(value | {CHECKSUM: hashlib.sha256(_text(value).encode()).hexdigest()}).encode()
 
 
 def write_json(path: AnyPath, value: dict[str, Any]) -> None:
-    """Write a JSON object atomically, with a checksum by which `read_json` detects any changed byte."""
+    """Write a JSON object atomically with a checksum, so that `read_json` detects any changed byte."""
     write_bytes(path, with_checksum(value))
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """Return what `write_json` wrote.
+    """Return a JSON object that `write_json` wrote.
 
     Raises:
         DamagedError: the file is missing or was altered.
-        UserError: the file cannot be read now.
+        UserError: the file cannot be read.
     """
     try:
         text = path.read_bytes().decode()
@@ -110,7 +106,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
 def sha256(path: AnyPath) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
-        opened: Any = file  # fsspec's file too has what hashlib needs
+        opened: Any = file  # fsspec's files also have the methods that hashlib needs
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -126,11 +122,7 @@ def remove(path: AnyPath) -> None:
 
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
-    """Return every file below a folder, in order.
-
-    Raises:
-        PermissionError: a folder cannot be read.
-    """
+    """Return every file below a folder, in order. Raise PermissionError if a folder cannot be read."""
     if isinstance(folder, Path):
         found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=_refuse_unreadable) for name in names]
         return sorted((path for path in found if path.is_file()), key=str)
@@ -143,7 +135,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def sizes(folder: AnyPath) -> dict[str, int]:
-    """Return the bytes of each file directly in a folder, by one listing; nothing if the folder does not exist."""
+    """Return the size in bytes of each file in a folder, from one listing. Return {} if the folder does not exist."""
     if not isinstance(folder, Path):
         return {name.rpartition("/")[2]: facts["size"] for name, facts in folder.fs.find(folder.path, maxdepth=1, detail=True).items()}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
@@ -152,13 +144,13 @@ def sizes(folder: AnyPath) -> dict[str, int]:
 
 
 def children(folder: AnyPath, pattern: str = "*") -> list[AnyPath]:
-    """Return what is directly in a folder, in order of names; nothing if the folder does not exist."""
-    found: list[AnyPath] = [path for path in folder.glob(pattern)] if folder.exists() else []  # noqa: C416 - mypy joins the two kinds
+    """Return the entries of a folder in order of names. Return [] if the folder does not exist."""
+    found: list[AnyPath] = [path for path in folder.glob(pattern)] if folder.exists() else []  # noqa: C416 - mypy needs one type of path
     return sorted(found, key=str)
 
 
 def inside(file: AnyPath, folder: AnyPath) -> str:
-    """Return the path of a file relative to a folder above it, with slashes."""
+    """Return the path of a file relative to a parent folder, with forward slashes."""
     return str(file).removeprefix(str(folder)).replace(os.sep, "/").lstrip("/")
 
 
@@ -171,7 +163,7 @@ def glob(pattern: str) -> list[AnyPath]:
 
 
 def upload(folder: Path, target: AnyPath, *, last: str = "") -> None:
-    """Copy the files of a local folder to `target`; files named `last` after the others."""
+    """Copy the files of a local folder to `target`. Files named `last` are copied after the others."""
     for file in sorted(files_below(folder), key=lambda file: file.name == last):
         place = target / inside(file, folder)
         if isinstance(place, Path):
@@ -196,7 +188,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 
 def local_path(path: AnyPath) -> Path:
-    """Return a local path as it is; otherwise a copy on this machine that exists as long as the process."""
+    """Return a local path unchanged. Copy any other path to this machine and return the copy, which is deleted when the process ends."""
     if isinstance(path, Path):
         return path
     files = [] if path.is_file() else files_below(path)
@@ -213,14 +205,14 @@ def _place(path: AnyPath) -> Path:
 
 
 def drop_copy(path: AnyPath) -> None:
-    """Delete the copy that `local_path` made."""
+    """Delete the copy that `local_path` created."""
     if not isinstance(path, Path):
         shutil.rmtree(_place(path), ignore_errors=True)
 
 
 def _copy(file: AnyPath, here: Path) -> Path:
     assert isinstance(file, UPath)
-    known = here.with_name(f".{here.name}.{file.fs.ukey(file.path)}")  # the key changes with the content
+    known = here.with_name(f".{here.name}.{file.fs.ukey(file.path)}")  # its name changes with the content
     if not known.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         temporary = here.with_name(f".{here.name}.{os.urandom(4).hex()}.tmp")
@@ -232,7 +224,7 @@ def _copy(file: AnyPath, here: Path) -> Path:
 
 @contextlib.contextmanager
 def new_directory(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary directory that replaces `path` if the block succeeds and is removed if it fails."""
+    """Yield a temporary directory. It replaces `path` if the block succeeds, and is removed otherwise."""
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="resmem-") as scratch:
             yield Path(scratch)

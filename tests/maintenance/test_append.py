@@ -25,7 +25,7 @@ WORDS = ["amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbo
 
 @pytest.fixture
 def more(tiny_copy):
-    """Nine new documents, one of them twice, an empty document, and a document of the test split."""
+    """Write nine new documents, a copy of one of them, an empty document, and a document of the test split."""
     test = json.loads(shard_paths(Run(tiny_copy), "test")[0].read_text().splitlines()[0])["text"]
     rng = np.random.default_rng(0)
     texts = [f"Letter {n}: " + " ".join(rng.choice(WORDS, 40)) for n in range(9)]
@@ -130,7 +130,7 @@ def test_documents_of_a_killed_append_can_be_deleted(tiny_copy, more, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             append(Run(tiny_copy), str(more))
     delete(Run(tiny_copy), source=f"{more}")
-    append(Run(tiny_copy), str(tiny_copy.parent / "corpus.jsonl"))  # resumes the killed append, and adds nothing itself
+    append(Run(tiny_copy), str(tiny_copy.parent / "corpus.jsonl"))  # completes the killed append and adds nothing else
     assert open_datastore(tiny_copy / "datastore").live_rows == read_json(tiny_copy / "stages/build.json")["result"]["rows"]
     assert not [d for path in shard_paths(Run(tiny_copy), "added") for d in read_shard(path)]
     datastore = open_datastore(tiny_copy / "datastore")
@@ -146,7 +146,7 @@ def test_documents_of_a_held_out_group_are_not_added(tiny_copy, tmp_path):
     path.write_text(
         "".join(json.dumps({"text": f"A part of {work}, new and unlike others {work}.", "work": work}) + "\n" for work in works)
     )
-    held_out = sum(position(work) < 0.2 for work in works)  # as tests.tiny splits documents
+    held_out = sum(position(work) < 0.2 for work in works)  # the fractions of tests.tiny
     found = append(Run(tiny_copy), str(path))
     assert found["held_out"] == held_out > 0
     assert found["added"] + found["duplicate"] == len(works) - held_out

@@ -28,7 +28,7 @@ def ids_of(workdir, shard=1):
 
 
 def rows_of(datastore, name):
-    """Return the rows of a document."""
+    """Return the datastore rows of a document."""
     found = []
     for shard, offset in zip(range(len(datastore.shards)), datastore.offsets, strict=False):
         for d in datastore.documents(shard):
@@ -50,7 +50,7 @@ def search_again(workdir):
 
 @pytest.fixture
 def with_faiss(tiny_copy, monkeypatch):
-    """A finished run with a faiss index, although it has few rows."""
+    """Return a finished run with a faiss index in spite of few rows."""
     monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
     shutil.rmtree(tiny_copy / "index")
     (tiny_copy / "stages/index.json").unlink()
@@ -286,5 +286,5 @@ def test_delete_and_compact_without_a_work_directory_are_errors(tmp_path, capsys
 
 def test_documents_of_validation_and_test_cannot_be_deleted(tiny_copy):
     held_out = json.loads(shard_paths(Run(tiny_copy), "test")[0].read_text().splitlines()[0])["id"]
-    with pytest.raises(UserError, match="validation and test are not in it"):
+    with pytest.raises(UserError, match="validation and test documents are not in it"):
         delete(Run(tiny_copy), document=held_out)

@@ -32,7 +32,7 @@ def test_any_changed_byte_of_any_file_is_found(tiny_copy, capsys):
 
 
 def test_a_damaged_checkpoint_is_reported_by_file_and_not_opened(tiny_copy):
-    """After a failed read, Orbax leaves others pending, and Python warns of them at exit."""
+    """Orbax would leave other reads pending after a failed read, and Python would warn at exit."""
     files = [file for file in files_below(tiny_copy / "checkpoints") if file.stat().st_size and file.name != "model.json"]
     for file in files:
         file.write_bytes(b"?" * file.stat().st_size)
@@ -40,11 +40,11 @@ def test_a_damaged_checkpoint_is_reported_by_file_and_not_opened(tiny_copy):
     assert len(problems) == len(files)
     assert all("was altered: its checksum differs from its record" in problem for problem in problems)
     (checkpoint,) = {file for file in (tiny_copy / "checkpoints").iterdir() if str(file) in problems[0]}
-    assert f"delete {checkpoint} and " in problems[0]  # Orbax reads all of it or nothing
+    assert f"delete {checkpoint} and " in problems[0]  # Orbax cannot read a checkpoint in part
 
 
 def change_rows(workdir, name, change):
-    """Change a file of the second shard and all checksums with it, so that only its content is wrong."""
+    """Change an array of the second shard and update all checksums, so that only the content is wrong."""
     folder = workdir / "datastore"
     manifest = read_json(folder / "manifest.json")
     record = manifest["shards"][1]
@@ -76,7 +76,7 @@ def set_row(column, value):
     [
         ("key_scales.npy", set_row(3, np.nan), "key_scales, row 7: not a finite number"),
         ("log_power_sums.npy", set_row(0, np.inf), "log_power_sums, row 7: not a finite number"),
-        ("residual_ids.npy", set_row(0, 60_000), "residual_ids, row 7: an id above the vocabulary of 256"),
+        ("residual_ids.npy", set_row(0, 60_000), "residual_ids, row 7: an id beyond the vocabulary of 256"),
         ("quantized_residuals.npy", set_row(slice(None), 255), "row 7: its residual does not belong to its token"),
         ("quantized_residuals.npy", lambda array: array[7].sort(), "row 7: its residual does not belong to its token"),
         ("target_log_probability.npy", set_row(0, 0.5), "row 7: its residual does not belong to its token"),
@@ -111,7 +111,7 @@ def test_a_missing_file_and_a_file_in_no_record_are_reported(tiny_copy):
     (tiny_copy / "datastore/stray.npy").write_bytes(b"stray")
     problems = verify(Run(tiny_copy))
     assert any("vocabulary.model is missing" in problem for problem in problems)
-    assert any("stray.npy is in no record" in problem for problem in problems)
+    assert any("stray.npy is not in any record" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("name", [".documents.tmp/00000.jsonl", "datastore/.rows.npy.1a2b3c4d.tmp"])

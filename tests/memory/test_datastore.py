@@ -36,7 +36,7 @@ def test_every_train_token_is_a_row_once_and_in_order(tiny_run):
 
 
 def test_rows_have_the_residuals_of_the_model_at_the_windows_of_the_paper(tiny_run):
-    """Each window of one document is encoded alone and in full, and compared with the stored rows."""
+    """Compare the stored rows with each window of one document, encoded separately."""
     datastore, vocabulary = open_datastore(tiny_run / "datastore"), load_vocabulary(Run(tiny_run))
     model, spec = load_model(tiny_run / "checkpoints"), datastore.binding.window
     hidden_of, logits_of = (jax.jit(functools.partial(Decoder(model.config).apply, method=name)) for name in ("hidden", "logits"))
@@ -121,7 +121,7 @@ def test_a_manifest_that_was_altered_by_hand_is_refused(tiny_copy):
 
 
 BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json()
-# For each shard, the length of each document and whether it is deleted.
+# for each shard, the length of each document and whether it is deleted
 SHARDS = st.lists(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=5), min_size=1, max_size=4)
 
 

@@ -30,11 +30,11 @@ BINDING = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16).to_json(
 
 
 def write_keys(folder, keys, deleted=()):
-    """Write a datastore with keys only, in two shards; `deleted` are ranges of rows of the first."""
+    """Write a datastore of two shards with keys only. `deleted` has the deleted row ranges of the first shard."""
     shards = []
     for number, part in enumerate(np.split(keys, [len(keys) // 3])):
         with publish(folder, shard_name(number, 2), BINDING) as attempt:
-            # Padded, because JAX compiles for each shape.
+            # Pad the keys to avoid a compilation for each shape.
             padded = np.pad(part, ((0, max(256, 1 << len(part).bit_length()) - len(part)), (0, 0)))
             for name, array in zip(("quantized_keys", "key_scales"), quantize_keys(jnp.asarray(padded)), strict=True):
                 np.save(attempt.folder / f"{name}.npy", np.asarray(array)[: len(part)])
@@ -44,7 +44,7 @@ def write_keys(folder, keys, deleted=()):
 
 
 def clustered(rows, dimensions, *, one_norm=True):
-    """Return keys in clusters, like those of a language model."""
+    """Return clustered keys, as a language model has."""
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(200, dimensions))[rng.integers(0, 200, rows)] + 0.5 * rng.normal(size=(rows, dimensions))
     if one_norm:
@@ -86,7 +86,7 @@ def build_and_open(kind, datastore, folder, *, candidates=300, training_rows=10_
 
 @pytest.fixture
 def few_are_indexed(monkeypatch):
-    """faiss builds an index of a few rows too."""
+    """Make faiss build an index of few rows."""
     monkeypatch.setattr("resmem_lm.memory.faiss_index.SMALL", 16)
 
 
@@ -110,13 +110,13 @@ def test_scann_uses_inner_products_if_all_norms_are_equal(tmp_path, one_norm, me
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_builds_of_an_index_find_the_same_neighbors(tmp_path, kind):
-    """The clusters have very different sizes, some a single point, as for a language model: random centers would converge differently."""
+    """Use clusters of very different sizes, as a language model has. With them, k-means depends on its initial centers."""
     rng = np.random.default_rng(0)
     keys = clustered(30_000, 32)[(30_000 * rng.power(0.3, 30_000)).astype(int)]
     datastore = write_keys(tmp_path / "datastore", keys)
     found = [build_and_open(kind, datastore, tmp_path / name, candidates=20).search(keys[:300], 20) for name in ("first", "second")]
     np.testing.assert_array_equal(found[0][0], found[1][0])
-    assert recall(found[0][0], ExactIndex(datastore).search(keys[:300], 20)[0]) < 1  # so the builds could differ
+    assert recall(found[0][0], ExactIndex(datastore).search(keys[:300], 20)[0]) < 1  # the search is approximate, so the builds could differ
 
 
 def test_two_builds_of_faiss_are_equal_in_every_byte(tmp_path):
@@ -129,7 +129,7 @@ def test_two_builds_of_faiss_are_equal_in_every_byte(tmp_path):
 
 
 def test_faiss_finds_neighbors_if_few_dimensions_have_most_of_the_variance(tmp_path):
-    """This is the case for principal components."""
+    """Use keys like principal components."""
     keys = clustered(40_000, 32) * (0.7 ** np.arange(32, dtype=np.float32))
     datastore = write_keys(tmp_path / "datastore", keys)
     queries = keys[::200] + 0.01
@@ -189,7 +189,7 @@ def test_the_nearest_live_rows_are_found_and_deleted_rows_are_not(tmp_path, few_
     assert not np.isin(rows, deleted).any()
     live = np.setdiff1d(np.arange(3000), deleted)
     expected, expected_distances = brute_force(datastore.keys(live), queries, k)
-    # ScaNN compares all of these few keys exactly, faiss compares codes.
+    # With few keys, ScaNN searches exactly. faiss compares codes.
     same = rows == live[expected]
     assert same.mean() > 0.97 if kind == "faiss" else same.all()
     np.testing.assert_allclose(distances[same], expected_distances[same], rtol=1e-3)
@@ -323,7 +323,7 @@ def test_groups_are_consecutive_as_large_as_fits_and_stay_when_shards_are_added(
     assert longer[len(groups) - 1][0] == groups[-1][0]
 
 
-# As from an index: each row once, many ties, and rows of -1 at infinite distances.
+# results of an index: each row once, many ties, and rows of -1 at infinite distances
 FOUND = st.permutations(range(12)).flatmap(
     lambda rows: st.lists(st.sampled_from([0.5, 1.0, 2.0, np.inf]), min_size=12, max_size=12).map(lambda d: list(zip(rows, d, strict=True)))
 )
@@ -343,7 +343,7 @@ def test_an_index_of_the_most_rows_fits_and_one_more_does_not(kind, memory, more
     rows = largest_index(kind, memory, emb, 100_000)
     assert largest_index(kind, memory + more, emb, 100_000) >= rows
     assert rows == 0 or index_memory(kind, rows, emb, 100_000) <= memory
-    # With a tree, ScaNN stores less for each row than the keys, which it stores if there are few rows.
+    # ScaNN stores whole keys if there are few rows, and smaller codes if there are more.
     fewer_bytes = kind == "scann" and index_bytes(kind, rows + 1, emb) < index_bytes(kind, rows, emb)
     assert index_memory(kind, rows + 1, emb, 100_000) > memory or fewer_bytes
 

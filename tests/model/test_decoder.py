@@ -46,7 +46,7 @@ def test_no_gradient_flows_from_an_output_to_a_later_input(config):
     parameters = initial_parameters(config)
 
     def outputs(change):
-        # Input token i has the embedding row i, so that a change of that row is a change of that input.
+        # Input token i has embedding row i, so the gradient of that row is the gradient of that input.
         changed = jax.tree.map(lambda x: x, parameters)
         table = changed["decoder"]["token_embedder"]["embedding"]
         changed["decoder"]["token_embedder"]["embedding"] = table.at[:12].add(change)

@@ -18,7 +18,7 @@ from tests.tiny import arguments
 
 @pytest.fixture
 def workdir(tiny_run, tmp_path):
-    """Return a run with documents and vocabulary, before training."""
+    """Return a run with documents and a vocabulary, before training."""
     for name in ("documents", "vocabulary"):
         shutil.copytree(tiny_run / name, tmp_path / "run" / name)
         (tmp_path / "run/stages").mkdir(exist_ok=True)
@@ -27,7 +27,7 @@ def workdir(tiny_run, tmp_path):
 
 
 def write_older_form(checkpoint: Path, parameters) -> None:
-    """Write the form of T5X's first Checkpointer: vectors in the msgpack file, matrices in zarr folders that it names."""
+    """Write T5X's older format: vectors in the msgpack file, matrices in zarr folders."""
     checkpoint.mkdir(parents=True)
     target = {}
     for name, value in flax.traverse_util.flatten_dict(parameters, sep=".").items():
@@ -126,7 +126,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(tiny_run, workdir, tmp_path
         ("nowhere://bucket/model", "install the package of that storage"),
         (str(tmp_path / "nowhere"), "has no checkpoint: give a directory with checkpoint_1000"),
         (str(other), "was trained with another vocabulary than .*: set make_vocabulary.model"),
-        (str(damaged), "checkpoint_7 is damaged or no checkpoint of T5X"),
+        (str(damaged), "checkpoint_7 is damaged or is not a T5X checkpoint"),
         (str(outside), "an array is outside the checkpoint, at ../../x"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -32,7 +32,7 @@ loss = functools.partial(jax.jit(loss_and_metrics, static_argnums=0), MODEL)
 
 
 def copy_text(tiny_run, workdir):
-    """Copy documents and vocabulary to a run that is not trained."""
+    """Copy documents and vocabulary to an untrained run."""
     for name in ("documents", "vocabulary"):
         shutil.copytree(tiny_run / name, workdir / name)
         (workdir / "stages").mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def workdir(tiny_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tiny_run, tmp_path_factory):
-    """Return a trained run, which no test changes."""
+    """Return a trained run. Tests must not change it."""
     workdir = copy_text(tiny_run, tmp_path_factory.mktemp("trained"))
     train(workdir, **SETTINGS)
     return workdir
@@ -74,7 +74,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, t
 
 
 def written(workdir, tag):
-    """Return the values of a scalar in the events for TensorBoard."""
+    """Return the values of a scalar in TensorBoard's event files."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = next((workdir / "metrics").glob("events*")).read_bytes()
@@ -182,7 +182,7 @@ def test_settings_out_of_their_range_are_refused(workdir, change, message):
 
 
 def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path_factory, monkeypatch):
-    """One and four devices have their own processes, because JAX reads the number of virtual devices at the start."""
+    """Start a process for each number of devices, because JAX reads the number of virtual devices at startup."""
     code = (
         "import contextlib, sys; from resmem_lm.model import train_loop; from resmem_lm.model.train import train\n"
         "from resmem_lm.model.config import ModelConfig\n"
@@ -205,6 +205,6 @@ def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path_facto
     for devices, process in processes.items():
         losses[devices] = [float(line) for line in process.communicate()[0].split()]
         assert process.returncode == 0
-    assert len(losses[1]) == SETTINGS["steps"] + 3  # and three validation losses, at the checkpoints
+    assert len(losses[1]) == SETTINGS["steps"] + 3  # with three validation losses, one per checkpoint
     for devices in (2, 4):
         np.testing.assert_allclose(losses[devices], losses[1], rtol=1e-5)

@@ -53,7 +53,7 @@ def different_texts(count, words=30):
 
 
 def message(call, *args, **kwargs):
-    """Return the message of a UserError, which is one line."""
+    """Return the one-line message of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -233,7 +233,7 @@ DIFFERENT = st.lists(st.integers(), unique=True, max_size=40).map(lambda ids: [D
 
 
 def split_of(documents, validation, test):
-    """Return document -> split; check that every document has exactly one."""
+    """Return the split of each document, after checking that it has exactly one."""
     assigned = list(assign_splits(documents, validation_fraction=validation, test_fraction=test))
     assert collections.Counter(document for _, document in assigned) == collections.Counter(documents)
     return {document: split for split, document in assigned}
@@ -245,7 +245,7 @@ def natural(document, validation, test):
 
 
 def inner(documents):
-    """Return all documents except the two of the lowest position and the one of the highest."""
+    """Return all documents except the two with the lowest positions and the one with the highest."""
     return sorted(documents, key=lambda document: position(document.text))[2:-1]
 
 
@@ -342,7 +342,7 @@ def test_the_shards_have_the_documents_that_were_read(source, shards):
         try:
             counts = prepare_documents(workdir, text=str(path), shards=shards)["documents"]
         except UserError as error:
-            assert "different documents for 3 splits" in str(error)  # noqa: PT017 - most lists have enough
+            assert "different documents for 3 splits" in str(error)  # noqa: PT017 - most generated lists have enough
             return
         assert counts["empty"] == sum(not text.strip() for text in source)
         assert sum(counts.values()) == len(source)
@@ -397,7 +397,7 @@ def test_fewer_than_three_documents_are_refused_without_an_output(tmp_path, coun
     source = different_texts(count)
     path = write(tmp_path / "a.jsonl", lines(*[{"text": text} for text in [*source, *source, " "]]))
     error = message(prepare_documents, tmp_path / "run", text=str(path))
-    assert error == f"'{path}' has {count} different documents for 3 splits (1 more are empty, {count} repeat others): give at least 3"
+    assert error == f"'{path}' has {count} different documents for 3 splits (1 more are empty, {count} are duplicates): give at least 3"
     assert not (tmp_path / "run" / "documents").exists()
 
 

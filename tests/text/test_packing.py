@@ -81,7 +81,7 @@ PACKED = pack(numbered_documents([7, 1, 12, 30, 3, 9, 22, 16]), 8)  # 100 tokens
 
 
 def row_numbers(batch):
-    """Return the numbers of the rows of PACKED in a batch; every row begins with another token."""
+    """Return the row numbers of a batch of PACKED, found by the first token, which differs in every row."""
     return ((batch["decoder_target_tokens"][:, 0] - 1) // 8).tolist()
 
 

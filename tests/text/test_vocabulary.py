@@ -46,7 +46,7 @@ def vocabulary(workdir):
 
 
 def message(call, *args, **kwargs):
-    """Return the message of a UserError, which is one line."""
+    """Return the one-line message of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -154,7 +154,7 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, content):
         path.write_bytes(content)
     for call in (lambda: Vocabulary(path), lambda: make_vocabulary(prepare(tmp_path / "run"), model=str(path))):
         error = message(call)
-        assert error.startswith(f"{path} is no SentencePiece model (")
+        assert error.startswith(f"{path} is not a SentencePiece model (")
         assert error.endswith("): give a .model file, or None to train one")
     assert not (tmp_path / "run" / "vocabulary").exists()
 

@@ -98,5 +98,5 @@ def test_a_context_below_0_or_above_the_length_is_refused(length, context):
     if 0 <= context < length:
         assert WindowSpec(length, context).stride >= 1
     else:
-        with pytest.raises(UserError, match=f"^a window of {length} tokens cannot have {context} of context: set a context from .*$"):
+        with pytest.raises(UserError, match=f"^a window of {length} tokens cannot have {context} context tokens: set a context from .*$"):
             WindowSpec(length, context)

@@ -22,7 +22,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of `tmp_path`."""
+    """Return another process that holds the lock of `tmp_path`."""
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
@@ -39,7 +39,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, holder)
     refused(tmp_path)
     with locked(tmp_path / "other"):
         pass
-    holder.communicate()  # ends its input, and so the process
+    holder.communicate()  # the process ends with its input
     with locked(tmp_path):
         pass
 
@@ -95,11 +95,11 @@ def test_a_holder_that_lost_its_lock_writes_nothing_more(tmp_path, monkeypatch):
             try:
                 assert_held(workdir)
             except UserError as error:
-                assert "was taken over by another command" in str(error)  # noqa: PT017 - it comes with the next beat
+                assert "was locked by another command" in str(error)  # noqa: PT017 - raised after the next renewal
                 break
         else:
             pytest.fail("the loss was not noticed")
-    assert (workdir / ".lock").read_bytes() == b"another 1 0123abcd 0"  # which is the other's
+    assert (workdir / ".lock").read_bytes() == b"another 1 0123abcd 0"  # the other holder's lock is kept
     assert_held(workdir)
 
 
@@ -108,7 +108,7 @@ def test_an_outage_does_not_end_the_renewal(tmp_path, monkeypatch):
     workdir = to_path(f"memory://outage{tmp_path}")
 
     class ClientError(Exception):
-        """Of a storage's package; no OSError."""
+        """An error of a storage package that is not an OSError."""
 
     real, calls = type(workdir.fs).pipe_file, []
 

@@ -41,7 +41,7 @@ class Work:
 
 
 def message(call, *args, **kwargs):
-    """Return the one-line message of the UserError."""
+    """Return the one-line message of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -71,7 +71,7 @@ def test_a_folder_that_is_not_of_a_run_is_not_replaced(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "first/mine.txt").write_text("mine")
     refusal = message(work.stage, tmp_path)
-    assert refusal == f"{tmp_path / 'first'} is not of a run, and first would replace it: move it, or take another --workdir"
+    assert refusal == f"{tmp_path / 'first'} was not written by resmem, and first would replace it: move it, or take another --workdir"
     assert work.calls == 0
     (tmp_path / "first/things.txt").write_text("of a run whose record was deleted")
     assert work.stage(tmp_path) == {"result": "same"}
@@ -176,7 +176,7 @@ def test_a_missing_output_of_a_finished_stage_is_reported_with_the_fix(tmp_path)
     work.stage(tmp_path)
     (tmp_path / "first" / "things.txt").unlink()
     (tmp_path / "first").rmdir()
-    assert message(work.stage, tmp_path).endswith(f": delete {tmp_path / 'stages' / 'first.json'} to make it again")
+    assert message(work.stage, tmp_path).endswith(f": delete {tmp_path / 'stages' / 'first.json'} and run the stage again")
     (tmp_path / "stages" / "first.json").unlink()
     work.stage(tmp_path)
     assert work.calls == 2
@@ -219,7 +219,7 @@ def test_a_stage_is_refused_until_the_stages_it_needs_have_finished(tmp_path, be
 
 
 def run_first(tmp_path, result):
-    """Run the first stage again on other text, after its record was deleted."""
+    """Delete the record of the first stage and run it again with another result."""
     first = Work()
     first.result = result
     (tmp_path / "stages" / "first.json").unlink(missing_ok=True)
@@ -301,7 +301,7 @@ def test_gin_has_a_stage_under_the_name_of_its_function(tmp_path):
 
     gin.parse_config("known_to_gin.size = 5")
     assert gin.get_bindings("known_to_gin") == {"size": 5}
-    assert known_to_gin(tmp_path) == {"size": 1}  # gin does not call it: its settings are checked first
+    assert known_to_gin(tmp_path) == {"size": 1}  # gin does not call the stage itself: the settings are checked first
     assert known_to_gin.__doc__ == "Write one file."
     with pytest.raises(ValueError, match="run"):
         gin.parse_config("known_to_gin.run = 'elsewhere'")
@@ -316,7 +316,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_same_command_resumes(tmp_pa
     work = Work()
     work.before_output = OSError(number, "No space left on device", filename)
     place = filename or tmp_path
-    assert message(work.stage, tmp_path) == (f"no space left on the disk of {place}: free some and run the same command again; it resumes")
+    assert message(work.stage, tmp_path) == (f"no space left on the disk of {place}: free some space and run the same command again")
     work.before_output = None
     assert work.stage(tmp_path) == {"result": "same"}
     assert work.calls == 2

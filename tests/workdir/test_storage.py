@@ -11,7 +11,7 @@ from resmem_lm.workdir.storage import CHECKSUM, is_local, new_directory, read_js
 
 
 def message(call, *args, **kwargs):
-    """Return the one-line message of the UserError."""
+    """Return the one-line message of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -30,7 +30,7 @@ def test_names_are_paths_of_this_machine_or_addresses(monkeypatch, tmp_path):
     assert to_path(f"file://{tmp_path}/x") == tmp_path / "x"
     assert is_local(to_path(f"file://{tmp_path}/x"))
     assert str(to_path("memory://bucket/x")) == "memory://bucket/x"
-    assert message(to_path, "gs:/bucket/x") == "gs:/bucket/x: an address of gs has two slashes: gs://bucket/x"
+    assert message(to_path, "gs:/bucket/x") == "gs:/bucket/x: an address of gs needs two slashes: write gs://bucket/x"
 
 
 def test_a_new_directory_replaces_the_old(tmp_path):
