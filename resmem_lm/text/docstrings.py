@@ -1,4 +1,4 @@
-"""Read the docstrings of the standard library and of this package's direct dependencies, a text that every installation has.
+"""Read the docstrings of the standard library and of some dependencies, a text that every installation has.
 
 Each module is one document: its docstrings in source order. Modules are parsed, not imported, and test modules are skipped. Classes often
 repeat a docstring of another module, which may be in another split. So near-duplicates of earlier docstrings are dropped.
@@ -14,10 +14,33 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 from resmem_lm.text.duplicates import mark_duplicates
 
+# A fixed list, so that a new dependency does not change the text and with it the results of the demo.
+PACKAGES = (
+    "apache-beam",
+    "backports.zstd",
+    "beartype",
+    "faiss-cpu",
+    "filelock",
+    "flax",
+    "gin-config",
+    "grain",
+    "jax",
+    "jaxtyping",
+    "jinja2",
+    "matplotlib",
+    "numba",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "packaging",
+    "rensa",
+    "rich",
+    "sentencepiece",
+    "tensorboardX",
+    "universal-pathlib",
+)
 _TEST_FOLDERS = {"test", "tests", "testing", "idle_test"}
 
 
@@ -26,17 +49,14 @@ def _is_test(path: Path) -> bool:
 
 
 def module_files() -> Iterator[tuple[str, Path]]:
-    """Yield (document id, path) of every module of the standard library and of this package's direct dependencies."""
+    """Yield (document id, path) of every module of the standard library and of `PACKAGES`."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
         if not {"site-packages", "dist-packages"}.intersection(inside.parts) and not _is_test(inside):
             yield f"python/{inside}", path
-    for line in sorted(importlib.metadata.requires("resmem_lm") or []):
-        requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        distribution = importlib.metadata.distribution(requirement.name)
+    for package in PACKAGES:
+        distribution = importlib.metadata.distribution(package)
         for file in sorted(distribution.files or []):
             if file.suffix == ".py" and ".." not in file.parts and not _is_test(Path(file)):
                 yield str(file), Path(str(distribution.locate_file(file)))
