@@ -1,9 +1,9 @@
-# make demo   the whole pipeline on text that every installation has
+# make demo   the whole pipeline, on text that every installation has
 # make test   the tests
-# make lint   ruff, mypy and the floors of the layout
-# make bench  what each part costs beside its floor and its peers (docs/performance.md)
+# make lint   ruff, mypy and the layers of the package
+# make bench  the cost of each part, its lower bound and its peers (docs/performance.md)
 # make docs   the site, in site/
-# make lock   new pins, within the ranges of pyproject.toml
+# make lock   the pins in requirements/, within the ranges of pyproject.toml
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -39,7 +39,7 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A stamp is newer than what it was installed from.
+# A stamp is newer than the files that it was installed from.
 .venv/core: requirements/core.txt pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/core.txt
