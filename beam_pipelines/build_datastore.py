@@ -1,8 +1,8 @@
 """Build the datastore from documents, as a Beam pipeline.
 
-One unit of work is a shard of documents: one worker reads it, cuts it into windows, encodes and publishes it. The manifest is written when
-all shards are published. The worker publishes its shard at once because runners finish a whole step before the next: with a separate step
-for publishing, a killed build would lose everything. A shard that an earlier run finished is not built again.
+A unit of work is a shard of documents. One worker reads it, cuts it into windows, encodes them and publishes the result. Publishing is not
+a step of its own: runners finish a whole step before the next, so a killed build would lose everything. A finished shard is not rebuilt.
+The manifest is written when all shards are published.
 """
 
 import dataclasses
@@ -79,11 +79,7 @@ def _write_documents(path: Path, documents: list[Document], tokens: list[np.ndar
 
 
 def units_of(run: Run, shards: int | None) -> list[ShardJob]:
-    """Return the shards of the datastore: the first `shards` of the train split, and all that were added later.
-
-    Raises:
-        UserError: the train split has fewer shards.
-    """
+    """Return the first `shards` shards of the train split and all added shards. Raise UserError if there are fewer."""
     train, added = (shard_paths(run, split) for split in ("train", "added"))
     count = len(train) if shards is None else shards
     if not 1 <= count <= len(train):
@@ -93,7 +89,7 @@ def units_of(run: Run, shards: int | None) -> list[ShardJob]:
 
 
 def encode_units(run: Run, binding: Binding, units: list[ShardJob], pipeline_options: str) -> None:
-    """Publish the shards that are not yet published, and write the manifest of all."""
+    """Publish the shards that are missing, and write the manifest of all."""
     folder = run.datastore
     folder.mkdir(parents=True, exist_ok=True)
     provenances = {unit.name: unit.provenance(binding) for unit in units}

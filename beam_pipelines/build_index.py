@@ -33,7 +33,7 @@ class IndexJob(NamedTuple):
 
 
 class OneAtATime:
-    """The lock of a worker process: one index is in memory, and not one per thread."""
+    """Lock a worker process, so that its threads hold one index in memory, not one each."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -86,14 +86,14 @@ def build_index(
     memory_gib: float = 8.0,
     pipeline_options: str = "",
 ) -> Record:
-    """Write WORKDIR/index. After shards of the datastore were added or changed, only their index shards are built again.
+    """Write WORKDIR/index. If shards of the datastore are added or changed, only their index shards are rebuilt.
 
     Args:
         kind: "faiss"; "scann", as in the paper (pip install 'resmem_lm[scann]'); or "exact", which compares a query with every key.
-        candidates: neighbors that an index shard proposes for a query; the nearest by true distance are kept.
-        training_rows: rows from which lists (ScaNN's leaves) and codebooks are learned, at most; faiss uses fewer where more do not help.
-        threads: of a ScaNN build; 0 for all cores. One thread gives the same index every time. With more, a row at the same distance from
-            two leaves is in either, and one query in 60,000 has other neighbors. faiss uses all cores and gives the same index every time.
+        candidates: neighbors that an index shard proposes per query, before ranking by true distance.
+        training_rows: largest number of rows to learn lists (ScaNN's leaves) and codebooks from; faiss uses fewer if more do not help.
+        threads: threads of a ScaNN build; 0 for all cores. One thread is deterministic. With more, a row at the same distance from two
+            leaves may be in either, and one query in 60,000 has other neighbors. faiss uses all cores and is deterministic.
         memory_gib: memory of one worker process, which limits the rows of an index shard; a finished index stays as it is.
         pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 

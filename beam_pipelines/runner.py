@@ -1,6 +1,6 @@
 """Run work on many units with Beam: with the runner of `--pipeline_options`, or with Beam's in-process runner.
 
-Beam is imported when there is work. The import takes a second, which a finished work directory does not need.
+Beam is imported only if there is work, because the import takes a second.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 @runtime_checkable
 class Work(Protocol):
-    """The work on every unit, in any process: a small picklable object."""
+    """Process units in any process. The object is small and picklable."""
 
     def setup(self) -> Any:
         """Return what all units and threads of a process share (a model, a lock)."""
@@ -45,18 +45,9 @@ class Work(Protocol):
 
 
 def run_units(label: str, units: Sequence[Any], work: Work, options: str, *, published: AnyPath, names: Sequence[str]) -> None:
-    """Run `work` on every unit, in one linear chain in which no array crosses a stage.
+    """Run `work` on every unit with Beam's `options`, in one linear chain in which no array crosses a stage.
 
-    Args:
-        label: name of the work on the runner's pages and in the progress line.
-        units: small picklable values.
-        work: processes a unit and publishes its output.
-        options: Beam's options.
-        published: the folder where the work publishes.
-        names: names that are published there at the end, some of them already before; the progress line counts them.
-
-    Raises:
-        UserError: an option that Beam does not have, or an error of a worker that the user can fix.
+    The progress line counts the `names` that are in the folder `published`. Raise UserError as `open_pipeline` does.
     """
     if units:
         with _show_published(label, published, set(names)), open_pipeline(options) as pipeline:
@@ -89,7 +80,7 @@ def _show_published(label: str, published: AnyPath, names: set[str]) -> Iterator
     with progress(label.lower(), total=len(names), done=finished(), unit="shards") as bar:
 
         def show() -> None:
-            with contextlib.suppress(Exception):  # an outage of the storage, which raises errors of any package, does not stop the work
+            with contextlib.suppress(Exception):  # an outage of the storage, with errors of any package, must not stop the work
                 bar.update(finished())
 
         def watch() -> None:
@@ -108,11 +99,7 @@ def _show_published(label: str, published: AnyPath, names: set[str]) -> Iterator
 
 @contextlib.contextmanager
 def open_pipeline(options: str) -> Iterator[Any]:
-    """Yield a pipeline that runs when the block ends.
-
-    Raises:
-        UserError: an option that Beam does not have, or an error of a worker that the user can fix.
-    """
+    """Yield a pipeline that runs when the block ends. Raise UserError for an unknown option or a worker's error that the user can fix."""
     arguments = arguments_of(options)
     try:
         with _without_tracebacks(), beam.Pipeline(options=beam_options.PipelineOptions(arguments)) as pipeline:
@@ -122,13 +109,15 @@ def open_pipeline(options: str) -> Iterator[Any]:
             raise UserError(reported) from error
         if isinstance(error, NotImplementedError | ImportError) or "validations errors" in str(error) or _module(error) == "grpc":
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"--pipeline_options={options}: the runner reports: {reason}: correct them, or start its server") from error
+            raise UserError(
+                f"--pipeline_options={options}: the runner reports: {reason}: correct the options, or start the runner's server"
+            ) from error
         raise
 
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep Beam's in-process worker from printing and logging each exception, which the pipeline raises as well."""
+    """Keep Beam's in-process worker from printing and logging exceptions, because the pipeline raises them."""
     loggers = [logging.getLogger(module.__name__) for module in (common, sdk_worker)]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -146,7 +135,7 @@ def _module(error: Exception) -> str:
 
 
 def _reported(wrapped: str) -> str | None:
-    """Return the message of a worker's error that the user can fix, which Beam's error has within a traceback as text."""
+    """Find a worker's error that the user can fix in the text of Beam's error, and return its message."""
     found = re.findall(r"^(?:RuntimeError: )?([\w.]+): (.*?)(?: \[while running.*)?$", wrapped, re.MULTILINE)
     for name, message in found:
         if name.rpartition(".")[2] in ("UserError", "DamagedError"):
@@ -161,8 +150,7 @@ def _reported(wrapped: str) -> str | None:
 def arguments_of(options: str) -> list[str]:
     """Return Beam's arguments, with the in-process runner if none is named.
 
-    Raises:
-        UserError: a runner or an option that Beam does not have and would ignore. Options of a job server are not checked.
+    Raise UserError for a runner or an option that Beam does not have and would ignore. Options of a job server are not checked.
     """
     try:
         arguments = shlex.split(options)

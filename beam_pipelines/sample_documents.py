@@ -1,7 +1,7 @@
 """Sample documents from text that is already split and too large for one process (C4), as Beam pipelines.
 
-The output has the format of `text.documents.prepare_documents`: a sample of the train text, and all of the held-out text. The shard of a
-document depends on its text alone: not on the number of workers, the order of files, or the source (TFDS or JSON lines).
+The output has the format of `text.documents.prepare_documents`: a sample of the train text, and all of the held-out text. The text of a
+document alone determines its shard, whatever the number of workers, the order of files, or the source (TFDS or JSON lines).
 """
 
 import dataclasses
@@ -34,21 +34,21 @@ Text = str | list[str] | tuple[str, ...]
 
 
 class Place(NamedTuple):
-    """A shard of a split; for a dropped document, the reason in place of the split."""
+    """A shard of a split. For a dropped document, `split` is the reason."""
 
     split: str
     shard: int = 0
 
 
 def _named(url: str | None, text: str) -> Document:
-    """Return a document whose name does not depend on the file."""
+    """Return a document with a name that depends on its URL and text, not on its file."""
     if url:
         url = url.encode(errors="replace").decode()  # JSON may have half of a surrogate pair, which UTF-8 cannot encode
     return Document(f"{url}#{digest(text)}" if url else digest(text), text)
 
 
 def file_documents(path: str) -> Iterator[Document]:
-    """Yield the documents of a file. Their names do not depend on the file."""
+    """Yield the documents of a file."""
     for _, record in read_records(to_path(path)):
         url = record.get("url")
         yield _named(url if isinstance(url, str) else None, record["text"])
@@ -71,7 +71,7 @@ def _tfds_source(text: str, tfds_data_dir: str) -> Callable[[Any], Any]:
     name, _, split = text.removeprefix(TFDS).rpartition("/")
     folder = os.path.join(os.path.expanduser(tfds_data_dir), *name.replace(":", "/").split("/"))  # noqa: PTH111, PTH118 - may be gs://
     try:
-        tf.config.set_visible_devices([], "GPU")  # or TensorFlow would take the memory that JAX needs
+        tf.config.set_visible_devices([], "GPU")  # otherwise TensorFlow takes the memory that JAX needs
         builder = tfds.builder_from_directory(folder)
     except ImportError as error:
         raise UserError(f"{text} needs TensorFlow Datasets ({error}): pip install 'resmem_lm[c4]', or give C4's JSON-lines files") from None
@@ -88,10 +88,7 @@ def _tfds_source(text: str, tfds_data_dir: str) -> Callable[[Any], Any]:
 
 
 def place_held_out(document: Document, validation_fraction: float, shards: int) -> Place:
-    """Return the place of a held-out document by `position`: validation below `validation_fraction`, test from there on.
-
-    Shards are equal ranges of positions.
-    """
+    """Place a held-out document by `position`: validation below `validation_fraction`, else test. Shards are equal ranges."""
     if not document.text.strip():
         return Place("empty")
     place = position(document.text)
@@ -102,7 +99,7 @@ def place_held_out(document: Document, validation_fraction: float, shards: int) 
 
 @dataclasses.dataclass(frozen=True)
 class PlaceTrain:
-    """Place the train documents whose `position` is below `fraction`; near-duplicates of held-out documents are dropped."""
+    """Place the train documents whose `position` is below `fraction`. Drop near-duplicates of held-out documents."""
 
     folder: str
     fraction: float
@@ -118,7 +115,7 @@ class PlaceTrain:
                 for document in read_shard(path):
                     held_out.add(minhash(document.text))
                     found += 1
-        if found != self.held_out:  # or held-out text would enter the datastore without an error
+        if found != self.held_out:  # otherwise held-out text could enter the datastore
             raise UserError(
                 f"a worker sees {found} of {self.held_out} held-out documents in {self.folder}: "
                 "take a --workdir on a disk that all workers share"
@@ -137,11 +134,7 @@ class PlaceTrain:
 
 
 def write_shard(element: tuple[Place, Iterable[Document]], folder: str, shards: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Write the documents of a place, sorted by position, each text once.
-
-    Yields:
-        The number of documents by split, or by the reason for which they were dropped.
-    """
+    """Write the documents of a place, sorted by position, each text once. Yield counts by split or by reason for dropping."""
     place, documents = Place(*element[0]), [Document(*document) for document in element[1]]
     if place.split not in SPLITS:
         yield place.split, len(documents)
@@ -211,19 +204,19 @@ def sample_documents(
 ) -> Record:
     """Write WORKDIR/documents: `fraction` of the train text, and all of the held-out text, as validation and test.
 
-    A train document that is a near-duplicate of a held-out document is dropped. Other near-duplicates stay, also between validation and
-    test, because a corpus of this size is deduplicated by its makers; equal texts within a shard are dropped. Beam's in-process runner
-    keeps the sampled text in memory (8 GB of C4).
+    The stage drops train documents that are near-duplicates of held-out documents, and equal texts within a shard. Other near-duplicates
+    stay, also between validation and test, because the makers of a corpus of this size deduplicate it. Beam's in-process runner keeps the
+    sampled text in memory (8 GB of C4).
 
     Args:
         train: files, directories or globs as in `prepare_documents.text`, or "tfds:c4/en:3.1.0/train".
-        held_out: likewise; none of its documents enters the datastore.
-        fraction: share of the train documents. The first half of the shards of 1% is the sample of 0.5%.
-        validation_fraction: share of the held-out documents for the choice of hyperparameters; the others are the test split.
+        held_out: text in the same form; none of its documents enters the datastore.
+        fraction: share of the train documents. The first half of the shards of a 1% sample is the 0.5% sample.
+        validation_fraction: share of the held-out documents in the validation split; the others are the test split.
         duplicate_threshold: Jaccard similarity of word 5-grams from which two documents are near-duplicates.
         shards: number of train shards; `build_datastore.shards` chooses how many of them enter the datastore.
         query_shards: number of shards of validation and of test.
-        tfds_data_dir: where TFDS keeps its datasets.
+        tfds_data_dir: folder in which TFDS keeps its datasets.
         pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A search for neighbors, divided into shards of queries and groups of index shards."""
+"""Divide a search for neighbors into shards of queries and groups of index shards."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from resmem_lm.memory.encoder import query_head
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, Record, read_json
 
-GROUPS = 16  # of index shards, at most: the k neighbors of every query in every group are in files until they are merged
-LOOKUP_TOKENS = 2**20  # queries in one lookup, at most: their neighbors take 1.2 GB of memory at k = 50
+GROUPS = 16  # most groups of index shards; files hold k neighbors per query and group until the merge
+LOOKUP_TOKENS = 2**20  # most queries in one lookup; their neighbors take 1.2 GB of memory at k = 50
 
 
 class QueryShard(NamedTuple):
@@ -36,7 +36,7 @@ class Lookup(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SearchJob:
-    """What every worker of a search needs."""
+    """The inputs that every worker of a search needs."""
 
     run: Run
     datastore: Record  # its manifest
@@ -48,12 +48,12 @@ class SearchJob:
 
     @property
     def encoded(self) -> AnyPath:
-        """The folder of the encoded queries, until all neighbors are merged."""
+        """Return the temporary folder of the encoded queries."""
         return self.run.neighbors / "queries"
 
     @property
     def parts(self) -> AnyPath:
-        """The folder of the neighbors in each group of index shards, until all are merged."""
+        """Return the temporary folder of the neighbors in each group of index shards."""
         return self.run.neighbors / "parts"
 
     def open_datastore(self) -> Datastore:
@@ -65,10 +65,7 @@ class SearchJob:
         return EncodingWorker(self.run, self.open_datastore().binding, query_head)
 
     def sample(self, query: QueryShard) -> Int[np.ndarray, " sample"]:
-        """Return which queries of a shard are compared with exact search: its share of evenly spaced queries of the split.
-
-        An exact index is compared with nothing.
-        """
+        """Return the queries of a shard to compare with exact search, evenly spaced over the split; none for an exact index."""
         if self.index["kind"] == "exact":
             return np.zeros(0, np.int64)
         spaced = np.linspace(0, query.split_tokens - 1, min(self.recall_queries, query.split_tokens)).astype(np.int64)
@@ -108,7 +105,7 @@ class SearchJob:
 
 
 def _batches(queries: list[QueryShard]) -> Iterator[tuple[QueryShard, ...]]:
-    """Yield query shards that are looked up together, so that an index shard is loaded once for all of them."""
+    """Yield batches of query shards. A lookup loads an index shard once for a batch."""
     batch: list[QueryShard] = []
     for query in queries:
         if batch and sum(other.tokens for other in batch) + query.tokens > LOOKUP_TOKENS:

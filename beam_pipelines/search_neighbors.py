@@ -79,7 +79,7 @@ class HeldIndex(OneAtATime):
         self._held: OpenIndex | None = None
 
     def get(self, job: SearchJob, shard: int) -> OpenIndex:
-        """Return an index shard, in place of the one held. Call it with `lock` held, and keep no reference to the result."""
+        """Load an index shard and free the previous one. The caller holds `lock` and keeps no reference to the result."""
         if self._held is None or self._held.shard != shard:
             self._release(job)
             index, first_row = open_index(job.run, job.open_datastore(), job.index, shard)
@@ -100,7 +100,7 @@ class HeldIndex(OneAtATime):
 
 
 class QuerySearch:
-    """The nearest neighbors of one query shard so far, and those of a sample by exact search."""
+    """Accumulate the nearest neighbors of a query shard, and those of a sample by exact search."""
 
     def __init__(self, keys: Float[np.ndarray, "queries emb"], sample: Int[np.ndarray, " sample"], k: int) -> None:
         self.keys, self.sample = keys, sample
@@ -192,8 +192,8 @@ def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline
     """Write WORKDIR/neighbors: the nearest neighbors of every validation and test token.
 
     Args:
-        neighbors: of each query; the largest k that can be chosen later (paper: 50).
-        recall_queries: queries of each split, evenly spaced, for which the index is compared with exact search.
+        neighbors: neighbors of each query, the largest k that can be chosen later (paper: 50).
+        recall_queries: number of evenly spaced queries of each split that measure the recall of the index.
         pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 
     Returns:

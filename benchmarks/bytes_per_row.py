@@ -1,7 +1,7 @@
 """Measure the bytes of a row on disk, and the accuracy compared with rows as in the paper: float32, all dimensions, 128 entries.
 
-All memories have the same train tokens, exact search, and the paper's formula in its dense form, each with the sigma and lambda that are
-best on validation tokens. Rows have the configured entries, and keys of several numbers of dimensions.
+All memories have the same train tokens, exact search, and the paper's formula over the whole vocabulary. Each has the sigma and lambda
+that are best on validation. Rows have the configured number of entries, and keys of several numbers of dimensions.
 """
 
 import functools
@@ -68,7 +68,7 @@ def encode_all(model: Model, head: Any, documents: list[np.ndarray]) -> Any:
 
 
 class BothRows(NamedTuple):
-    """Rows as in the paper, and what `residual_head` needs to make the rows of the datastore."""
+    """Rows as in the paper, and the input from which `residual_head` makes the datastore's rows."""
 
     keys: Float[Array, "rows emb"]
     ids: Int[Array, "rows entries"]

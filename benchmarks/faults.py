@@ -1,8 +1,8 @@
-"""Check that faults lose nothing: kills, a lost Dask worker, a full disk, changed bytes. Prints every fault and its outcome.
+"""Check that faults lose nothing: kills, a lost Dask worker, a full disk, changed bytes. Print each fault and its outcome.
 
     python -m benchmarks.faults [--kills=30] [--bytes=100]
 
-A tiny experiment runs once without a fault, then many times with a fault and the same command after it. The outcome must be the same:
+A tiny experiment runs once without a fault, then many times with a fault, each followed by the same command. The outcome must be the same:
 every row, every neighbor, every number of results.json, and no file without a record. Takes about 20 minutes on 2 cores. The full disk
 needs root (a small tmpfs); Dask needs the extra `dask`. Faults that cannot be tried on this machine are reported.
 """
@@ -56,7 +56,7 @@ class Experiment:
         )
 
     def finish(self, workdir: Path, begin: int = 0) -> None:
-        """Run all commands from one on."""
+        """Run the commands from number `begin` on."""
         for number in range(begin, len(self.commands)):
             if self.start(number, workdir).wait() != 0:
                 raise RuntimeError(f"{self.commands[number][0]} failed:\n{(self.folder / 'log').read_text()[-2000:]}")
@@ -90,7 +90,7 @@ def differences(workdir: Path, wanted: dict[str, str]) -> list[str]:
 
 
 def running(workdir: Path) -> str:
-    """Return the stage that has begun and not finished."""
+    """Return the stage that has begun but not finished."""
     records = {path.stem: read_json(path) for path in (workdir / "stages").glob("*.json")} if (workdir / "stages").exists() else {}
     return next((name for name, record in records.items() if not record["finished"]), "between stages")
 

@@ -1,9 +1,9 @@
-"""Measure peak memory and time of build, index and search for more and more rows: memory stays bounded, and time grows linearly.
+"""Measure peak memory and time of build, index and search for growing numbers of rows. Memory must stay bounded and time grow linearly.
 
     python -m benchmarks.growth [--rows 100_000 ... 10_000_000] [--index_memory_gib=1.5] [--folder=...]
 
 The text is synthetic and the model tiny (keys of 64 numbers); each stage runs in a process of its own. Memory is the peak of RssAnon of a
-process and its children, read every 50 ms. Pages of mapped files are in a column of their own, because the system frees them when another
+process and its children, read every 50 ms. Pages of mapped files have their own column, because the system frees them when another
 program needs memory. Takes half an hour on 2 cores and 4 GB of disk.
 """
 
@@ -55,7 +55,7 @@ def write_text(path: Path, tokens: int) -> None:
 
 
 def held(pid: int) -> tuple[int, int]:
-    """Return the bytes of a process and its children: of their own, and of mapped files."""
+    """Return the bytes that a process and its children hold: own memory, and mapped files."""
     own = mapped = 0
     try:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Rss"))
@@ -68,7 +68,7 @@ def held(pid: int) -> tuple[int, int]:
 
 
 def run(command: str, folder: Path, *extra: str) -> tuple[int, int]:
-    """Run a command; return its peak bytes, of its own and of mapped files."""
+    """Run a command; return its peak bytes of own memory and of mapped files."""
     arguments = ["--gin_file", str(folder / "growth.gin"), f"--workdir={folder / 'run'}", *extra]
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "resmem_lm", command, *arguments], stdout=log, stderr=log)
@@ -83,7 +83,7 @@ def run(command: str, folder: Path, *extra: str) -> tuple[int, int]:
 
 
 def fitted(rows: np.ndarray, seconds: np.ndarray) -> str:
-    """Return the formula seconds = a + c * rows^b with the least relative error, for the best of many exponents b."""
+    """Return the formula seconds = a + c * rows^b with the least relative error over a grid of exponents b."""
     fits = []
     for exponent in np.arange(0.5, 1.6, 0.01):
         design = np.stack([np.ones_like(rows), (rows / rows[-1]) ** exponent], axis=1) / seconds[:, None]

@@ -1,4 +1,4 @@
-"""Inputs that several benchmarks take from a finished work directory."""
+"""Read the inputs of several benchmarks from a finished work directory."""
 
 import numpy as np
 from jaxtyping import Float, Int

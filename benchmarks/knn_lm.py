@@ -3,8 +3,8 @@
 fairseq's kNN-LM (Khandelwal et al. 2020) searches 1,024 neighbors in a faiss IVF-PQ index of 64 bytes per key (32 lists of 4,096), uses the
 distances that faiss returns, and sums the weights of the neighbors whose token is the true token. knn-transformers (Alon et al. 2022) does
 the same for the whole vocabulary. This benchmark repeats their reads with faiss and NumPy or JAX, also with 50 neighbors. ResMem finds 50
-neighbors, ranks them by true distance and reads their residuals. The model (`evaluation`) and the merge (`merge`) are not included. Bytes
-per row are those on disk, and those that a search reads: the others need the keys only to build their index.
+neighbors, ranks them by true distance and reads their residuals. The benchmarks `evaluation` and `merge` measure the model and the merge.
+Bytes per row are those on disk and those that a search reads: the others read the keys only to build their index.
 """
 
 import functools

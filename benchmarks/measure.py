@@ -1,6 +1,6 @@
-"""Measure several ways to do one thing in turns, and print ratios of their times.
+"""Measure several ways to do one thing in turns, and print the ratios of their times.
 
-Absolute times mislead on a shared machine. So every way runs once per round, and ratios are within rounds.
+Absolute times mislead on a shared machine, so every way runs once per round, and ratios are within rounds.
 """
 
 import os
@@ -15,7 +15,7 @@ Times = dict[str, list[float]]
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], *, rounds: int = 5) -> Times:
-    """Return the seconds of every way in every round, after a first round that is not counted (compilation, caches)."""
+    """Return the seconds of every way in every round. A first round (compilation, caches) is not counted."""
     times: Times = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():

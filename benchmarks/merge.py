@@ -23,7 +23,7 @@ from resmem_lm.workdir.run import Run
 QUERIES, K = 2048, 50
 ENTRIES = (128, 16)  # of the paper, and of gin/compact.gin
 SIGMA, LAMBDA = 1.0, 1.0
-THREADS = 2  # that read the next blocks while one is scored, as in `SplitScorer.blocks`
+THREADS = 2  # threads that read the next blocks while one is scored, as in `SplitScorer.blocks`
 
 
 def run(run: Run) -> None:

@@ -1,8 +1,8 @@
-"""Measure how much of the queries' text is in the train documents word for word: the share of runs of 13 words that occur there.
+"""Measure the share of the queries' runs of 13 words that occur verbatim in the train documents.
 
     python -m benchmarks.overlap WORKDIR
 
-WORKDIR has documents (`resmem train`). `prepare_documents` drops near-duplicate documents; this measures the overlap that is left.
+WORKDIR has documents (`resmem train`). `prepare_documents` drops near-duplicate documents; this measures the remaining overlap.
 """
 
 import argparse

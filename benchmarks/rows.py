@@ -1,7 +1,7 @@
 """Measure how the time of search and evaluation grows with the rows of the datastore, and fit exponents.
 
-More rows than WORKDIR has are repeated with noise of a tenth of the keys' standard deviation. The queries are test tokens, as in
-`resmem evaluate`: search, residuals, predictions.
+Beyond WORKDIR's rows, rows repeat with noise of a tenth of the keys' standard deviation. The queries are test tokens. As in
+`resmem evaluate`, they are searched, and their residuals and predictions computed.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def grown(source: Datastore, rows: int, folder: Path) -> Datastore:
 
 
 def random_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"], logits: Float[np.ndarray, "queries base"]) -> Queries:
-    """Return cached neighbors of keys as `resmem evaluate` has them, but with random candidates of DeepNet, which cost the same."""
+    """Return cached neighbors as `resmem evaluate` has them. DeepNet's candidates are random, which costs the same."""
     rows, distances = index.search(keys, K)
     neighbor_tokens = index.datastore.take("tokens", rows)
     base = np.random.default_rng(0).integers(0, 30_000, logits.shape).astype(np.int32)

@@ -1,7 +1,7 @@
 """Compare search and build of the index with exact search and other libraries, on the same keys and at the same recall.
 
 `python -m pip install 'resmem_lm[bench]'` installs the other libraries. All use as many threads as there are cores. "IVF-PQ with refine" is
-faiss alone, with as many lists as our index: it ranks candidates by a float16 copy of the keys, our index by the keys in the datastore.
+faiss alone, with as many lists as our index. It ranks candidates by a float16 copy of the keys; our index by the datastore's keys.
 """
 
 import os
@@ -31,18 +31,18 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import files_below
 
 QUERIES, K, RECALL = 2048, 50, 0.95
-EXACT_QUERIES = 256  # fewer queries for the time of exact search, which is slow
+EXACT_QUERIES = 256  # exact search is slow, so it is timed on fewer queries
 LINKS, EFFORT = 16, 100  # of the graphs: neighbors of a node (M), candidates for a new node (ef_construction)
 
 TUNED_RADII, TUNED_CANDIDATES = (1.1, 1.15, 1.2, 1.225, 1.25, 1.275, 1.3, 1.35), 200
 
-FAST, BUILD_ROUNDS = "faiss IVF-PQ with refine", 3  # the other library whose build takes only seconds, and how often it is built
+FAST, BUILD_ROUNDS = "faiss IVF-PQ with refine", 3  # the peer that builds in seconds, and the number of builds
 
 Search = Callable[[Float[np.ndarray, "queries emb"]], Int[np.ndarray, "queries k"]]
 
 
 class Peer(NamedTuple):
-    """A built index: seconds, bytes on disk, and its search as a function of the effort; the least sufficient effort is chosen."""
+    """A built index: seconds, bytes on disk, and its search as a function of the effort. The least sufficient effort is chosen."""
 
     seconds: float
     size: int
@@ -125,8 +125,8 @@ def usearch_graph(keys: Float[np.ndarray, "rows emb"]) -> Peer:
 def scann_tree(keys: Float[np.ndarray, "rows emb"]) -> Peer:
     """Build ScaNN's tree as its documentation recommends: twice the root of the rows as leaves, 4-bit codes of 2 dimensions, reordering.
 
-    As with faiss, keys are rotated at random: without the rotation, codes of principal components find a fifth of the neighbors. ScaNN has
-    codes of the keys and not of their differences to the center of the leaf, so it needs many candidates for reordering.
+    Keys are rotated at random, as with faiss; otherwise codes of principal components find only a fifth of the neighbors. ScaNN quantizes
+    the keys, not their differences to the center of the leaf, so it needs many candidates for reordering.
     """
     leaves, random = 2 * int(np.sqrt(len(keys))), np.random.default_rng(0)
     rotation = np.linalg.qr(random.normal(size=2 * keys.shape[1:]))[0].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Measure the start of each command on a finished work directory, where it only reads records."""
+"""Measure the start time of each command on a finished work directory. The commands only read records there."""
 
 import statistics
 import subprocess
@@ -32,7 +32,7 @@ def run(run: Run) -> None:
 
 
 def _first_line(arguments: list[str]) -> float:
-    """Run Python to the end; return the seconds until it printed a line, or ended without one."""
+    """Run Python; return the seconds until it prints its first line or ends."""
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout

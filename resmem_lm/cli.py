@@ -1,4 +1,4 @@
-"""The command `resmem`: arguments and exit codes. What each command does is in `commands.py`.
+"""Build and evaluate ResMem: a language model with a memory of its residuals.
 
     resmem run --gin_file=configs/demo.gin --workdir=runs/demo [--gin.NAME=VALUE ...]
 
@@ -45,7 +45,7 @@ PLAN_OPTIONS = {
     "bytes_per_token": "Bytes of text per token where the text is not counted.",
     "workers": "Processes that share the work.",
     "memory_gib": "GiB of memory of one worker; default: build_index.memory_gib.",
-    "train_tokens_per_second": "Rate of training; this and the other rates are measured here if not given.",
+    "train_tokens_per_second": "Tokens per second of training. Rates that are not given are measured on this machine.",
     "tokens_per_second": "Rate at which one worker of the build encodes window tokens.",
     "index_rows_per_second": "Rate at which one worker adds rows to the index.",
     "query_tokens_per_second": "Rate at which one worker of the search encodes window tokens.",
@@ -56,16 +56,12 @@ TAKES_SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 GIN_FILE = click.Option(["--gin_file", "gin_files"], multiple=True, help="A gin file; may be given several times.")
 WORKDIR = click.Option(["--workdir"], required=True, help="The work directory.")
 PIPELINE_OPTIONS = click.Option(["--pipeline_options"], default="", help='Options of Beam, such as "--runner=...".')
-INDEX_MEMORY = click.Option(["--index_memory_gib"], type=float, help="GiB of one worker that an index shard may take to build.")
+INDEX_MEMORY = click.Option(["--index_memory_gib"], type=float, help="GiB of a worker's memory for building an index shard.")
 APPEND = click.Option(["--append"], multiple=True, metavar="TEXT", help="Add the documents of these files to a finished datastore.")
 
 
 def _bindings(context: click.Context) -> list[str]:
-    """Return the `NAME=VALUE` of every --gin.NAME=VALUE.
-
-    Raises:
-        UserError: another argument.
-    """
+    """Return the `NAME=VALUE` of every --gin.NAME=VALUE. Raise UserError for any other argument."""
     for argument in context.args:
         if not (argument.startswith("--gin.") and "=" in argument):
             raise UserError(f"unknown argument {argument}: settings are given as --gin.NAME=VALUE (see resmem {context.info_name} --help)")
@@ -128,7 +124,7 @@ def _group() -> click.Group:
     sentence = click.Argument(["text"])
     finished: dict[str, tuple[str, list[click.Parameter]]] = {
         "verify": ("Check every file and row of a work directory.", [click.Argument(["workdir"])]),
-        "delete": ("Delete documents: their rows are no neighbors any more.", [WORKDIR, document, source]),
+        "delete": ("Delete documents, so that no search finds their rows.", [WORKDIR, document, source]),
         "compact": ("Remove the rows of deleted documents from the files.", [WORKDIR]),
         "inspect": ("Print DeepNet's and ResMem's prediction for each token of a text, and the neighbors.", [WORKDIR, sentence]),
     }
@@ -138,7 +134,7 @@ def _group() -> click.Group:
 
 
 def _one_line(error: Exception) -> str | None:
-    """Return what to print for an error that the user can fix; None for any other."""
+    """Return one line for an error that the user can fix, or None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, click.ClickException):
@@ -147,7 +143,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and any(words in reason for words in ("RESOURCE_EXHAUSTED", "Out of memory")):  # XLA's
         return f"{reason[:200].rstrip('.')}: take a smaller train.batch_size, train.sequence_length or model"
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORAGE_CLIENTS:
-        # Permissions, networks, credentials: the message of the system or of the storage's package names the culprit.
+        # Permissions, networks, credentials: the message of the system or of the storage's package names the cause.
         return f"{reason}: correct it and run the same command again"
     return None
 
@@ -168,6 +164,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script() -> int:
-    """Run as the installed command: libraries log nothing, because what goes wrong is printed in one line."""
+    """Run the installed command. Libraries log nothing, because `main` prints each error in one line."""
     logging.disable(logging.ERROR)
     return main()

@@ -1,4 +1,4 @@
-"""What each command of `resmem` does: configuration -> stages, in order."""
+"""Run the commands of `resmem`: read the configuration, then run the stages in order."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ STUDIES: dict[str, Stage] = {
         study_theory,
     )
 }
-Settings = dict[str, Record]  # of every stage, by the name of its function
+Settings = dict[str, Record]  # settings of every stage, by the name of its function
 
 
 def stages_of(command: str) -> list[Stage]:
@@ -69,7 +69,7 @@ def stages_of(command: str) -> list[Stage]:
         return [*first, *(stage for stages in rest.values() for stage in stages)]
     if command == "train":
         return first
-    # With a checkpoint from elsewhere there is no training that a user would want to run alone.
+    # With a checkpoint from elsewhere there is no training, so `build` starts with the first stages.
     return [*(first if command == "build" and has_checkpoint else []), *rest[command]]
 
 
@@ -90,10 +90,10 @@ def run_stages(
     index_memory_gib: float | None = None,
     append: Sequence[str] = (),
 ) -> None:
-    """Run the stages of a command; print the table and where the report is."""
+    """Run the stages of a command; print the table and the path of the report."""
     run, settings = Run(workdir), _parse(gin_files, bindings)
     if pipeline_options:
-        arguments_of(pipeline_options)  # refused before anything is written
+        arguments_of(pipeline_options)  # raises before anything is written
     for values in settings.values():
         if "pipeline_options" in values and pipeline_options:
             values["pipeline_options"] = pipeline_options
@@ -150,7 +150,7 @@ def _append(run: Run, text: list[str], pipeline_options: str) -> None:
 
 
 def run_plan(workdir: str | None, gin_files: Sequence[str], bindings: list[str], given: dict[str, float]) -> None:
-    """Print the plan of an experiment. `given` has numbers of `plan`, `Amounts` and `Rates`; they replace the configured ones."""
+    """Print the plan of an experiment. Numbers in `given` replace configured ones of `plan`, `Amounts` and `Rates`."""
     settings = _parse(gin_files, ["plan.amounts = @Amounts()", "plan.rates = @Rates()", *bindings])
     arguments = config.parameters(plan)
     for name in ("amounts", "rates"):

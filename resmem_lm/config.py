@@ -1,4 +1,4 @@
-"""gin: `--gin_file` and `--gin.NAME=VALUE` -> the keyword arguments of every stage, checked before anything runs."""
+"""Turn `--gin_file` and `--gin.NAME=VALUE` into the keyword arguments of every stage, checked before anything runs."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,7 @@ INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)
 def parse(gin_files: list[str], bindings: list[str]) -> None:
     """Read gin files, found from the current folder or among those of this package, then `NAME=VALUE` bindings.
 
-    Raises:
-        UserError: no such file, an unknown name, or a value that gin cannot read; the message is gin's own.
+    Raise UserError with gin's message for a missing file, an unknown name, or a value that gin cannot read.
     """
     gin.clear_config()
     # gin's other reader looks for Python packages called gin/ and configs/, and fails where they are plain folders.
@@ -57,7 +56,7 @@ def _gin_errors(source: str) -> Iterator[None]:
 
 
 def _check_macro(name: str) -> None:
-    """Raise ValueError for a macro that no file defines: gin would take it and nothing would use it."""
+    """Raise ValueError for a macro that no file defines, because gin would accept it without effect."""
     macros = [scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"]  # noqa: SLF001 - gin lists them nowhere else
     if name not in macros and re.fullmatch(r"\w+|.*/.*", name):
         raise ValueError(f"no gin file defines {name}; known: {', '.join(sorted(macros)) or 'none'}")
@@ -82,8 +81,7 @@ def _bindings(name: str) -> dict[str, Any]:
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the configured keyword arguments of a stage function, defaults included, each of its annotated type.
 
-    Raises:
-        UserError: a value that is missing, refers to an undefined name, has the wrong type or is out of range.
+    Raise UserError for a value that is missing, refers to an undefined name, has the wrong type or is out of range.
     """
     function = getattr(function, "function", function)
     name, hints = function.__name__, typing.get_type_hints(function)

@@ -66,7 +66,7 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path, capsys, inside):
 
 
 def small_text(folder):
-    """Three documents, too few words for the demo's vocabulary, so that training stops at it."""
+    """Write three documents with too few words for the demo's vocabulary, so that `train` stops at the vocabulary."""
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one one", "two two two", "three three")))
     return path

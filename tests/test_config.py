@@ -63,7 +63,7 @@ class Part:
 
 
 def use(run: Path, *, part: Part) -> None:
-    """Stands for a stage with a dataclass among its settings, whose fields nothing has checked yet."""
+    """Stand in for a stage with a dataclass among its settings, whose fields are still unchecked."""
 
 
 gin.register(module="resmem_lm")(use)
@@ -112,7 +112,7 @@ def test_files_are_found_from_any_folder_and_those_of_the_folder_come_first(tmp_
     assert config.parameters(make_vocabulary)["size"] == 17
 
 
-# emb_dim, num_heads, num_layers, mlp_dim, and whether T5 1.1: gated, with an output of its own.
+# emb_dim, num_heads, num_layers, mlp_dim, and whether it is T5 1.1 (gated MLP, separate output matrix).
 SHAPES = {
     "mini.gin": (128, 2, 4, 512, False),
     "small_256.gin": (256, 4, 4, 1024, False),

@@ -1,4 +1,4 @@
-"""The whole pipeline in object storage, which has no rename, on a local S3 server."""
+"""Run the whole pipeline in object storage, which has no rename, on a local S3 server."""
 
 import json
 import os

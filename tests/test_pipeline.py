@@ -73,7 +73,7 @@ def test_deepnet_in_the_table_has_the_predictions_of_the_model(tiny_run):
 
 
 def test_remark_3_2_training_tokens_as_queries_with_one_neighbor_are_all_right(tiny_run):
-    """Rows with equal keys and different tokens are left out (the first tokens of documents): no method can separate them."""
+    """Omit rows with equal keys and different tokens (the first tokens of documents), because no method can separate them."""
     model, vocabulary = load_model(tiny_run / "checkpoints"), load_vocabulary(Run(tiny_run))
     datastore = open_datastore(tiny_run / "datastore")
     tokens = vocabulary.encode_documents(read_shard(shard_paths(Run(tiny_run), "train")[0]))

@@ -1,4 +1,4 @@
-"""Tests under T5X, which is not on PyPI; docs/c4.md has its installation. Without T5X they are skipped."""
+"""Test with T5X, or skip these tests if it is not installed. T5X is not on PyPI; docs/c4.md describes its installation."""
 
 import importlib.util
 import json
@@ -92,7 +92,7 @@ def t5x_train(folder, model_dir, *arguments, cwd=REPOSITORY):
 
 @pytest.fixture(scope="module")
 def model_dir(folder):
-    """Return a MODEL_DIR after 20 steps. It was given as a relative path, which Orbax alone refuses."""
+    """Return a MODEL_DIR after 20 steps. T5X got it as a relative path, which Orbax alone refuses."""
     log = t5x_train(folder, "model", cwd=folder)
     losses = [float(x) for x in re.findall(r"collection=train .*?\bloss_per_nonpadding_target_token=([\d.]+)", log)]
     assert len(losses) >= 3

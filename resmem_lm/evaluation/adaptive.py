@@ -1,10 +1,10 @@
-"""Adaptive ResMem: a small network decides for each token how far to trust the memory.
+"""Fit the gate of Adaptive ResMem: a small network that chooses for each token how much to trust the memory.
 
     q is proportional to  p exp(g)    with g the network's output at the neighbors' tokens, and 0 at all other tokens
 
-This replaces one lambda for all tokens (paper, section 6). He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.1)
-learn kNN-LM's lambda from similar features: distances and DeepNet's confidence. The network is fitted on validation tokens by
-cross-entropy. The loss on held-out documents among these decides the number of steps.
+The gate replaces one lambda for all tokens (paper, section 6). He et al. (2021, "Efficient Nearest Neighbor Language Models", section 4.1)
+learn kNN-LM's lambda from similar features: distances and DeepNet's confidence. The network minimizes the cross-entropy of validation
+tokens. The loss on a held-out fifth of their documents chooses the number of steps.
 """
 
 from collections.abc import Iterator
@@ -28,28 +28,25 @@ STEPS, CHECK_STEPS = 800, 50
 BATCH = 1024
 HELD_OUT_BATCH = 8192
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
-HELD_OUT = 5  # every fifth document is held out
-BANDWIDTHS = (0.5, 1.0, 4.0)  # times sigma
+HELD_OUT = 5  # every fifth group of documents is held out
+BANDWIDTHS = (0.5, 1.0, 4.0)  # in units of sigma
 SMALL = 1e-6
-LARGEST = 30.0  # change of a logit: its exponential must be finite
+LARGEST = 30.0  # largest change of a logit, so that its exponential is finite
 
 Weights = dict[str, Any]
 
 
 class GateFeatures(NamedTuple):
-    """Inputs and targets of the network, one row per query and one column per neighbor.
-
-    A token of several neighbors counts at the nearest of them.
-    """
+    """Inputs and targets of the network: a row per query, a column per neighbor. A repeated token counts at its nearest neighbor."""
 
     features: Float[Array, "queries k features"]
     base: Float[Array, "queries k"]  # DeepNet's probability of the neighbor's token
     counted: Bool[Array, "queries k"]
-    target: Bool[Array, "queries k"]  # counted, and the query's token
-    target_base: Float[Array, " queries"]  # DeepNet's probability of the target, a neighbor's token or not
+    target: Bool[Array, "queries k"]  # counted, and equal to the query's token
+    target_base: Float[Array, " queries"]  # DeepNet's probability of the target, even if no neighbor has it
 
     def at(self, queries: Int[Array, " some"] | Int[np.ndarray, " some"]) -> "GateFeatures":
-        """Return some of the queries."""
+        """Return the features of some queries."""
         return GateFeatures(*(array[queries] for array in self))
 
 
@@ -62,15 +59,11 @@ class Gate(NamedTuple):
 
 
 def gate_features(block: Block, sigma: float | Float[Array, ""], unit: int) -> GateFeatures:
-    """Compute the network's features at T = 1.
+    """Compute the network's features at T = 1, which has index `unit` in the datastore.
 
-    Per neighbor's token y: p(y), p_kNN(y) at three bandwidths, r_kNN(y), the distance of the nearest row with y, and the largest
-    1 - p(y) that such a row stores. Per query: distances, DeepNet's largest probability and entropy, the largest p_kNN.
-
-    Args:
-        block: queries with their neighbors.
-        sigma: the bandwidth that BANDWIDTHS multiply.
-        unit: the index of T = 1 among the datastore's temperatures.
+    Features of a neighbor's token y: p(y), p_kNN(y) at three bandwidths (multiples of sigma), r_kNN(y), the distance of the nearest row
+    with y, and the largest 1 - p(y) that a row with y stores. Features of a query: three distances, DeepNet's largest probability and
+    entropy, and the largest p_kNN at each bandwidth.
     """
     candidates, neighbors, targets, target_base = block
     k = neighbors.tokens.shape[1]
@@ -119,13 +112,7 @@ def _loss_at(weights: Weights, gate: Gate, some: GateFeatures, queries: Int[Arra
 
 
 def fit(some: GateFeatures, groups: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
-    """Fit the network, which begins as DeepNet alone.
-
-    Args:
-        some: features of validation tokens, as NumPy arrays.
-        groups: a number for each token, equal for tokens that are not independent.
-        seed: of the first weights and the batches.
-    """
+    """Fit the network on validation tokens, starting from DeepNet alone. Tokens with equal `groups` are not independent."""
     x = np.asarray(some.features)[np.asarray(some.counted)]
     some = GateFeatures(*map(jnp.asarray, some))
     weights = gate_network.initial_weights(x.shape[-1], seed)

@@ -1,12 +1,11 @@
-"""ResMem on the simplex, so that perplexity and calibration exist. The paper leaves this open (section 6).
+"""Turn ResMem's scores into probabilities, which define perplexity and calibration. The paper leaves this open (section 6).
 
     boosted:  q is proportional to  p exp(lambda r_kNN)
     clipped:  q is proportional to  max(p + lambda r_kNN, FLOOR p)                 with p = softmax(f / T)
 
 `boosted` is a step of gradient boosting in logit space (Friedman 2001): the residual onehot(y) - p is the negative gradient of the
-cross-entropy with respect to the logits. `clipped` is the paper's score, projected. In both, r_kNN counts at the candidates only (see
-`resmem_lm.evaluation.candidates`). All other tokens keep DeepNet's probability up to the normalizer: q is a distribution over the
-vocabulary.
+cross-entropy with respect to the logits. `clipped` is the paper's score with a floor. Both use r_kNN at the candidates only (see
+`resmem_lm.evaluation.candidates`); all other tokens keep DeepNet's probability. Division by the sum over the vocabulary gives q.
 """
 
 from typing import Literal, NamedTuple
@@ -16,32 +15,26 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 SimplexFormula = Literal["knnlm", "boosted", "clipped"]
-FLOOR = 0.1  # times DeepNet's probability: no token's score falls below this
-BINS = 15  # of the calibration error, as in Guo et al. (2017)
+FLOOR = 0.1  # lowest score of a token, as a share of DeepNet's probability
+BINS = 15  # for the calibration error, as in Guo et al. (2017)
 
 
 class Distribution(NamedTuple):
-    """Probabilities of the candidates; any other token has `other` times DeepNet's probability."""
+    """Probabilities of the candidates. Every other token has DeepNet's probability times `other`."""
 
     candidates: Float[Array, "*some queries candidates"]
     other: Float[Array, "*some queries"]
 
 
 def is_first(ids: Int[Array, "queries candidates"]) -> Bool[Array, "queries candidates"]:
-    """Return which candidates are the first with their token: a token that occurs twice counts once."""
+    """Mark the first candidate with each token, so that a token that occurs twice counts once."""
     return ~jnp.any(jnp.tril(ids[:, :, None] == ids[:, None, :], k=-1), axis=-1)
 
 
 def normalized(
     base: Float[Array, "queries candidates"], changed: Float[Array, "*some queries candidates"], counted: Bool[Array, "queries candidates"]
 ) -> Distribution:
-    """Replace some tokens' probabilities and divide by the new sum over the vocabulary.
-
-    Args:
-        base: DeepNet's probabilities of the tokens.
-        changed: the values that replace them.
-        counted: marks each token once.
-    """
+    """Replace the probabilities `base` by `changed` and normalize over the vocabulary. `counted` marks each token once."""
     total = 1 + jnp.sum(jnp.where(counted, changed - base, 0), axis=-1)
     return Distribution(changed / total[..., None], 1 / total)
 
@@ -54,7 +47,7 @@ def on_simplex(
     first: Bool[Array, "queries candidates"],
     lambda_: float | Float[Array, ""],
 ) -> Distribution:
-    """Return kNN-LM (Khandelwal et al. 2020) or a form of Calibrated ResMem; DeepNet where lambda is 0."""
+    """Return the distribution of kNN-LM (Khandelwal et al. 2020) or of Calibrated ResMem. Lambda = 0 gives DeepNet."""
     if formula == "knnlm":
         return Distribution((1 - lambda_) * base + lambda_ * knn, jnp.broadcast_to(1 - lambda_, knn.shape[:-1]))
     if formula == "boosted":
@@ -65,7 +58,7 @@ def on_simplex(
 def target_probability(
     q: Distribution, is_target: Bool[Array, "queries candidates"], base: Float[Array, " queries"]
 ) -> Float[Array, "*some queries"]:
-    """Return the probability of each query's target; `base` is DeepNet's, which counts where no candidate is the target."""
+    """Return the probability of each query's target. DeepNet's probability `base` counts if no candidate is the target."""
     among = jnp.max(jnp.where(is_target, q.candidates, 0), axis=-1)
     return jnp.where(jnp.any(is_target, axis=-1), among, q.other * base)
 

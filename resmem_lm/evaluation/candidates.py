@@ -1,8 +1,8 @@
-"""The formula on the few tokens that can win, so that many hyperparameters are tried without a pass over the vocabulary.
+"""Score only the few tokens that can win, so that a sweep of hyperparameters needs no pass over the vocabulary.
 
-A neighbor's residual is positive at its own token only. With lambda >= 0, a token that is neither among DeepNet's largest logits nor a
-neighbor's token therefore scores at most DeepNet's own probability of the next logit. Where the best candidate reaches that bound, the
-prediction is certified: the formula over the whole vocabulary, with the residuals as stored, gives the same prediction.
+The candidates are the tokens of DeepNet's largest logits and the neighbors' tokens. A neighbor's residual is positive only at its own
+token. With lambda >= 0, any other token scores at most DeepNet's probability at the next-largest logit. If the best candidate reaches this
+bound, the prediction is certified: the formula over the whole vocabulary, with the residuals as stored, gives the same prediction.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -45,7 +45,7 @@ DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
 
 
 class Candidates(NamedTuple):
-    """Per query: the tokens of DeepNet's largest logits, then the neighbors' tokens (a token may occur twice)."""
+    """For each query: the tokens of DeepNet's largest logits, then the neighbors' tokens. A token may occur twice."""
 
     ids: Int[Array, "queries candidates"]
     logits: Float[Array, "queries candidates"]
@@ -54,11 +54,11 @@ class Candidates(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """Per query, nearest first."""
+    """The neighbors of each query, nearest first."""
 
     distances: Float[Array, "queries k"]
     tokens: Int[Array, "queries k"]
-    quantized: UInt8[Array, "queries k candidates"]  # the row's probability of each candidate; 0 where it stores none
+    quantized: UInt8[Array, "queries k candidates"]  # the row's stored probability of each candidate, or 0
     target_log_probability: Float[Array, "queries k"]
     log_power_sums: Float[Array, "queries k temperatures"]
 
@@ -73,7 +73,7 @@ class Block(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The candidates' base probabilities at one temperature, and merged residuals and p_kNN for several pairs of k and sigma."""
+    """DeepNet's probabilities of the candidates at one temperature, and their r_kNN and p_kNN for pairs of k and sigma."""
 
     base: Float[Array, "queries candidates"]
     residual: Float[Array, "weightings queries candidates"]
@@ -84,7 +84,7 @@ class Scores(NamedTuple):
 def choose_candidates(
     logits: Float[Array, "queries vocab"], neighbor_tokens: Int[Array, "queries k"], base: int
 ) -> tuple[Int[Array, "queries candidates"], Float[Array, "queries candidates"], Float[Array, " queries"]]:
-    """Return ids and logits of the candidates, and the largest logit that is not among the `base` largest."""
+    """Return ids and logits of the candidates, and the largest logit below the `base` largest."""
     base = min(base, logits.shape[1] - 1)
     top, ids = largest(logits, base + 1)
     ids = jnp.concatenate([ids[:, :base], neighbor_tokens.astype(ids.dtype)], axis=1)
@@ -96,13 +96,7 @@ def quantized_at(
     ids: Integer[np.ndarray, "queries k others"],
     quantized: UInt8[np.ndarray, "queries k others"],
 ) -> UInt8[np.ndarray, "queries k candidates"]:
-    """Return each row's quantized probability of each candidate, 0 where the row stores none.
-
-    Args:
-        candidates: ids of each query's candidates.
-        ids: tokens of the entries that each row stores.
-        quantized: their probabilities.
-    """
+    """Return each row's quantized probability of each candidate, or 0. `ids` and `quantized` are the row's stored entries."""
     vocabulary = int(max(candidates.max(initial=0), ids.max(initial=0))) + 1
     found: np.ndarray = kernels.quantized_at(candidates, ids, quantized, vocabulary)
     return found
@@ -116,16 +110,7 @@ def score(
     temperature: float | Float[Array, ""],
     position: int | Int[Array, ""],
 ) -> Scores:
-    """Return the parts of every method's score at one temperature, for each pair of k and sigma.
-
-    Args:
-        candidates: of the queries.
-        neighbors: of the queries.
-        ks: how many neighbors count.
-        sigmas: bandwidths, one for each k.
-        temperature: T.
-        position: the index of T among the datastore's temperatures.
-    """
+    """Return the parts of every method's score for each pair of k and sigma. `position` is T's index in the datastore."""
     is_token = neighbors.tokens[..., None] == candidates.ids[:, None, :]
     r = at_temperature(
         dequantize_powers(neighbors.quantized, temperature),
@@ -148,7 +133,7 @@ def score(
 def best(
     scores: Float[Array, "*some queries candidates"], ids: Int[Array, "queries candidates"]
 ) -> tuple[Int[Array, "*some queries"], Float[Array, "*some queries"]]:
-    """Return the winning tokens and their scores; the lowest id among equals, as `resmem.predict` does."""
+    """Return the winning tokens and their scores. The lowest id wins a tie, as in `resmem.predict`."""
     top = jnp.max(scores, axis=-1)
     winners = jnp.where(scores == top[..., None], ids, jnp.iinfo(ids.dtype).max)
     return jnp.min(winners, axis=-1), top

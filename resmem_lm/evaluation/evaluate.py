@@ -1,4 +1,4 @@
-"""Cached neighbors -> results.json: hyperparameters are chosen on validation, all methods are compared on test."""
+"""Choose hyperparameters on validation and compare all methods on test: cached neighbors -> results.json."""
 
 import importlib.metadata
 import platform
@@ -39,14 +39,14 @@ class Grid(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The settings of all methods but Adaptive ResMem, and the latter's gate."""
+    """The settings of all methods except Adaptive ResMem, and the gate of Adaptive ResMem."""
 
     methods: dict[str, Setting]
     gate: Gate
 
 
 class Outputs(NamedTuple):
-    """Predictions for a split, of all methods in a `Choice`."""
+    """Predictions for a split by all methods in a `Choice`."""
 
     found: dict[Setting, tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]  # prediction, certified
     on_simplex: dict[Setting, Predictions]
@@ -68,14 +68,13 @@ def evaluate(
     """Choose hyperparameters on validation, evaluate on test, and write WORKDIR/results.json.
 
     Args:
-        run: has a datastore and cached neighbors.
         ks: numbers of neighbors to try; those above the searched number are skipped.
         sigmas: bandwidths to try.
-        temperatures: temperatures to try, out of the datastore's temperatures.
-        lambdas: factors of r_kNN to try; kNN-LM uses those up to 1. They must include 1.0.
+        temperatures: temperatures to try; the datastore must be built for all of them.
+        lambdas: factors of r_kNN to try, 1.0 among them; kNN-LM tries those up to 1.
 
     Raises:
-        UserError: a temperature that the datastore has no sums of powers for, or no usable k.
+        UserError: a temperature that the datastore was not built for, or no usable k.
     """
     datastore = open_datastore(run.datastore, checksums=SCORED_FILES)
     scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
@@ -102,7 +101,7 @@ def evaluate(
 
 
 def _usable_grid(grid: Grid, scorer: SplitScorer) -> Grid:
-    """Check the grid; return it without the k above the searched number."""
+    """Check the grid and drop each k above the searched number."""
     ks, sigmas, temperatures, lambdas = grid
     searched, available = scorer.queries.rows.shape[1], scorer.temperatures
     if missing := [temperature for temperature in temperatures if temperature not in available]:

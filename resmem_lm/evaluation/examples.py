@@ -1,4 +1,4 @@
-"""Tokens that ResMem corrects, as in the paper's Figure 2, with the neighbors that decided them."""
+"""Describe tokens that ResMem corrects (the paper's Figure 2), with the neighbors that decide them."""
 
 import functools
 
@@ -40,7 +40,7 @@ class Contexts:
 
 
 def draw_tokens(pool: Int[np.ndarray, " pool"], count: int) -> Int[np.ndarray, " chosen"]:
-    """Draw `count` of the pool's tokens, or all if there are fewer, in order. The draw is always the same."""
+    """Draw `count` of the pool's tokens with a fixed seed, or all if there are fewer. Return them in order."""
     return np.sort(np.random.default_rng(0).choice(pool, size=min(count, len(pool)), replace=False))
 
 
@@ -55,16 +55,8 @@ def corrected_tokens(
 ) -> list[Record]:
     """Describe test tokens that DeepNet gets wrong and ResMem right, with the neighbors that add most to the right token.
 
-    An example may have no neighbors: the residuals can lower DeepNet's own prediction enough.
-
-    Args:
-        run: has the documents and the vocabulary.
-        q: the test split's queries.
-        datastore: of the neighbors.
-        setting: ResMem's.
-        deepnet: DeepNet's predictions.
-        corrected: ResMem's predictions.
-        chosen: the tokens to describe; None draws EXAMPLES of all.
+    `deepnet` and `corrected` are the predictions of DeepNet and ResMem. `chosen` names the tokens to describe; None draws EXAMPLES of them.
+    An example has no neighbors if the residuals only lower the score of DeepNet's token.
     """
     vocabulary = load_vocabulary(run)
     contexts = Contexts(run, datastore, vocabulary, CONTEXT_TOKENS)
@@ -95,7 +87,7 @@ def _helpful_neighbors(q: Queries, query: int, setting: Setting, contexts: Conte
     place = np.array([query])
     rows, distances, neighbor_tokens = (array[place][0, : setting.k] for array in (q.rows, q.distances, q.neighbor_tokens))
     weights = np.asarray(neighbor_weights(jnp.asarray(distances[None]), setting.sigma))[0]
-    # A neighbor adds its weight times its residual at its own token, which is the first of its entries.
+    # A neighbor adds its weight times its residual at its own token, its first entry.
     added = weights * contexts.datastore.residuals(np.maximum(rows, 0), setting.temperature)[1][:, 0]
     helps = (rows >= 0) & (neighbor_tokens == q.tokens[query])
     order = np.argsort(np.where(helps, -added, np.inf), kind="stable")[: min(SHOWN_NEIGHBORS, int(helps.sum()))]

@@ -1,4 +1,4 @@
-"""The network of Adaptive ResMem's gate, in a module of its own because Flax is slow to import."""
+"""Define the network of Adaptive ResMem's gate. It has its own module because Flax is slow to import."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ HIDDEN = 32
 
 
 class GateNetwork(nn.Module):
-    """Two hidden layers: features of a neighbor -> a change of its token's logit."""
+    """Map a neighbor's features to a change of its token's logit, with two hidden layers."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*some features"]) -> Float[Array, "*some"]:
@@ -23,7 +23,7 @@ class GateNetwork(nn.Module):
 
 
 def initial_weights(features: int, seed: int) -> dict[str, Any]:
-    """Draw the first weights. The last layer is 0, so the gate begins as DeepNet alone."""
+    """Draw the initial weights. The last layer is 0, so the initial gate equals DeepNet."""
     first, second = jax.random.split(jax.random.key(seed), 2)
     return {
         "first": {"kernel": jax.random.normal(first, (features, HIDDEN)) / np.sqrt(features), "bias": jnp.zeros(HIDDEN)},

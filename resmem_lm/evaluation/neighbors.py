@@ -1,6 +1,6 @@
-"""Cached neighbors of every validation and test token, so that hyperparameters are swept without searching again.
+"""Read the cached neighbors of every validation and test token. A sweep of hyperparameters needs no new search.
 
-`WORKDIR/neighbors/` has a published folder of row-aligned .npy files for each shard of the queries' documents: neighbors (`rows`,
+`WORKDIR/neighbors/` has a folder of row-aligned .npy files for each shard of the queries' documents. They hold the neighbors (`rows`,
 `distances`, nearest first), the query's token, and DeepNet's logits of the candidates (see `resmem_lm.evaluation.candidates`).
 """
 
@@ -27,7 +27,7 @@ DEEPNET_ARRAYS = ("target_logits", "candidate_ids", "candidate_logits", "bound",
 
 
 class Queries(NamedTuple):
-    """A split's cached arrays: row i is the i-th token of the split's documents in order. NumPy arrays are in memory, others mapped."""
+    """A split's cached arrays. Row i is the i-th token of the split's documents in order. Sharded arrays are memory-mapped."""
 
     rows: ShardedArray  # Int[queries k]
     distances: ShardedArray  # Float[queries k]
@@ -43,17 +43,13 @@ class Queries(NamedTuple):
 
     @property
     def groups(self) -> Int[np.ndarray, " queries"]:
-        """Number the groups of documents from 0 in order of appearance, for each token. Tokens of one group are not independent."""
+        """Return the number of each token's group of documents, in order of appearance. Tokens of one group are not independent."""
         _, first, numbers = np.unique(self.document_groups, return_index=True, return_inverse=True)
         return np.repeat(np.argsort(np.argsort(first))[numbers], self.document_lengths)
 
 
 def open_queries(run: Run, split: str) -> Queries:
-    """Open the cached neighbors of a split.
-
-    Raises:
-        UserError: they are damaged, or belong to another datastore or version.
-    """
+    """Open the cached neighbors of a split. Raise UserError if they are damaged or from another datastore or version."""
     folder = run.neighbors
     facts = read_json(folder / "neighbors.json")
     fix = f"delete {folder} and {run.record_path('search')}, and run `resmem evaluate`"
@@ -73,11 +69,7 @@ def open_queries(run: Run, split: str) -> Queries:
 
 
 def truncate_neighbors(queries: Queries, k: int) -> Queries:
-    """Return the queries as a search for k neighbors finds them.
-
-    Raises:
-        UserError: k is below 1 or above the searched number.
-    """
+    """Return the queries as a search for k neighbors finds them. Raise UserError if the search was for fewer."""
     searched = queries.rows.shape[1]
     if not 1 <= k <= searched:
         raise UserError(f"k = {k}: {searched} neighbors were searched; choose from 1 to {searched}")
@@ -93,7 +85,7 @@ def truncate_neighbors(queries: Queries, k: int) -> Queries:
 
 
 def common(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> int:
-    """Count the exact k nearest that were found; negative rows are none."""
+    """Count the found rows among the exact k nearest. Negative rows stand for missing neighbors."""
     return sum(len(np.intersect1d(a, b[b >= 0])) for a, b in zip(found, exact, strict=True))
 
 
@@ -102,7 +94,7 @@ def recall(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries 
     return common(found, exact) / max(1, int((exact >= 0).sum()))
 
 
-# The model's method is a static argument, equal for one model: the program is compiled once for each model.
+# The model's method is a static argument and compares equal for the same model, so JAX compiles once per model.
 @functools.partial(jax.jit, static_argnames=("logits_of", "temperatures"))
 def _outputs(
     parameters: dict[str, Any],
@@ -125,15 +117,7 @@ def deepnet_arrays(
     targets: Int[np.ndarray, " queries"],
     neighbor_tokens: Integer[np.ndarray, "queries k"],
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of `Queries` that DeepNet computes: `DEEPNET_ARRAYS`.
-
-    Args:
-        model: DeepNet.
-        datastore: has the temperatures.
-        hidden: last hidden states of the queries.
-        targets: their tokens.
-        neighbor_tokens: their neighbors' tokens.
-    """
+    """Compute `DEEPNET_ARRAYS`, the arrays of `Queries` that come from DeepNet, from the last hidden states."""
     blocks = []
     for start in range(0, max(1, len(targets)), TOKENS):  # without queries, one block gives the arrays' widths
         count = min(TOKENS, len(targets) - start)

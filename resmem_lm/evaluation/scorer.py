@@ -1,8 +1,7 @@
-"""Cached neighbors -> counts of right predictions, predictions and probabilities of many settings, block by block.
+"""Count right predictions, predict, and compute probabilities for many settings, block by block, from cached neighbors.
 
-Two formulas are tried at every (k, sigma, T, lambda): ResMem, p_T + lambda r_kNN, which is DeepNet at lambda = 0, and kNN-LM,
-(1 - lambda) p_T + lambda p_kNN, which is kNN alone at lambda = 1. Formulas on the simplex (`calibrated`, `adaptive`) also have
-probabilities.
+Two formulas run at every (k, sigma, T, lambda). ResMem is p_T + lambda r_kNN, and DeepNet at lambda = 0. kNN-LM is (1 - lambda) p_T +
+lambda p_kNN, and kNN alone at lambda = 1. Formulas on the simplex (`calibrated`, `adaptive`) also give probabilities.
 """
 
 import functools
@@ -39,7 +38,7 @@ class Weightings(NamedTuple):
 
     @classmethod
     def of(cls, triples: list[tuple[Formula, int, float]]) -> "Weightings":
-        """Make the arrays of some (formula, k, sigma)."""
+        """Make the arrays from triples of formula, k and sigma."""
         formulas, ks, sigmas = zip(*triples, strict=True)
         is_resmem = jnp.array([formula == "resmem" for formula in formulas])
         return cls(jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), is_resmem)
@@ -64,7 +63,7 @@ class Predictions(NamedTuple):
 def totals(
     scores: Scores, is_resmem: Bool[Array, " weightings"], lambdas: Float[Array, " weightings"]
 ) -> Float[Array, "weightings queries candidates"]:
-    """Return either formula's scores. At lambda = 1 kNN-LM's are exactly p_kNN: rounding must not break its many ties."""
+    """Return the scores of ResMem or kNN-LM. At lambda = 1, kNN-LM's are exactly p_kNN: rounding must not break its many ties."""
     lambda_ = lambdas[:, None, None]
     resmem, knn_lm = scores.base + lambda_ * scores.residual, (1 - lambda_) * scores.base + lambda_ * scores.knn
     return jnp.where(is_resmem[:, None, None], resmem, knn_lm)
@@ -74,12 +73,12 @@ def totals(
 def _count_correct(
     block: Block, weightings: Weightings, lambdas: Float[Array, " lambdas"], temperature: Temperature
 ) -> Int[Array, "weightings lambdas"]:
-    """Count right predictions for every lambda in one pass: scores are linear in lambda, so the target wins on one closed interval."""
+    """Count right predictions for every lambda at once: scores are linear in lambda, so the target wins on one closed interval."""
     candidates = block.candidates
     scores = score(candidates, block.neighbors, weightings.ks, weightings.sigmas, *temperature)
     slopes = jnp.where(weightings.is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
     is_target = candidates.ids == block.targets[:, None]
-    # Rounding must not make a target that occurs twice its own rival.
+    # A target that occurs twice must not lose to itself by rounding.
     lead = jnp.where(is_target, 0, _at_target(scores.base, is_target) - scores.base)
     slope = jnp.where(is_target, 0, _at_target(slopes, is_target) - slopes)
     crossing = -lead / jnp.where(slope == 0, 1.0, slope)
@@ -156,7 +155,7 @@ def _predict_adaptive(gate: Gate, block: Block, sigma: Float[Array, ""], *, unit
     q, k = distribution(gate, some), neighbors.tokens.shape[1]
     log_z = candidates.log_partition[:, unit]
     own = jnp.exp(candidates.logits[:, :-k] - log_z[:, None])
-    # A token that is DeepNet's candidate and a neighbor's token counts as the neighbor's.
+    # A token that is both DeepNet's candidate and a neighbor's counts once, as the neighbor's.
     held = jnp.any((candidates.ids[:, :-k, None] == neighbors.tokens[:, None, :]) & some.counted[:, None, :], axis=-1)
     probabilities = jnp.concatenate([jnp.where(held, 0, q.other[:, None] * own), jnp.where(some.counted, q.candidates, 0)], axis=1)
     winners, top = best(probabilities, candidates.ids)
@@ -175,14 +174,7 @@ def _joined(parts: list[T]) -> T:
 
 
 class SplitScorer:
-    """A split's cached neighbors, read block by block with their residuals.
-
-    Args:
-        name: of the split, for progress lines.
-        queries: the split's tokens with their neighbors.
-        datastore: of the neighbors.
-        entries: how many residual entries of each row to use, the token's own counted; None uses all.
-    """
+    """Read a split's cached neighbors and residuals block by block. `entries` limits the entries per row, the row's own token included."""
 
     def __init__(self, name: str, queries: Queries, datastore: Datastore, *, entries: int | None = None) -> None:
         self.name, self.queries, self.datastore = name, queries, datastore
@@ -191,10 +183,7 @@ class SplitScorer:
         self.unit_number = self.temperatures.index(1.0)
 
     def blocks(self, name: str, *, every: int = 1) -> Iterator[tuple[slice, Block]]:
-        """Yield blocks of BLOCK queries, all or one in `every`, each with its place in the split.
-
-        The last block is padded with its first query.
-        """
+        """Yield blocks of BLOCK queries with their slices of the split: all, or one in `every`. The first query pads the last block."""
         count = len(self.queries.tokens)
         starts = grain.MapDataset.range(0, count, BLOCK * every)
         # Other threads fetch rows while a block is scored.
@@ -234,7 +223,7 @@ class SplitScorer:
         lambdas: dict[Formula, list[float]],
         among: Bool[np.ndarray, " queries"] | None = None,
     ) -> dict[Setting, int]:
-        """Count right predictions for every combination of hyperparameters, of all tokens or those `among` some."""
+        """Count right predictions for every combination of hyperparameters, over all tokens or those that `among` marks."""
         triples = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
         weightings = Weightings.of(triples)
         every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
@@ -278,7 +267,7 @@ class SplitScorer:
     def log_losses(
         self, sigmas: list[float], temperatures: list[float], lambdas: dict[SimplexFormula, list[float]]
     ) -> dict[Setting, float]:
-        """Sum -log of the target's probability over tokens, for all neighbors and every combination of these hyperparameters."""
+        """Sum the log losses of all tokens for every combination of these hyperparameters, with all neighbors."""
         k, every_lambda = self.queries.rows.shape[1], sorted({lambda_ for some in lambdas.values() for lambda_ in some})
         arrays = np.array(sigmas, np.float32), np.array(every_lambda, np.float32)
         losses = np.zeros((len(temperatures), len(lambdas), len(every_lambda), len(sigmas)))
@@ -294,7 +283,7 @@ class SplitScorer:
         }
 
     def distributions(self, settings: list[Setting]) -> dict[Setting, Predictions]:
-        """Return each setting's predictions with their probabilities. A "resmem" setting is on the simplex only at lambda = 0."""
+        """Return each setting's predictions with probabilities. A "resmem" setting has probabilities only at lambda = 0."""
         parts: dict[Setting, list[Predictions]] = {setting: [] for setting in settings}
         for some, block in self.blocks("score"):
             for setting, predictions in parts.items():

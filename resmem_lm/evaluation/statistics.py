@@ -1,4 +1,4 @@
-"""Accuracy, TPR, FPR, gain, perplexity and calibration error of predictions, with 95% intervals over documents."""
+"""Compute accuracy, TPR, FPR, gain, perplexity and calibration error of predictions, with 95% intervals over documents."""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,15 +11,7 @@ BOOTSTRAP_SAMPLES = 2000
 
 
 def bootstrap_interval(values: Float[np.ndarray, " tokens"], groups: Int[np.ndarray, " tokens"]) -> tuple[float, float] | None:
-    """Return the 95% interval of the mean of `values` over tokens, by bootstrap over groups (tokens of one group are not independent).
-
-    Args:
-        values: of each token.
-        groups: the number of each token's document or group of documents (`Queries.groups`): 0, 1, ...
-
-    Returns:
-        The ends of the interval; None for a single group, which has no spread.
-    """
+    """Return the 95% interval of the mean of `values` by bootstrap over `groups`, or None for a single group."""
     sums, tokens = np.bincount(groups, weights=values), np.bincount(groups)
     if len(sums) < 2:
         return None
@@ -35,15 +27,9 @@ def accuracy_metrics(
     targets: Int[np.ndarray, " tokens"],
     groups: Int[np.ndarray, " tokens"],
 ) -> Record:
-    """Return accuracy, TPR, FPR and gain, as shares of all tokens (paper, Table 2).
+    """Return accuracy, TPR, FPR and gain as shares of all tokens (paper, Table 2). `found` has predictions and certified flags.
 
-    TPR counts tokens where DeepNet is wrong and this method right, FPR the reverse; gain = TPR - FPR.
-
-    Args:
-        found: the method's predictions, and which of them are certified.
-        deepnet: DeepNet's predictions.
-        targets: the true tokens.
-        groups: see `bootstrap_interval`.
+    TPR counts tokens that DeepNet gets wrong and the method right, FPR the reverse; gain = TPR - FPR.
     """
     predictions, sure = found
     right, deepnet_right = predictions == targets, deepnet == targets

@@ -8,14 +8,14 @@ from resmem_lm.evaluation.candidates import Formula, Setting
 from resmem_lm.evaluation.scorer import SplitScorer
 
 BOOSTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # lambdas of "boosted", where r_kNN changes logits
-FIT_TOKENS = 2**16  # of validation
+FIT_TOKENS = 2**16  # validation tokens that fit the gate
 
 
 def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
-    """Return the settings with most right predictions, for kNN alone, kNN-LM, ResMem with lambda 1, and ResMem with any lambda."""
+    """Return the most accurate settings of kNN alone, kNN-LM, ResMem with lambda 1, and ResMem with any lambda."""
 
     def winner(allowed: list[Setting]) -> Setting:
-        return max(allowed, key=counts.__getitem__)  # the first of equals
+        return max(allowed, key=counts.__getitem__)  # the first of equal settings
 
     resmem, knnlm = ([s for s in counts if s.formula == formula] for formula in ("resmem", "knnlm"))
     return {
@@ -27,7 +27,7 @@ def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
 
 
 def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
-    """Return the settings with the lowest log loss, for kNN-LM and for Calibrated ResMem in either form."""
+    """Return the settings with the lowest log loss, of kNN-LM and of Calibrated ResMem in either form."""
 
     def winner(*formulas: Formula) -> Setting:
         return min((setting for setting in losses if setting.formula in formulas), key=lambda setting: losses[setting])

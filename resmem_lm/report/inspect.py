@@ -1,4 +1,4 @@
-"""DeepNet's and ResMem's predictions for each token of a text, and the neighbors that changed them."""
+"""Show DeepNet's and ResMem's predictions for each token of a text, and the neighbors that changed them."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class _Predicted(NamedTuple):
     neighbor_tokens: Int[np.ndarray, "tokens k"]
 
     def deciding(self, place: int) -> Iterator[int]:
-        """Yield the neighbors with ResMem's token that weigh most, if DeepNet predicts another."""
+        """Yield the neighbors of largest weight that have ResMem's token, if DeepNet predicts another token."""
         deepnet, resmem, rows, _, weights, neighbor_tokens = (array[place] for array in self)
         agree = neighbor_tokens == resmem
         for i in np.argsort(-weights * agree, kind="stable")[:SHOWN_NEIGHBORS]:
@@ -42,12 +42,10 @@ class _Predicted(NamedTuple):
 
 
 def inspect(run: Run, text: str) -> list[dict[str, Any]]:
-    """Return each token of a text, DeepNet's and ResMem's predictions, and, where they differ, the neighbors that weigh most.
+    """Return each token of a text, DeepNet's and ResMem's predictions, and, if they differ, the neighbors of largest weight.
 
-    ResMem has the hyperparameters that `evaluate` chose. The predictions are over the whole vocabulary.
-
-    Raises:
-        UserError: the text is empty or not UTF-8, or a stage has not finished.
+    ResMem has the hyperparameters that `evaluate` chose, and predicts over the whole vocabulary. Raise UserError if the text is empty or
+    not UTF-8, or if a stage has not finished.
     """
     _check_text(text)
     for stage in ("index", "evaluate"):
@@ -77,7 +75,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # a shell passes bytes that are not UTF-8 as surrogates
-        raise UserError("resmem inspect: the text is not UTF-8: convert it, such as with iconv") from None
+        raise UserError("resmem inspect: the text is not UTF-8: convert it, for example with iconv") from None
 
 
 def _predict(run: Run, model: Model, datastore: Datastore, tokens: Int[np.ndarray, " tokens"], setting: Setting) -> _Predicted:

@@ -1,4 +1,4 @@
-"""Plots as SVG, in the colors of the page around them: light or dark, and light outside of a page."""
+"""Draw plots as SVG in the light or dark colors of their page. Outside of a page they are light."""
 
 import io
 import re
@@ -11,10 +11,10 @@ with epy.lazy_imports():
     from matplotlib import figure as figure_module
     from matplotlib import style
 
-INK = "#00000"  # INK and a digit is a placeholder for that ink of the page; 0, black, is matplotlib's default
+INK = "#00000"  # INK and a digit stands for that ink of the page; ink 0 (black) is matplotlib's default
 INKS = {0: "#1f2328", 1: "#0067a5", 2: "#00805e", 3: "#c2410c", 4: "#7c3aed", 5: "#79066a", 9: "#e3e6ea"}  # on a light page
-# Marker, marker size and dashes of each line: they identify a line without its color. Lines with equal values stay visible, because
-# hollow markers nest and the last, a cross, is larger than all others.
+# Marker, marker size and dashes of each line, which identify it without its color. Lines with equal values stay visible: hollow markers
+# fit inside one another, and the cross is the largest.
 STYLES: tuple[tuple[str, int, Any], ...] = (("s", 9, "-"), ("^", 7, "-"), ("o", 5, "-"), ("D", 3, (0, (6, 2))), ("x", 11, (0, (1.5, 1.5))))
 Figure = Any  # a matplotlib figure
 
@@ -40,7 +40,7 @@ def to_svg(draw: Callable[[Figure], None]) -> str:
 
 
 def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | float], label: str) -> None:
-    """Plot a line in ink `number` + 1 with its style; a plot has up to five."""
+    """Plot line `number`, 0 to 4, in its ink and style."""
     marker, size, dashes = STYLES[number]
     axes.plot(
         x,
@@ -56,7 +56,7 @@ def line(axes: Any, number: int, x: Sequence[int | float], y: Sequence[int | flo
 
 
 def legend_above(figure: Figure) -> None:
-    """Place one legend above all axes, with the lines of the first."""
+    """Place one legend above all axes, with the lines of the first axes."""
     handles, labels = figure.get_axes()[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
 

@@ -1,4 +1,4 @@
-"""results.json -> report.html: one self-contained page with the table, two plots, ten examples and the studies."""
+"""Write report.html: one self-contained page with the table, two plots, ten examples and the studies."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ from resmem_lm.workdir.storage import AnyPath, Record, files_below, read_json, s
 with epy.lazy_imports():
     import jinja2
 
-# Shows the examples of a study that contain every typed word. The page's policy allows this script only.
+# Show the examples of a study that contain every typed word. The page's policy allows only this script.
 FILTER = """
 for (const filtered of document.querySelectorAll(".filtered")) {
   const filter = filtered.querySelector(".filter"), input = filter.querySelector("input");
@@ -45,13 +45,8 @@ for (const filtered of document.querySelectorAll(".filtered")) {
 def write_report(run: Run) -> Record:
     """Write WORKDIR/report.html from results.json, studies and config.gin. Equal inputs give equal bytes.
 
-    The page omits a study whose datastore or evaluation has changed since; standard error names it.
-
-    Returns:
-        The page's checksum.
-
-    Raises:
-        UserError: results.json is missing, damaged or of another version.
+    The page omits a study if its datastore or evaluation has changed, and standard error names it.
+    Return the page's checksum.
     """
     results = read_json(run.results)
     test = results["splits"]["test"]
@@ -81,7 +76,7 @@ def write_report(run: Run) -> Record:
         config=run.config.read_text("utf-8") if run.config.exists() else "",
         inks=INKS,
     )
-    # A document id has surrogates if its file name is not UTF-8; surrogates have no encoding.
+    # A document id has surrogates if its file name is not UTF-8; UTF-8 cannot encode them.
     write_bytes(run.report, page.encode("utf-8", "replace"))
     return {"sha256": sha256(run.report)}
 
@@ -107,7 +102,7 @@ def _template() -> Any:
 
 
 def _piece(token: str) -> str:
-    """Make a token's spaces visible: many tokens differ only in a leading space."""
+    """Make a token's spaces visible, because many tokens differ only in a leading space."""
     return token.replace(" ", "␣")
 
 

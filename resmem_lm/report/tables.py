@@ -1,4 +1,4 @@
-"""results.json and the results of studies -> tables as text."""
+"""Format results.json and the results of studies as text tables."""
 
 import io
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def format_results(results: dict[str, Any]) -> str:
 
 
 def differences(results: dict[str, Any]) -> list[str]:
-    """Return one line per pair of methods: the difference of their accuracies, with its interval."""
+    """Return a line per pair of methods, with the difference of their accuracies and its interval."""
     return [
         f"{METHOD_TITLES[d['method']]} over {METHOD_TITLES[d['over']]}: {100 * d['accuracy']:+.2f} {interval(d['accuracy_ci95'])}"
         for d in results["splits"]["test"]["differences"]

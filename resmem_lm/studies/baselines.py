@@ -1,4 +1,4 @@
-"""Study other uses of the same memory (paper, section 3.2), by token frequency, neighbor distance and DeepNet's confidence."""
+"""Compare uses of the same memory (paper, section 3.2) by token frequency, neighbor distance and DeepNet's confidence."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -37,13 +37,10 @@ def study_baselines(
 ) -> Record:
     """Compare the test accuracy of all methods on all tokens, and on tokens grouped by frequency, distance and confidence.
 
-    Where the package infini-gram is installed, the study includes its model of the datastore's tokens, alone and mixed with DeepNet.
+    If the package infini-gram is installed, the study includes its model of the datastore's tokens, alone and mixed with DeepNet.
 
     Args:
         lambdas: weights of the infinity-gram model to try, independently for contexts with one continuation and with several.
-
-    Raises:
-        UserError: no weight, or a weight outside 0 to 1.
     """
     check_values("study_baselines.lambdas", lambdas, lambda value: 0 <= value <= 1, "from 0 to 1")
     datastore = open_datastore(run.datastore)
@@ -64,7 +61,7 @@ def study_baselines(
 
 
 def _memory_methods(run: Run, scorers: dict[str, SplitScorer]) -> dict[str, Mask]:
-    """Return the tokens that DeepNet and each method of the results predict correctly, by the title of the method."""
+    """Return the tokens that DeepNet and each method of results.json predict correctly, by method title."""
     test, methods = scorers["test"], read_json(run.results)["splits"]["test"]["methods"]
     settings = {"deepnet": DEEPNET} | {name: Setting.of(formula, methods[name]["hyperparameters"]) for name, formula in FORMULAS.items()}
     found = test.predict(sorted(set(settings.values())))
@@ -77,11 +74,11 @@ def _memory_methods(run: Run, scorers: dict[str, SplitScorer]) -> dict[str, Mask
 def _infinigram_methods(
     run: Run, datastore: Datastore, scorers: dict[str, SplitScorer], lambdas: list[float]
 ) -> tuple[dict[str, Mask], str]:
-    """Return the tokens that the infinity-gram model predicts correctly, alone and with DeepNet, and a note for the reader."""
+    """Return the tokens that the infinity-gram model predicts correctly, alone and with DeepNet, and a note for the report."""
     if not is_local(run.path):
-        return {}, "infini-gram reads local files only, and the work directory is in object storage: its columns are left out."
+        return {}, "infini-gram reads local files only, and the work directory is in object storage: its columns are omitted."
     if not infinigram.installed():
-        return {}, "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its columns are left out."
+        return {}, "infini-gram is not installed (pip install 'resmem_lm[infini-gram]'): its columns are omitted."
     folder = _infinigram_index(run, datastore)
     _, validation = _mix(run, folder, scorers["validation"])
     continuations, test = _mix(run, folder, scorers["test"])
@@ -94,7 +91,7 @@ def _infinigram_methods(
 
 
 def _infinigram_index(run: Run, datastore: Datastore) -> AnyPath:
-    """Return the folder of infini-gram's index of the live documents; build it unless it is of this datastore."""
+    """Return the folder of infini-gram's index of the live documents. Build it unless it was built from this datastore."""
     folder = local_path(run.derived / "baselines" / "infini-gram")
     record, provenance = folder / "provenance.json", {"datastore": run.record("build")["result"]["manifest"]}
     if not record.exists() or read_json(record) != provenance:
@@ -105,7 +102,7 @@ def _infinigram_index(run: Run, datastore: Datastore) -> AnyPath:
 
 
 def _live_documents(datastore: Datastore) -> Iterator[Int[np.ndarray, "_"]]:
-    """Yield the tokens of each document of the datastore that is not deleted."""
+    """Yield the tokens of each live document of the datastore."""
     for shard, tokens in enumerate(datastore.shard_arrays("tokens")):
         for entry in datastore.documents(shard):
             first, rows = entry["first_row"], entry["rows"]
@@ -159,7 +156,7 @@ def ranges(values: Float[np.ndarray, " tokens"], edges: Sequence[int | float]) -
 
 
 def _gains(correct: dict[str, Mask], test: SplitScorer) -> str:
-    """Return each method's gain over DeepNet in words."""
+    """Format each method's gain over DeepNet."""
     deepnet, shown = METHOD_TITLES["deepnet"], []
     for method in (name for name in correct if name != deepnet):
         gain = correct[method].astype(np.float64) - correct[deepnet]

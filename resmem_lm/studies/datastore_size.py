@@ -1,7 +1,7 @@
 """Study how the gain grows with the datastore (the paper's Figure 3a).
 
-The study builds no datastore and no index: it searches the run's own and treats the documents outside a fraction as deleted. Encoded
-queries and the result of each finished fraction are in WORKDIR/derived/datastore-size, so that an interrupted study resumes.
+The study searches the run's own index and treats the documents outside a fraction as deleted. WORKDIR/derived/datastore-size keeps the
+encoded queries and the result of each finished fraction, so an interrupted study resumes.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from resmem_lm.workdir.storage import Record, read_json, remove, sha256, write_j
 METHODS = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
 INPUTS = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
 ENCODED = ("keys.npy", "hidden.npy")
-Certified = tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]  # predictions, and which of them are certified
+Certified = tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]  # predictions, and certified flags
 
 
 @study(name="datastore-size", after=("search", "build", "train", "index"))
@@ -51,19 +51,16 @@ def study_datastore_size(
 ) -> Record:
     """Measure the test gain of ResMem, in all its forms, and of kNN-LM with fractions of the datastore's documents.
 
-    For each fraction, hyperparameters are chosen and the gate of Adaptive ResMem is fitted on validation.
+    Each fraction has hyperparameters and a gate of its own, chosen and fitted on validation.
 
     Args:
-        fractions: of the datastore's rows, in whole documents; a larger fraction includes the smaller ones.
+        fractions: fractions of the datastore's rows, in whole documents; a larger fraction includes the smaller ones.
         ks: numbers of neighbors to try; those above the searched number are skipped.
         sigmas: bandwidths to try.
-        temperatures: temperatures to try; those that the datastore was not built for are skipped.
-        lambdas: factors of r_kNN to try, with 1.0 among them; kNN-LM tries those up to 1. Where Calibrated ResMem adds r_kNN to the
-            logits, it tries the factors of `evaluate`.
-        recall_queries: evenly spaced test queries for which each search is compared with exact search.
-
-    Raises:
-        UserError: a fraction outside 0 to 1, or no usable hyperparameters.
+        temperatures: temperatures to try; those missing from the datastore are skipped.
+        lambdas: factors of r_kNN to try, 1.0 among them; kNN-LM tries those up to 1. The "boosted" form of Calibrated ResMem tries
+            the same factors as `evaluate`.
+        recall_queries: number of evenly spaced test queries that measure the recall of each search.
     """
     name = "study_datastore_size"
     check_values(f"{name}.fractions", fractions, lambda fraction: 0 < fraction <= 1, "above 0 and up to 1")
@@ -84,10 +81,9 @@ def study_datastore_size(
 
 
 def fraction_of(datastore: Datastore, fraction: float) -> Datastore:
-    """Return the datastore with all documents deleted, except those whose ids have the lowest hashes.
+    """Mark all documents as deleted, except the fewest with the lowest id hashes that have the given fraction of the live rows.
 
-    It keeps the fewest documents that have the given fraction of the live rows. So a larger fraction includes a smaller one, and
-    documents that were deleted before stay deleted.
+    A larger fraction therefore includes a smaller one. Deleted documents stay deleted.
     """
     deleted = [{(first, rows) for first, rows in record.get("deleted", [])} for record in datastore.shards]
     documents = [
@@ -106,7 +102,7 @@ def fraction_of(datastore: Datastore, fraction: float) -> Datastore:
 
 
 class FractionSearch:
-    """The run's validation and test queries, searched in fractions of its datastore. They are encoded at the first search."""
+    """Search the run's validation and test queries in fractions of its datastore. The first search encodes them."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.datastore = run, open_datastore(run.datastore)
@@ -118,12 +114,12 @@ class FractionSearch:
 
     @functools.cached_property
     def worker(self) -> EncodingWorker:
-        """The model, the vocabulary and the encoder."""
+        """Load the model, the vocabulary and the encoder."""
         return EncodingWorker(self.run, self.datastore.binding, query_head)
 
     @functools.cached_property
     def encoded(self) -> dict[str, dict[str, ShardedArray]]:
-        """Keys and hidden states of the tokens of each split."""
+        """Return the keys and hidden states of each split."""
         return {split: self._encode(split) for split in QUERY_SPLITS}
 
     def _encode(self, split: str) -> dict[str, ShardedArray]:
@@ -152,7 +148,7 @@ class FractionSearch:
         return queries._replace(**found)
 
     def recall(self, part: Datastore, rows: ShardedArray, sample: int) -> float:
-        """Return recall@k of a search, from evenly spaced test queries."""
+        """Return recall@k of a search, measured on evenly spaced test queries."""
         spaced = np.unique(np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(np.int64))
         exact, _ = ExactIndex(part).search(self.encoded["test"]["keys"][spaced], rows.shape[1])
         return recall(rows[spaced], exact)
@@ -178,7 +174,7 @@ class FractionSearch:
         return row | {"Calibrated ResMem, form": chosen["Calibrated ResMem"].formula}
 
     def cached_row(self, fraction: float, grid: Grid, recall_queries: int) -> Record:
-        """Return the table's row for a fraction; compute it unless an earlier study has finished it with the same settings."""
+        """Return the table's row for a fraction. Compute it unless an earlier study finished it with the same settings."""
         path = self.folder / f"fraction-{fraction!r}.json"
         settings = {"methods": list(METHODS), **grid._asdict(), "recall_queries": recall_queries}
         with contextlib.suppress(DamagedError):  # also raised for a missing file
@@ -192,7 +188,7 @@ class FractionSearch:
 
 
 def _choose(validation: SplitScorer, grid: Grid) -> dict[str, Setting]:
-    """Return the hyperparameters of each method that is best on validation."""
+    """Return the best hyperparameters on validation for each tuned method."""
     tuned = tune(validation.count_correct(grid.ks, grid.sigmas, grid.temperatures, grid_of(grid.lambdas)))
     calibrated = calibrate(validation.log_losses(grid.sigmas, grid.temperatures, simplex_grid(grid.lambdas)))
     return {"ResMem": tuned["resmem"], "kNN-LM": tuned["knnlm"], "Calibrated ResMem": calibrated["resmem_calibrated"]}

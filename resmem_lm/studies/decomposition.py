@@ -15,7 +15,7 @@ from resmem_lm.studies.study import open_scorers, study, usable_grid, write_stud
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json
 
-RULES = {"resmem_calibrated": "lowest perplexity", "resmem_adaptive": "fitted"}  # of the methods whose rows are from `evaluate`
+RULES = {"resmem_calibrated": "lowest perplexity", "resmem_adaptive": "fitted"}  # how `evaluate` chose the other methods
 COLUMNS = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda"}
 Choice = tuple[Formula, str, Setting]  # a method, the rule, and the hyperparameters
 
@@ -35,12 +35,9 @@ def study_decomposition(
     Args:
         ks: numbers of neighbors to try; those above the searched number are skipped.
         sigmas: bandwidths to try.
-        temperatures: temperatures to try; those that the datastore was not built for are skipped.
+        temperatures: temperatures to try; those missing from the datastore are skipped.
         lambdas: factors to try, for both methods.
-        most_fpr: upper bound of the second rule (paper: 0.05).
-
-    Raises:
-        UserError: no usable hyperparameters.
+        most_fpr: upper bound of the FPR in the second rule (paper: 0.05).
     """
     datastore = open_datastore(run.datastore)
     scorers = open_scorers(run, datastore)
@@ -59,17 +56,9 @@ def study_decomposition(
 
 
 def choose(right: dict[Setting, int], both: dict[Setting, int], deepnet: int, tokens: int, most_fpr: float) -> dict[str, Setting | None]:
-    """Return the setting with the largest gain, and the setting with the largest TPR whose FPR is below a bound.
+    """Return the setting with the largest gain, and the setting with the largest TPR whose FPR is below `most_fpr`, or None.
 
-    Args:
-        right: number of correct predictions of each setting.
-        both: number of tokens that both the setting and DeepNet predict correctly.
-        deepnet: number of correct predictions of DeepNet.
-        tokens: number of all predictions.
-        most_fpr: the bound.
-
-    Returns:
-        Settings by rule; None if no setting has a small enough FPR.
+    `right` counts the correct predictions of each setting, `deepnet` those of DeepNet, and `both` the tokens that both predict correctly.
     """
     allowed = [setting for setting in right if (deepnet - both[setting]) / tokens < most_fpr]
     return {

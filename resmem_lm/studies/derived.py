@@ -1,4 +1,4 @@
-"""Work directories that a study derives from a finished run, with copies of some of its stages.
+"""Derive work directories for studies from a finished run, with copies of some of its stages.
 
 WORKDIR/derived/NAME is a work directory like any other: a finished stage is skipped, and an interrupted one resumes.
 """
@@ -14,16 +14,7 @@ from resmem_lm.workdir.storage import Record, files_below, inside, read_json, re
 
 
 def derive(run: Run, name: str, stages: tuple[str, ...]) -> Run:
-    """Return WORKDIR/derived/NAME, with copies of the output of some stages. Delete it first if the run's output has changed.
-
-    Args:
-        run: a finished run.
-        name: of the derived work directory, such as "model-size/emb-64".
-        stages: stages to copy: "documents", "vocabulary", "train" or "build".
-
-    Raises:
-        UserError: one of the stages has not finished in `run`.
-    """
+    """Return WORKDIR/derived/NAME with copies of the output of `stages`. Delete it first if that output has changed in the run."""
     target = Run(run.derived / name)
     records = {stage: run.finished(stage) for stage in stages}
     copies = {stage: target.record_path(stage) for stage in stages}
@@ -43,18 +34,12 @@ def derive(run: Run, name: str, stages: tuple[str, ...]) -> Run:
 
 
 def checkpoint_steps(steps: int) -> int:
-    """Return the steps between checkpoints with which an interrupted training loses at most a quarter of its steps."""
+    """Return the steps between checkpoints so that an interrupted training loses at most a quarter of its steps."""
     return max(1, min(1000, steps // 4))
 
 
 def build_and_evaluate(run: Run, target: Run, **build: Any) -> Record:
-    """Build, index, search and evaluate in a derived work directory with the run's settings; return the results.
-
-    Args:
-        run: the finished run.
-        target: the derived work directory, with documents, vocabulary and checkpoint.
-        build: settings of `build_datastore` that differ from those of the run.
-    """
+    """Build, index, search and evaluate in `target` with the run's settings. `build` replaces settings of `build_datastore`."""
     build_datastore(target, **run.finished("build")["settings"] | build)
     build_index(target, **run.finished("index")["settings"])
     search(target, **run.finished("search")["settings"])

@@ -27,16 +27,13 @@ class Corrected(NamedTuple):
 
 @study(name="examples")
 def study_examples(run: Run, *, examples: int = 300, near: int = 5) -> Record:
-    """Show random test tokens that DeepNet gets wrong and ResMem right, where the true token is among DeepNet's most probable.
+    """Show random test tokens that DeepNet gets wrong and ResMem right, where the true token is among DeepNet's most probable tokens.
 
     ResMem has the hyperparameters that `evaluate` chose.
 
     Args:
-        examples: number of examples, or fewer if there are not enough.
+        examples: largest number of examples.
         near: largest rank of the true token among DeepNet's most probable tokens.
-
-    Raises:
-        UserError: a number of examples below 1, or a rank beyond DeepNet's cached candidates.
     """
     check_least("study_examples", 1, examples=examples)
     if not 2 <= near <= BASE_CANDIDATES:
@@ -48,8 +45,8 @@ def study_examples(run: Run, *, examples: int = 300, near: int = 5) -> Record:
     shown = _describe(run, scorer, setting, corrected, draw_tokens(pool, examples))
     share = f"{len(pool) / len(corrected.queries):.0%}" if len(corrected.queries) else "none"
     text = (
-        f"{len(shown):,} test tokens drawn at random from the {len(pool):,} that DeepNet gets wrong but has among its {near} most "
-        f"probable tokens, and that ResMem gets right ({share} of the {len(corrected.queries):,} tokens that ResMem corrects). ResMem has "
+        f"ResMem corrects {len(corrected.queries):,} test tokens that DeepNet predicts wrongly. For {len(pool):,} of them ({share}) the "
+        f"true token is among DeepNet's {near} most probable tokens. The list has {len(shown):,} of these, drawn at random. ResMem has "
         "the hyperparameters chosen on validation. The neighbors shown add most to the true token; the weights of all k sum to 1."
     )
     title = "Examples of corrected predictions (Figure 2)"
@@ -61,7 +58,7 @@ def _find_corrected(scorer: SplitScorer, setting: Setting) -> Corrected:
     found = scorer.predict(sorted({DEEPNET, setting}))
     deepnet, resmem = found[DEEPNET][0], found[setting][0]
     corrected = np.flatnonzero((deepnet != queries.tokens) & (resmem == queries.tokens))
-    # The first candidates are DeepNet's most probable tokens: enough for the rank of a token that is among them.
+    # The first candidates are DeepNet's most probable tokens, so the rank of a token among them is exact.
     above = queries.candidate_logits[corrected][:, :BASE_CANDIDATES] > queries.target_logits[corrected][:, None]
     return Corrected(deepnet, resmem, corrected, 1 + above.sum(axis=1))
 

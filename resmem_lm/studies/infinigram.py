@@ -1,6 +1,7 @@
-"""The infinity-gram model of the datastore's tokens (Liu et al. 2024), from the package infini-gram: a baseline without a neural network.
+"""Predict with the infinity-gram model of the datastore's tokens (Liu et al. 2024), from the package infini-gram.
 
-It predicts the next token from the longest suffix of the context that occurs in the datastore, by the counts of what follows there.
+The model has no neural network. It finds the longest suffix of the context that occurs in the datastore, and predicts from the counts of
+the tokens that follow it.
 """
 
 import importlib.util
@@ -23,10 +24,10 @@ with epy.lazy_imports():
 
 SEPARATOR = 2**16 - 1  # the package puts it before each document
 CONTEXT = 64  # longest suffix in tokens; longer repetitions rarely change the prediction
-TOKENS = 8  # most frequent next tokens that are kept
-SUPPORT = 1000  # continuations that are counted, evenly spaced if there are more
+TOKENS = 8  # next tokens that are kept, most frequent first
+SUPPORT = 1000  # occurrences that are counted; evenly spaced if there are more
 MEMORY_GIB = 2
-JOB_BYTES = 2**24  # lower bound for a job of the indexing, because the package joins parts below 100 kB wrongly
+JOB_BYTES = 2**24  # least bytes of an indexing job: the package joins parts below 100 kB wrongly
 
 
 class Continuations(NamedTuple):
@@ -43,17 +44,15 @@ def installed() -> bool:
 
 
 def build(folder: Path, documents: Iterable[Int[np.ndarray, "_"]]) -> None:
-    """Write the package's suffix array of some documents' tokens to `folder`.
-
-    Raises:
-        UserError: a token id is too large for the package, or the package failed.
-    """
+    """Write the package's suffix array of documents' tokens. Raise UserError if a token id is too large or the package fails."""
     folder.mkdir(parents=True, exist_ok=True)
     offset = 0
     with (folder / "tokenized.0").open("wb") as tokens, (folder / "offset.0").open("wb") as offsets:
         for document in documents:
             if document.size and document.max() >= SEPARATOR:
-                raise UserError(f"infini-gram: token {document.max()} is not below {SEPARATOR}: uninstall the package to leave it out")
+                raise UserError(
+                    f"infini-gram: token {document.max()} is not below {SEPARATOR}: uninstall the package to omit this baseline"
+                )
             offsets.write(np.uint64(offset).tobytes())
             content = np.concatenate([[SEPARATOR], document]).astype("<u2").tobytes()
             tokens.write(content)
@@ -68,7 +67,7 @@ def build(folder: Path, documents: Iterable[Int[np.ndarray, "_"]]) -> None:
 
 
 def continuations(folder: Path, eos: int, documents: list[Int[np.ndarray, "_"]]) -> Continuations:
-    """Return the continuations of the context of every token of some documents, in order; a context includes its document's beginning."""
+    """Return the continuations for every token of some documents, in order."""
     engine: Any = engine_module.InfiniGramEngine(index_dir=str(folder), eos_token_id=eos, load_to_ram=True)
     count = sum(map(len, documents))
     tokens, shares = np.full((count, TOKENS), -1, np.int32), np.zeros((count, TOKENS), np.float32)
@@ -97,7 +96,7 @@ def _contexts(documents: list[Int[np.ndarray, "_"]]) -> Iterator[list[int]]:
 
 
 class Mixture(NamedTuple):
-    """The tokens that can win, which are DeepNet's candidates and the continuations, with the probability that each model gives them."""
+    """DeepNet's candidates and the continuations, which are the tokens that can win, with each model's probability of them."""
 
     ids: Int[np.ndarray, "queries tokens"]
     base: Float[np.ndarray, "queries tokens"]
@@ -107,9 +106,7 @@ class Mixture(NamedTuple):
     def predict(self, lambda_: float, sparse_lambda: float) -> Int[np.ndarray, " queries"]:
         """Return the token with the largest (1 - lambda) p + lambda p_infinity (Liu et al. 2024, section 5).
 
-        Args:
-            lambda_: weight for contexts with several continuations.
-            sparse_lambda: weight for contexts with a single one.
+        `sparse_lambda` is the lambda for contexts with a single continuation.
         """
         weight = np.where(self.sparse, sparse_lambda, lambda_)[:, None]
         scores = (1 - weight) * self.base + weight * self.shares
@@ -119,7 +116,7 @@ class Mixture(NamedTuple):
 def mixture(
     found: Continuations, candidate_ids: Int[np.ndarray, "queries candidates"], probabilities: Float[np.ndarray, "queries candidates"]
 ) -> Mixture:
-    """Mix continuations with DeepNet's candidates. Any other continuation counts as 0 for DeepNet, instead of at most the smallest here."""
+    """Mix continuations with DeepNet's candidates. A continuation that is no candidate gets DeepNet's probability 0."""
     same = candidate_ids[:, :, None] == found.tokens[:, None, :]
     base = np.concatenate([probabilities, (same * probabilities[:, :, None]).max(axis=1)], axis=1)
     shares = np.concatenate([(same * found.shares[:, None, :]).sum(axis=2), found.shares], axis=1)

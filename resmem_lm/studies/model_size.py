@@ -1,4 +1,4 @@
-"""Study DeepNet and ResMem for models of growing size (the paper's Figure 3b and Table 1), and which larger DeepNet equals a ResMem."""
+"""Compare DeepNet and ResMem for models of growing size (Figure 3b, Table 1); find the DeepNet that equals each ResMem."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ LINES = ("DeepNet", "ResMem (paper)", "ResMem", "Adaptive ResMem")
 
 @study(name="model-size")
 def study_model_size(run: Run, *, widths: tuple[int, ...] | list[int] = (64, 256)) -> Record:
-    """Compare the test accuracy of DeepNet and ResMem for the run's model and for other widths, trained and evaluated alike.
+    """Compare the test accuracy of DeepNet and ResMem for the run's model and for other widths, all with the same settings.
 
     Each other model has a work directory, WORKDIR/derived/model-size/emb-WIDTH, with a datastore as large as the run's.
 
@@ -53,9 +53,9 @@ def study_model_size(run: Run, *, widths: tuple[int, ...] | list[int] = (64, 256
         found.append((resized(own, width), _evaluate(run, resized(own, width))))
     rows = _rows({count_parameters(model): (model, results["splits"]["test"]["methods"]) for model, results in found})
     text = (
-        "The same text, vocabulary, steps and settings for models of different widths; ResMem with the paper's hyperparameters and with "
-        "hyperparameters chosen on validation, to which the gain refers. The last column is the size at which the DeepNet line, linear in "
-        "the logarithm of the size, reaches ResMem's accuracy, as a multiple of the model's size."
+        "Models of different widths have the same text, vocabulary, steps and settings. ResMem (paper) has the paper's hyperparameters. "
+        "ResMem has hyperparameters chosen on validation; the gain is its gain. The last column is the size of a DeepNet with ResMem's "
+        "accuracy, as a multiple of the model's size. It is interpolated linearly in the logarithm of the size."
     )
     return write_study(run, "model-size", title="Size of the model (Figure 3b, Table 1)", text=text, rows=rows, draw=_draw)
 
@@ -72,13 +72,9 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 def equal_deepnet(parameters: Sequence[int], deepnet: Sequence[float], own: int, accuracy: float) -> str:
-    """Return the size of the smallest DeepNet with at least a given accuracy, as a multiple of a model's size.
+    """Return the size of the smallest DeepNet with at least a given accuracy, as a multiple of `own` parameters.
 
-    Args:
-        parameters: of the DeepNets, in ascending order.
-        deepnet: their accuracies; between two of them, accuracy is linear in the logarithm of the size.
-        own: parameters of the model.
-        accuracy: accuracy to reach.
+    `deepnet` has the accuracies of models with ascending `parameters`. Between them, accuracy is linear in the logarithm of the size.
     """
     if deepnet[0] >= accuracy:
         return f"{'at most ' if deepnet[0] > accuracy else ''}{parameters[0] / own:.2g}x"
@@ -99,7 +95,7 @@ def _evaluate(run: Run, model: ModelConfig) -> Record:
 
 
 def _rows(found: dict[int, tuple[ModelConfig, Record]]) -> list[Record]:
-    """Return one row per model, from its number of parameters, its configuration and the results of its methods."""
+    """Return one row per model, by number of parameters."""
     parameters = sorted(found)
     deepnet = [found[size][1]["deepnet"]["accuracy"] for size in parameters]
     return [

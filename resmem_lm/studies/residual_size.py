@@ -25,7 +25,7 @@ from resmem_lm.workdir.storage import Record, read_json, remove
 
 
 class Cut(NamedTuple):
-    """Predictions with some entries of each residual, and whether each is proved to be the prediction with all quantized entries."""
+    """Predictions with some entries of each residual, and whether each provably equals that with all quantized entries."""
 
     predictions: Int[Array, " queries"]
     certified: Bool[Array, " queries"]
@@ -53,24 +53,17 @@ def study_residual_size(run: Run, *, sizes: tuple[int, ...] | list[int] = (1, 2,
     rows = [_row(datastore, queries, paper, size) for size in usable]
     text = (
         "ResMem with the paper's hyperparameters and only the largest entries of each row. Certified: the share of predictions that "
-        "are proved to equal those with all quantized entries, because the winner leads by more than the dropped entries can change."
+        "provably equal those with all quantized entries, because the winner leads by more than the dropped entries can change."
     )
     return write_study(run, "residual-size", title="Size of the residual (appendix C)", text=text, rows=rows, draw=_draw)
 
 
 @functools.partial(jax.jit, static_argnames=("setting", "unit"))
 def predict_with(candidates: Candidates, neighbors: Neighbors, dropped: Float[Array, "queries k"], setting: Setting, unit: int) -> Cut:
-    """Return ResMem's predictions at T = 1 with some entries of each residual.
+    """Return ResMem's predictions at T = 1 (index `unit` in the datastore) with some entries of each residual.
 
-    A dropped entry changes no score by more than lambda times the weighted mean of `dropped`: a prediction whose winner leads by more is
-    certified. (A dropped entry can only lower a score, unless it belongs to the row's own token, which is always kept.)
-
-    Args:
-        candidates: of the queries.
-        neighbors: of the queries, with the kept entries.
-        dropped: upper bound of every |r| that each row drops.
-        setting: k, sigma and lambda.
-        unit: index of T = 1 among the temperatures of the datastore.
+    `dropped` bounds every |r| that a row drops. A dropped entry changes a score by at most lambda times the weighted mean of `dropped`. A
+    prediction whose winner leads by more is certified. A dropped entry can only lower a score, because the row's own token is always kept.
     """
     scores = score(candidates, neighbors, jnp.array([setting.k]), jnp.array([setting.sigma], jnp.float32), 1.0, unit)
     total = scores.base + setting.lambda_ * scores.residual[0]
@@ -83,7 +76,7 @@ def predict_with(candidates: Candidates, neighbors: Neighbors, dropped: Float[Ar
 
 
 def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], entries: int) -> Float[np.ndarray, "queries k"]:
-    """Return an upper bound of every |r| that is not among the first `entries` of each row; entries are stored by size."""
+    """Return an upper bound of every |r| beyond the first `entries` of each row. Rows store entries in descending order."""
     quantized = datastore.take("quantized_residuals", rows)  # without the first entry, the row's own token
     if entries <= quantized.shape[-1]:
         return upper_probabilities(quantized[..., entries - 1])
@@ -91,11 +84,7 @@ def largest_dropped(datastore: Datastore, rows: Int[np.ndarray, "queries k"], en
 
 
 def with_entries(run: Run, datastore: Datastore, entries: int) -> Datastore:
-    """Return the datastore's rows with at least the given number of entries, built in WORKDIR/derived/residual-size.
-
-    Raises:
-        UserError: documents were deleted, so the rows cannot be rebuilt, or the rebuilt rows are in another order.
-    """
+    """Rebuild the rows with at least `entries` entries in WORKDIR/derived/residual-size. Raise UserError if they are not the same."""
     alternative = f"take study_residual_size.sizes up to {datastore.binding.entries}"
     if datastore.live_rows < datastore.rows:
         raise UserError(
@@ -136,7 +125,7 @@ def _row(datastore: Datastore, queries: Queries, setting: Setting, size: int) ->
 
 
 def _bytes_per_row(datastore: Datastore, entries: int) -> int:
-    """Return the bytes of a row in all arrays, if its residual has the given number of entries."""
+    """Return the bytes of a row in all arrays, with the given number of entries."""
     arrays = {name: datastore.shard_arrays(name)[0] for name in ARRAYS}
     by_entry = ("residual_ids", "quantized_residuals")  # the own token's entry is in other arrays
     fixed = sum(array.itemsize * int(np.prod(array.shape[1:])) for name, array in arrays.items() if name not in by_entry)

@@ -1,4 +1,4 @@
-"""Study how test accuracy depends on k, sigma, T and lambda (the paper's Figures 5 and 6), from one search."""
+"""Study how test accuracy depends on k, sigma, T and lambda (the paper's Figures 5 and 6), without a new search."""
 
 import functools
 from collections.abc import Sequence
@@ -47,12 +47,9 @@ def study_sensitivity(
         ks: numbers of neighbors; those above the searched number are skipped.
         sigmas: bandwidths.
         lambdas: factors of r_kNN; 0 is DeepNet. Temperatures are those of the datastore.
-        boosts: factors of r_kNN for Calibrated ResMem, in place of `lambdas` if its form is "boosted", which adds r_kNN to the logits.
-        gate_ks: numbers of neighbors for Adaptive ResMem. Its gate is fitted on validation for each, which takes most of the time.
+        boosts: factors of r_kNN for the "boosted" form of Calibrated ResMem, which adds r_kNN to the logits.
+        gate_ks: numbers of neighbors for Adaptive ResMem. A gate is fitted for each, which takes most of the time.
         gate_sigmas: bandwidths for Adaptive ResMem, with a gate fitted for each.
-
-    Raises:
-        UserError: no values of a setting, or a value out of its range.
     """
     for name, values in {"ks": ks, "sigmas": sigmas, "gate_ks": gate_ks, "gate_sigmas": gate_sigmas}.items():
         check_values(f"study_sensitivity.{name}", values, lambda value: value > 0, "above 0")
@@ -84,7 +81,7 @@ def study_sensitivity(
 
 
 def _vary_fixed(test: SplitScorer, methods: Record, varied: Values, calibrated_lambdas: Sequence[int | float]) -> dict[str, Found]:
-    """Vary ResMem with the paper's and with the chosen hyperparameters, and Calibrated ResMem, which has lambdas of its own."""
+    """Vary ResMem around the paper's and the chosen hyperparameters, and Calibrated ResMem with its own lambdas."""
     found = {}
     for name in ("resmem_paper", "resmem"):
         settings = _settings(Setting.of("resmem", methods[name]["hyperparameters"]), varied)
@@ -107,7 +104,7 @@ def _settings(middle: Setting, varied: Values) -> dict[tuple[str, int | float], 
 
 
 def _vary_adaptive(queries: dict[str, Queries], datastore: Datastore, sigma: float, varied: Values) -> Found:
-    """Vary k and sigma of Adaptive ResMem, around all searched neighbors and the given sigma."""
+    """Vary k at the given sigma, and sigma with all searched neighbors, for Adaptive ResMem."""
 
     @functools.cache
     def predict(k: int, sigma: float) -> Int[np.ndarray, " queries"]:

@@ -1,4 +1,4 @@
-"""Study a model with a memory of a second text (the paper's section 6), and compare it with fine-tuning on that text for as long."""
+"""Compare a memory of a second text (the paper's section 6) with fine-tuning on that text for the same time."""
 
 import hashlib
 import json
@@ -60,12 +60,12 @@ class Setup(NamedTuple):
 
     @property
     def shape(self) -> Record:
-        """Batch size and sequence length."""
+        """Return batch size and sequence length."""
         return {name: self.settings[name] for name in ("batch_size", "sequence_length")}
 
     @property
     def window(self) -> WindowSpec:
-        """The windows of the memory."""
+        """Return the windows of the memory."""
         return open_datastore(self.memory.datastore).binding.window
 
 
@@ -82,18 +82,18 @@ def study_shift(
 ) -> Record:
     """Measure test accuracy on a second text for the run's model: alone, with a memory of that text, and fine-tuned on it.
 
-    Fine-tuning gets the number of steps that fit into the seconds of building and indexing the memory. This number is recorded, and a
-    resumed study uses it again. The memory's seconds include compilation, the seconds of fine-tuning do not; neither includes choosing on
-    validation (hyperparameters, learning rate). If the build was interrupted, only the seconds of its last run are recorded: then set
-    `steps`, or delete WORKDIR/derived/shift first. Each text has a memory of its own there.
+    Fine-tuning takes as many steps as fit into the time of building and indexing the memory. A resumed study takes the same number. The
+    time of the memory includes compilation; the time of fine-tuning does not. Neither includes the choice of hyperparameters or learning
+    rate on validation. If the build was interrupted, only the time of its last run counts: set `steps`, or delete WORKDIR/derived/shift
+    first. That folder has a memory for each second text.
 
     Args:
         text: the second text, as prepare_documents.text. It should differ from the run's text, which the model has learned. Documents
             held out for test, and their near-duplicates, are not in the memory.
-        shards: of the train split.
+        shards: number of shards of the train split.
         validation_fraction: share of the documents on which hyperparameters and the learning rate are chosen.
         test_fraction: share of the documents on which results are reported.
-        steps: of fine-tuning; None fine-tunes for as long as the memory took.
+        steps: number of fine-tuning steps; None takes as many as the time of the memory allows.
         learning_rates: constant learning rates to choose from.
 
     Raises:
@@ -116,14 +116,14 @@ def study_shift(
     explanation = (
         "Accuracy on held-out documents of a second text, and of the first text, which the model was trained on. The memory has the train "
         "documents of the second text and leaves the model unchanged. Fine-tuning changes the model, so it can lose accuracy on the first "
-        "text. Seconds: to build and index the memory, or to fine-tune."
+        "text. Seconds are those of building and indexing the memory, or of fine-tuning."
     )
     rows = [*_memory_rows(run, methods, seconds), _fine_tuned_row(run, setup, best)]
     return write_study(run, "shift", title="A memory of another text (section 6)", text=explanation, rows=rows)
 
 
 def right_predictions(model: Model, run: Run, split: str, window: WindowSpec) -> Right:
-    """Return whether DeepNet predicts each token of a split correctly, in windows as the memory's, and the numbers of the documents."""
+    """Return whether DeepNet predicts each token of a split correctly, with the memory's windows, and each token's document."""
 
     def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> Bool[Array, " tokens"]:
         return jnp.argmax(model.logits(parameters, hidden), axis=-1) == targets
@@ -155,7 +155,7 @@ def seconds_per_step(model: ModelConfig, run: Run, batch_size: int, sequence_len
 
 def begin_from(base: Model, target: Run) -> None:
     """Write a model as the checkpoint of step 0, with a new optimizer state, so that `train` continues from it."""
-    if (target.checkpoints / "model.json").exists():  # in object storage, the file that is written last
+    if (target.checkpoints / "model.json").exists():  # written last in object storage
         return
     state = optimizer(optax.constant_schedule(0.01)).init(base.parameters)
     with new_directory(target.checkpoints) as directory:
@@ -165,7 +165,7 @@ def begin_from(base: Model, target: Run) -> None:
 
 
 def _steps_within(setup: Setup, seconds: float) -> int:
-    """Return the training steps that fit into the given seconds, as the first run of the study measured them."""
+    """Return the steps that fit into the given seconds. The first run measures them; later runs read the record."""
     record = setup.memory.derived / "fine-tuned" / "steps.json"
     if not record.exists():
         each = seconds_per_step(setup.base.config, setup.memory, **setup.shape)
@@ -174,7 +174,7 @@ def _steps_within(setup: Setup, seconds: float) -> int:
 
 
 def _fine_tune(setup: Setup, steps: int, learning_rates: Sequence[int | float]) -> Run:
-    """Fine-tune the model with each learning rate; return the work directory of the model that is best on validation."""
+    """Fine-tune with each learning rate; return the work directory of the best model on validation."""
     found: dict[float, tuple[float, Run]] = {}
     for rate in learning_rates:
         print(f"shift: fine-tuning, {steps} steps at {rate:g}", file=sys.stderr, flush=True)
@@ -196,7 +196,7 @@ def _fine_tune(setup: Setup, steps: int, learning_rates: Sequence[int | float]) 
 
 
 def _memory_rows(run: Run, methods: Record, seconds: float) -> list[Record]:
-    """Return the rows of DeepNet and of the methods with the memory, from the results of their evaluation."""
+    """Return the rows of DeepNet and of the methods with the memory."""
     rows: list[Record] = [
         {
             "method": title,

@@ -1,4 +1,4 @@
-"""The parts that all studies share: their stage, checks of their settings, and the files that they write."""
+"""Provide what all studies share: the stage, the checks of settings, and the output files."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ NEEDS = ("search", "build", "train", "evaluate")
 
 
 def study(*, name: str, after: tuple[str, ...] = NEEDS) -> Callable[[Callable[..., Record]], Stage]:
-    """Make a function the study `name`: a stage that writes WORKDIR/studies/NAME and runs again when its settings or inputs change."""
+    """Register a function as a study: a stage that writes WORKDIR/studies/NAME and reruns when its settings or inputs change."""
     return stage(name=f"study-{name}", after=after, policy="redo")
 
 
@@ -38,17 +38,7 @@ def check_some(setting: str, values: Sequence[int | float], allowed: Callable[[A
 
 
 def usable_grid(study: str, grid: Grid, searched: int, temperatures: Sequence[float]) -> Grid:
-    """Return the part of a grid that a run can evaluate.
-
-    Args:
-        study: name of the study's function.
-        grid: the settings of the study.
-        searched: neighbors of each query in the run.
-        temperatures: of the datastore.
-
-    Raises:
-        UserError: no usable value of a hyperparameter, or a value out of its range.
-    """
+    """Return the values of a grid that a run can evaluate. Raise UserError if there are none or a value is out of range."""
     check_values(f"{study}.sigmas", grid.sigmas, lambda sigma: sigma > 0, "above 0")
     check_values(f"{study}.lambdas", grid.lambdas, lambda lambda_: lambda_ >= 0, "of 0 or more")
     check_some(f"{study}.lambdas", grid.lambdas, lambda lambda_: lambda_ < 1, "below 1")
@@ -74,14 +64,8 @@ def write_study(
 ) -> Record:
     """Write results.json, table.csv and figure.svg; return the checksum of results.json.
 
-    Args:
-        run: the run that the study belongs to.
-        name: of the study.
-        title: of its section of the report, with the paper's figure or table.
-        text: explanation, one paragraph.
-        rows: of the table, with the same columns in each row.
-        draw: draws the rows into an empty figure; None for no plot.
-        examples: shown in the report as a list to search, in place of the table.
+    The report shows title, text (one paragraph), the plot that `draw` makes of the rows, and the table. All rows have the same columns.
+    `examples` replace the table by a list with a search field.
     """
     folder = run.studies / name
     table = io.StringIO()

@@ -14,10 +14,10 @@ Nearest neighbor.  The error is <theta*, x' - x>. Rotation does not change the j
 ResMem.  The residuals are a linear function of x, so the error is <theta* - theta_n, x' - x>. With theta_n = L theta*, the risk is
     (1 - L)^2 times the risk of the nearest neighbor. For small n, theta_n has not converged, and theta* - theta_n is longer.
 
-Within about n^(-1/d) of the surface, a part of that ball is outside the unit ball, so the neighbor is farther away and the risk is larger.
-These points are a share of about d n^(-1/d), which decreases slowly. Therefore the measured risks of the nearest neighbor and of ResMem
-exceed the prediction and decrease faster than n^(-2/d): for small n, and in 8 dimensions for every n of the default settings. The standard
-error of a slope measures the scatter of the repetitions only.
+Within about n^(-1/d) of the surface, part of that ball is outside the unit ball, so the neighbor is farther away and the risk is larger.
+About d n^(-1/d) of the points lie there; this share decreases slowly. So the measured risks of the nearest neighbor and of ResMem exceed
+the prediction and decrease faster than n^(-2/d): for small n, and in 8 dimensions for every n of the default settings. The standard error
+of a slope measures only the scatter of the repetitions.
 """
 
 import functools
@@ -117,27 +117,24 @@ def study_theory(
         sizes: numbers n of training points.
         dimensions: numbers d of features.
         bounds: upper bounds L of the model's norm, below 1, the norm of theta*.
-        repetitions: of each measurement, with new theta* and points.
-        queries: test points of each repetition.
-        seed: of all random draws.
-
-    Raises:
-        UserError: a number out of its range, or too few sizes for a slope.
+        repetitions: repetitions of each measurement, with new theta* and points.
+        queries: number of test points of each repetition.
+        seed: seed of all random draws.
     """
     check_least("study_theory", 1, sizes=sizes, dimensions=dimensions, repetitions=repetitions, queries=queries)
     check_values("study_theory.bounds", bounds, lambda bound: 1e-6 <= bound < 1, "from 1e-06 and below 1, the norm of theta*")
     sizes = sorted(sizes)
     if len(set(sizes)) < 2 or len(set(sizes)) * repetitions < 3:
-        raise UserError(f"study_theory.sizes = {sizes}: take two or more, and more than two points with repetitions, for a slope")
+        raise UserError(f"study_theory.sizes = {sizes}: a slope needs two or more sizes, and three or more points with repetitions")
     curves = _measure(list(itertools.product(dimensions, bounds)), sizes, repetitions, queries, seed)
     rows = [_row(d, bound, method, sizes, curve) for (d, bound), by_method in curves.items() for method, curve in by_method.items()]
     text = (
         "DeepNet's risk stays at the value that its norm bound implies. ResMem's risk decreases with n, and is lower than the nearest "
         "neighbor's alone. Slopes are of log risk against log n, with standard errors over repetitions. Predicted, for large n: "
         "(1 - L)^2 / (d + 2) for DeepNet, Gamma(1 + 2/d) n^(-2/d) / d for the nearest neighbor, and (1 - L)^2 times that risk for ResMem. "
-        "Near the surface of the ball neighbors are farther away, so the last two risks exceed the prediction and decrease faster, above "
-        "all for small n and large d. The predictions are derived in resmem_lm/studies/theory.py. Theorem 5.3 of the paper is a bound up "
-        "to a constant, so it predicts no risk."
+        "Near the surface of the ball neighbors are farther away, so the last two risks exceed the prediction and decrease faster, "
+        "mostly for small n and large d. The predictions are derived in resmem_lm/studies/theory.py. Theorem 5.3 of the paper is a bound "
+        "up to a constant, so it predicts no risk."
     )
     shown = {d: curves[d, bounds[len(bounds) // 2]] for d in dimensions}
     draw = functools.partial(_draw, bound=bounds[len(bounds) // 2], sizes=sizes, curves=shown)

@@ -96,7 +96,7 @@ def test_one_thread_and_repeated_bundles_give_the_same_rows(tiny_copy):
 
 
 def _encode_again(workdir):
-    """Encode every shard again, as a runner does that repeats a bundle."""
+    """Encode every shard again, like a runner that repeats a bundle."""
     encode = pipeline.EncodeShard(Run(str(workdir)), open_datastore(workdir / "datastore").binding)
     worker, units = encode.setup(), pipeline.units_of(Run(workdir), None)
     assert [name for unit in units for name in encode.process(unit, worker)] == SHARDS

@@ -67,7 +67,7 @@ def assert_same(found, wanted):
 
 @pytest.fixture(scope="module")
 def dask():
-    """The address of a Dask cluster, which all pipelines share because its workers take seconds to start."""
+    """Start a Dask cluster and return its address. All pipelines share it, because its workers take seconds to start."""
     distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'resmem_lm[dask]'")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster.scheduler_address
