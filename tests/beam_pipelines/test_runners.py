@@ -213,7 +213,7 @@ def test_options_that_beam_would_ignore_are_refused(options, message):
 
 @pytest.mark.parametrize("options", ["--runner=PortableRunner", "--runner=DataflowRunner --region=r --temp_location=gs://bucket/t"])
 def test_an_error_of_a_runner_is_reported_in_one_line(tmp_path, options):
-    with pytest.raises(UserError, match=f"^--pipeline_options={options}: the runner reports: .*: correct them") as caught:
+    with pytest.raises(UserError, match=f"^--pipeline_options={options}: the runner reports: .*: correct the options") as caught:
         run_units("Fail", [1], Failing(ValueError("not started")), options, published=tmp_path, names=["a"])
     assert "\n" not in str(caught.value)
 
