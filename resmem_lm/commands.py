@@ -176,7 +176,7 @@ def run_study(name: str, workdir: str, gin_files: Sequence[str], bindings: list[
 def _finished_run(workdir: str) -> Run:
     run = Run(workdir)
     if not run.stages.exists():
-        raise UserError(f"{run} is no work directory: it has no stages/")
+        raise UserError(f"{run} is not a work directory, because it has no stages/: name the directory of a run")
     return run
 
 

@@ -39,7 +39,7 @@ def verify(run: Run) -> list[str]:
 
 def _problems(run: Run) -> Iterator[str]:
     if not run.stages.exists():
-        raise UserError(f"{run} is no work directory: it has no stages/")
+        raise UserError(f"{run} is not a work directory, because it has no stages/: name the directory of a run")
     listed: set[str] = {".lock"}  # all files that a record lists; the checks add to this set
     paths = children(run.stages, "*.json")
     with progress("verify", total=len(paths), unit="stages") as bar:

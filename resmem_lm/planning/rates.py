@@ -39,8 +39,7 @@ from resmem_lm.text.vocabulary import Vocabulary, make_vocabulary
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath
 
-ENOUGH = 30.0  # seconds by which the larger run must outlast the smaller: the time to compile varies by a second or two
-GROWTH, LARGEST = 6, 36  # of the size of a run
+SIZES = (1, 6, 24)  # of the small runs: the first warms up this process, the other two compile the same programs
 QUERIES = 2048  # of the smaller split in a run of size 1: a batch of the adaptive gate
 TRAIN_TOKENS = 2048  # at most, in a step of a small run: the batch of an accelerator would take a processor minutes
 RECALL_QUERIES = 500
@@ -108,14 +107,11 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
         stages = _small_settings(settings, folder, training)
         stages["make_vocabulary"] = {"model": str(vocabulary or _small_vocabulary(folder, texts, model_of(settings).vocab_size))}
 
-        def run(number: int, size: int) -> _SmallRun:
-            print(f"measure: small run {number}, of size {size}", file=stderr, flush=True)
-            return _small_run(folder / f"run-{number}", stages, texts, size, min(0.8, max(0.2, validation)))
+        def run(size: int) -> _SmallRun:
+            print(f"measure: a small run of size {size}", file=stderr, flush=True)
+            return _small_run(folder / f"run-{size}", stages, texts, size, min(0.8, max(0.2, validation)))
 
-        # The first run of a process also imports and allocates, as any run does once.
-        first, small, large = run(1, 1), run(2, 1), run(3, size := GROWTH)
-        while size < LARGEST and sum(large.seconds.values()) - sum(small.seconds.values()) < ENOUGH:
-            large = run(4, size := size * GROWTH)
+        first, small, large = map(run, SIZES)
         costs = {}
         for stage, units in first.units.items():
             each = line(small.seconds[stage], large.seconds[stage], units, large.units[stage]).each
@@ -161,7 +157,7 @@ def _small_run(folder: Path, stages: StageSettings, texts: list[str], size: int,
     run, file, vocabulary = Run(folder), folder.with_suffix(".jsonl"), Vocabulary(Path(stages["make_vocabulary"]["model"]))
     window, k = window_of(stages), stages["search"]["neighbors"]
     # Half a batch of windows at least, or padding would hide that a larger run computes more.
-    queries = int(max(QUERIES, ROWS * window.length // 2) * size**0.5 / min(validation, 1 - validation))
+    queries = int(max(QUERIES, ROWS * window.length // 2) * size**0.75 / min(validation, 1 - validation))
     # An index has a tree from SMALL rows on.
     rows = max(2 * size * ROWS * window.stride, 2 * k, int(1.2 * SMALL) if size > 1 else 0)
     wanted = {"train": rows, "validation": int(queries * validation), "test": int(queries * (1 - validation))}

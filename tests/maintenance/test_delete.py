@@ -281,7 +281,7 @@ def test_text_is_also_removed_from_train_shards_without_rows(tiny_copy, tmp_path
 def test_delete_and_compact_without_a_work_directory_are_errors(tmp_path, capsys):
     for command in (["delete", "--document=a"], ["compact"]):
         assert main([*command, f"--workdir={tmp_path}"]) == 2
-        assert "is no work directory: it has no stages/" in capsys.readouterr().err
+        assert "is not a work directory, because it has no stages/: name the directory of a run" in capsys.readouterr().err
 
 
 def test_documents_of_validation_and_test_cannot_be_deleted(tiny_copy):

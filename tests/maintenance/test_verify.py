@@ -136,4 +136,4 @@ def test_a_manifest_that_names_a_folder_outside_is_refused(tiny_copy, capsys):
 
 def test_a_folder_that_is_no_work_directory_is_an_error(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 2
-    assert "is no work directory" in capsys.readouterr().err
+    assert "is not a work directory" in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_windows_compute_more_tokens_than_rows_and_at_most_their_context_more(se
 
 
 def test_small_runs_measure_every_rate(tiny_run, settings, monkeypatch, capsys):
-    for name, value in {"ENOUGH": 0.0, "QUERIES": 1, "TRAIN_TOKENS": 256}.items():
+    for name, value in {"SIZES": (1, 2, 3), "QUERIES": 1, "TRAIN_TOKENS": 256}.items():
         monkeypatch.setattr(rates, name, value)
     monkeypatch.setattr(tree_costs, "FEW", 5_000)
     monkeypatch.setattr(tree_costs, "MANY", 20_000)
