@@ -13,9 +13,21 @@ from pathlib import Path
 from resmem_lm import config
 from resmem_lm.commands import stages_of
 from resmem_lm.planning.plan import plan
-from resmem_lm.planning.sizes import file_bytes
 from resmem_lm.report.tables import aligned
 from resmem_lm.workdir.run import Run
+from resmem_lm.workdir.storage import files_below, inside
+
+
+def file_bytes(run: Run) -> dict[str, int]:
+    """Return the bytes of each kind of file of a finished run, with the names of `planned_bytes`."""
+    found: dict[str, int] = {}
+    for path in files_below(run.path):
+        kind = inside(path, run.path).split("/")[0]
+        if kind in ("datastore", "neighbors", "index"):
+            record, is_array = path.suffix == ".json" and path.parent == run.path / kind, kind != "index"
+            kind += "/*.json" if record else f"/{path.name}" if is_array else ""
+        found[kind] = found.get(kind, 0) + path.stat().st_size
+    return found
 
 
 def main() -> None:

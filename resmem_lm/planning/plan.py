@@ -142,7 +142,7 @@ def _costs(run: Run | None, settings: StageSettings, counts: Counts, rates: Rate
     missing = {name for name, rate in dataclasses.asdict(rates).items() if rate is None}
     training = "train" in settings and "train_tokens_per_second" in missing
     if not training and not missing - {"train_tokens_per_second"}:
-        return Costs({}, {}, 0.0, 0.0, None)
+        return Costs({}, {}, 0.0, None)
     if run:
         documents = (document for path in shard_paths(run, "train") for document in read_shard(path))
     else:
@@ -174,10 +174,10 @@ def _seconds(
     for rows in index_rows:
         if costs.tree and rows >= SMALL:
             built += costs.tree.build_seconds(rows, key_dimensions(settings), index["training_rows"])
-            looked_up += costs.ranking + costs.tree.search_seconds(rows, key_dimensions(settings))
+            looked_up += costs.tree.search_seconds(rows, key_dimensions(settings))
         else:
             looked_up += costs.compared_row * rows
-    seconds["index"] = costs.stages["index"].once if costs.stages else 0.0
+    seconds["index"] = costs.stages["index"].once if costs.stages and not built else 0.0
     if index["kind"] != "exact":
         add("index", "index_rows_per_second", counts.rows, Cost(0.0, built / counts.rows))
     window_tokens = sum(split.window_tokens for split in counts.queries.values())

@@ -25,13 +25,13 @@ from resmem_lm.evaluation.evaluate import evaluate
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encoder import ROWS
 from resmem_lm.memory.exact_index import ExactIndex
-from resmem_lm.memory.index import QUERY_BLOCK, SMALL, Index, in_threads, rank_candidates
+from resmem_lm.memory.index import QUERY_BLOCK, SMALL, Index
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.model.take_checkpoint import take_checkpoint
 from resmem_lm.model.train import train
 from resmem_lm.planning.machine import least, peak_memory, reset_peak_memory
-from resmem_lm.planning.sizes import Number, StageSettings, check_numbers, count, model_of, save_fresh_checkpoint, window_of
-from resmem_lm.planning.tree_costs import Cost, TreeCosts, line, measure_tree
+from resmem_lm.planning.sizes import Number, StageSettings, check_numbers, count, key_dimensions, model_of, save_fresh_checkpoint, window_of
+from resmem_lm.planning.tree_costs import Cost, TreeCosts, build_work, line, query_work
 from resmem_lm.text.documents import prepare_documents
 from resmem_lm.text.shards import position, shard_content
 from resmem_lm.text.sources import Document
@@ -79,12 +79,13 @@ class Costs(NamedTuple):
     stages: dict[str, Cost]  # `search` without the index
     memory: dict[str, int]  # peak of each stage in bytes
     compared_row: float  # seconds of one query and one row in exact search
-    ranking: float  # seconds to rank the candidates of one query
-    tree: TreeCosts | None
+    tree: TreeCosts | None  # none for an exact index
 
 
 class _SmallRun(NamedTuple):
     run: Run
+    rows: int
+    lookup: float  # seconds of one query in the index
     units: dict[str, int]
     seconds: dict[str, float]
     memory: dict[str, int]
@@ -117,7 +118,7 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
             each = line(small.seconds[stage], large.seconds[stage], units, large.units[stage]).each
             costs[stage] = Cost(max(0.0, first.seconds[stage] - units * each), each)
         costs["index"] = Cost(first.seconds["index"], 0.0)  # without a tree
-        return Costs(costs, large.memory, *_index_costs(large.run, stages))
+        return Costs(costs, large.memory, _compared_row(large.run, stages), _tree_costs(small, large, stages))
 
 
 def _pieces(documents: Iterable[Document]) -> list[str]:
@@ -159,7 +160,7 @@ def _small_run(folder: Path, stages: StageSettings, texts: list[str], size: int,
     # Half a batch of windows at least, or padding would hide that a larger run computes more.
     queries = int(max(QUERIES, ROWS * window.length // 2) * size**0.75 / min(validation, 1 - validation))
     # An index has a tree from SMALL rows on.
-    rows = max(2 * size * ROWS * window.stride, 2 * k, int(1.2 * SMALL) if size > 1 else 0)
+    rows = max(2 * size * ROWS * window.stride, 2 * k, SMALL * size // 5 if size > 1 else 0)
     wanted = {"train": rows, "validation": int(queries * validation), "test": int(queries * (1 - validation))}
     file.write_text(shard_content(_draw(texts, vocabulary, wanted)), encoding="utf-8")
     if "train" in stages:
@@ -178,8 +179,9 @@ def _small_run(folder: Path, stages: StageSettings, texts: list[str], size: int,
         units["train"] = 2 * size * stages["train"]["batch_size"] * stages["train"]["sequence_length"]
     seconds = {stage: run.record(stage)["seconds"] for stage in (*units, "index")}
     index, keys = _open(run)
-    seconds["search"] -= counts.all_queries * least(lambda: index.search(keys, k)) / len(keys)
-    return _SmallRun(run, units, seconds, memory)
+    lookup = least(lambda: index.search(keys, k)) / len(keys)
+    seconds["search"] -= counts.all_queries * lookup
+    return _SmallRun(run, counts.rows, lookup, units, seconds, memory)
 
 
 def _draw(texts: list[str], vocabulary: Vocabulary, wanted: dict[str, int]) -> Iterator[Document]:
@@ -203,13 +205,18 @@ def _open(run: Run) -> tuple[Index, Float[np.ndarray, "queries emb"]]:
     return index, datastore.keys(np.arange(min(datastore.rows, 2 * QUERY_BLOCK)))
 
 
-def _index_costs(run: Run, stages: StageSettings) -> tuple[float, float, TreeCosts | None]:
-    """Return the seconds of one query and one row in exact search, those to rank the candidates of one query, and the tree's costs."""
-    (index, keys), k, settings = _open(run), stages["search"]["neighbors"], stages["build_index"]
-    datastore, kind, sample = index.datastore, settings["kind"], keys[:RECALL_QUERIES]
-    compared = least(lambda: ExactIndex(datastore).search(sample, k)) / len(sample) / datastore.rows
+def _compared_row(run: Run, stages: StageSettings) -> float:
+    """Return the seconds of one query and one row in exact search."""
+    index, keys = _open(run)
+    sample = keys[:RECALL_QUERIES]
+    exact = ExactIndex(index.datastore)
+    return least(lambda: exact.search(sample, stages["search"]["neighbors"])) / len(sample) / index.datastore.rows
+
+
+def _tree_costs(small: _SmallRun, large: _SmallRun, stages: StageSettings) -> TreeCosts | None:
+    kind, training_rows, dimensions = stages["build_index"]["kind"], stages["build_index"]["training_rows"], key_dimensions(stages)
     if kind == "exact":
-        return compared, 0.0, None
-    drawn = np.random.default_rng(0).integers(datastore.rows, size=(len(keys), max(k, settings["candidates"])))
-    ranking = least(lambda: in_threads(lambda some, rows: rank_candidates(datastore, some, rows, k), keys, drawn)) / len(keys)
-    return compared, ranking, measure_tree(keys.shape[1], settings)
+        return None
+    runs = (small, large)
+    build = line(*(run.seconds["index"] for run in runs), *(build_work(kind, run.rows, dimensions, training_rows) for run in runs))
+    return TreeCosts(kind, build, line(*(run.lookup for run in runs), *(query_work(kind, run.rows, dimensions) for run in runs)))

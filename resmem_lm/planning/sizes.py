@@ -28,7 +28,7 @@ from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec, window_rows
 from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import AnyPath, files_below, inside, with_checksum
+from resmem_lm.workdir.storage import AnyPath, files_below, with_checksum
 
 with epy.lazy_imports():
     import orbax.checkpoint as ocp
@@ -279,15 +279,3 @@ def checkpoint_bytes(settings: StageSettings) -> int:
         save_config(directory, model_of(settings), "0" * 64)
         saves = 1 if taken else -(-settings["train"]["steps"] // settings["train"]["checkpoint_steps"])
         return one * min(saves, KEPT_CHECKPOINTS) + bytes_of(directory) - one
-
-
-def file_bytes(run: Run) -> dict[str, int]:
-    """Return the bytes of each kind of file of a finished run, with the names of `planned_bytes`."""
-    found: dict[str, int] = {}
-    for path in files_below(run.path):
-        kind = inside(path, run.path).split("/")[0]
-        if kind in ("datastore", "neighbors", "index"):
-            record, is_array = path.suffix == ".json" and path.parent == run.path / kind, kind != "index"
-            kind += "/*.json" if record else f"/{path.name}" if is_array else ""
-        found[kind] = found.get(kind, 0) + path.stat().st_size
-    return found

@@ -17,30 +17,13 @@ from pathlib import Path
 from resmem_lm.text.duplicates import mark_duplicates
 
 # A fixed list, so that a new dependency does not change the text and with it the results of the demo.
+# fmt: off
 PACKAGES = (
-    "apache-beam",
-    "backports.zstd",
-    "beartype",
-    "faiss-cpu",
-    "filelock",
-    "flax",
-    "gin-config",
-    "grain",
-    "jax",
-    "jaxtyping",
-    "jinja2",
-    "matplotlib",
-    "numba",
-    "numpy",
-    "optax",
-    "orbax-checkpoint",
-    "packaging",
-    "rensa",
-    "rich",
-    "sentencepiece",
-    "tensorboardX",
+    "apache-beam", "backports.zstd", "beartype", "faiss-cpu", "filelock", "flax", "gin-config", "grain", "jax", "jaxtyping", "jinja2",
+    "matplotlib", "numba", "numpy", "optax", "orbax-checkpoint", "packaging", "rensa", "rich", "sentencepiece", "tensorboardX",
     "universal-pathlib",
 )
+# fmt: on
 _TEST_FOLDERS = {"test", "tests", "testing", "idle_test"}
 
 

@@ -4,15 +4,16 @@ import shutil
 
 import pytest
 
+from benchmarks.plan_against_run import file_bytes
 from resmem_lm import config
 from resmem_lm.cli import main
 from resmem_lm.commands import stages_of
 from resmem_lm.errors import UserError
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, largest_index
-from resmem_lm.planning import rates, tree_costs
+from resmem_lm.planning import rates
 from resmem_lm.planning.plan import duration, plan, size_text
 from resmem_lm.planning.rates import Rates
-from resmem_lm.planning.sizes import Amounts, assume, checkpoint_bytes, count, file_bytes, planned_bytes
+from resmem_lm.planning.sizes import Amounts, assume, checkpoint_bytes, count, planned_bytes
 from resmem_lm.planning.tree_costs import Cost, TreeCosts
 from resmem_lm.workdir.run import Run
 from tests.tiny import arguments
@@ -190,8 +191,6 @@ def test_windows_compute_more_tokens_than_rows_and_at_most_their_context_more(se
 def test_small_runs_measure_every_rate(tiny_run, settings, monkeypatch, capsys):
     for name, value in {"SIZES": (1, 2, 3), "QUERIES": 1, "TRAIN_TOKENS": 256}.items():
         monkeypatch.setattr(rates, name, value)
-    monkeypatch.setattr(tree_costs, "FEW", 5_000)
-    monkeypatch.setattr(tree_costs, "MANY", 20_000)
     made = plan(Run(tiny_run), settings=settings | {"build_index": settings["build_index"] | {"candidates": 20, "training_rows": 1000}})
     assert set(made.rates) == set(RATES)
     assert not any(rate.given for rate in made.rates.values())
