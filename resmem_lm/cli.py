@@ -97,9 +97,17 @@ def _on_finished_run(function: str, **arguments: Any) -> Any:
     return getattr(commands, function)(**arguments)
 
 
+class _InOrder(click.Group):
+    """A group whose help lists the commands in the order of the pipeline."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names in the order in which they were added."""
+        return list(self.commands)
+
+
 def _group() -> click.Group:
     """Return the command line: stages, `plan`, studies, and the commands that need no configuration."""
-    group = click.Group("resmem", help=__doc__)
+    group = _InOrder("resmem", help=__doc__)
 
     def add(name: str, callback: Callable[..., Any], text: str, params: list[click.Parameter], settings: bool = False) -> None:
         epilog = "Any setting: --gin.NAME=VALUE, strings in quotes." if settings else None
