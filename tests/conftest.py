@@ -1,5 +1,6 @@
 """Set up all tests: two virtual CPU devices, a compilation cache, reproducible examples, and no gin settings from earlier tests."""
 
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=30)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_report_header() -> str:
+    """Return the versions that the tests run with."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "apache-beam", "faiss-cpu", "scann", "tensorflow", "t5x")
+    installed = {distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    return "versions: " + ", ".join(f"{name} {installed.get(name, 'not installed')}" for name in packages)
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,7 @@ def test_windows_compute_more_tokens_than_rows_and_at_most_their_context_more(se
 
 
 def test_small_runs_measure_every_rate(tiny_run, settings, monkeypatch, capsys):
-    for name, value in {"SIZES": (1, 2, 3), "QUERIES": 1, "TRAIN_TOKENS": 256}.items():
+    for name, value in {"SIZES": (1, 2, 3), "SMALL": 100, "QUERIES": 1, "TRAIN_TOKENS": 256}.items():
         monkeypatch.setattr(rates, name, value)
     made = plan(Run(tiny_run), settings=settings | {"build_index": settings["build_index"] | {"candidates": 20, "training_rows": 1000}})
     assert set(made.rates) == set(RATES)
