@@ -115,7 +115,7 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
         first, small, large = map(run, SIZES)
         costs = {}
         for stage, units in first.units.items():
-            each = line(small.seconds[stage], large.seconds[stage], units, large.units[stage]).each
+            each = line(small.seconds[stage], large.seconds[stage], small.units[stage], large.units[stage]).each
             costs[stage] = Cost(max(0.0, first.seconds[stage] - units * each), each)
         costs["index"] = Cost(first.seconds["index"], 0.0)  # without a tree
         return Costs(costs, large.memory, _compared_row(large.run, stages), _tree_costs(small, large, stages))
