@@ -113,12 +113,17 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
             return _small_run(folder / f"run-{size}", stages, texts, size, min(0.8, max(0.2, validation)))
 
         first, small, large = map(run, SIZES)
-        costs = {}
-        for stage, units in first.units.items():
-            each = line(small.seconds[stage], large.seconds[stage], small.units[stage], large.units[stage]).each
-            costs[stage] = Cost(max(0.0, first.seconds[stage] - units * each), each)
-        costs["index"] = Cost(first.seconds["index"], 0.0)  # without a tree
+        costs = _stage_costs(first, small, large)
         return Costs(costs, large.memory, _compared_row(large.run, stages), _tree_costs(small, large, stages))
+
+
+def _stage_costs(first: _SmallRun, small: _SmallRun, large: _SmallRun) -> dict[str, Cost]:
+    """Return each stage's cost: once from the first run, which warms up the process, and for each unit from the other two."""
+    costs = {}
+    for stage, units in first.units.items():
+        each = line(small.seconds[stage], large.seconds[stage], small.units[stage], large.units[stage]).each
+        costs[stage] = Cost(max(0.0, first.seconds[stage] - units * each), each)
+    return costs | {"index": Cost(first.seconds["index"], 0.0)}  # without a tree
 
 
 def _pieces(documents: Iterable[Document]) -> list[str]:

@@ -201,6 +201,17 @@ def test_small_runs_measure_every_rate(tiny_run, settings, monkeypatch, capsys):
     assert "measured here" in capsys.readouterr().out
 
 
+def test_the_cost_of_a_stage_is_recovered_from_three_runs():
+    def small_run(units, warm_up=0.0):
+        seconds = {"build": 2.0 + 0.5 * units + warm_up, "index": 1.0}
+        return rates._SmallRun(Run("unused"), units, 0.0, {"build": units}, seconds, {})
+
+    costs = rates._stage_costs(small_run(1, warm_up=3.0), small_run(6), small_run(24))
+    assert costs["build"].each == pytest.approx(0.5)
+    assert costs["build"].once == pytest.approx(5.0)
+    assert costs["index"] == Cost(1.0, 0.0)
+
+
 @pytest.mark.parametrize("kind", ["faiss", "scann"])
 def test_the_costs_of_an_index_grow_with_its_rows(kind):
     costs = TreeCosts(kind, build=Cost(1e-5, 1e-9), query=Cost(1e-5, 1e-9))
