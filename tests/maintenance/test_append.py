@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 
 from beam_pipelines import build_datastore as datastore_module
-from beam_pipelines.build_index import build_index
-from beam_pipelines.search_neighbors import search
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.maintenance import append as module
@@ -37,11 +35,6 @@ def more(tiny_copy):
 def command(workdir, *rest):
     text = read_json(workdir / "stages/documents.json")["settings"]["text"]
     return [*rest, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]
-
-
-def search_again(workdir):
-    for name, stage in (("index", build_index), ("search", search)):
-        stage(workdir, **read_json(workdir / f"stages/{name}.json")["settings"])
 
 
 def test_new_documents_are_added_once_and_earlier_rows_are_unchanged(tiny_copy, more, capsys):
@@ -94,7 +87,8 @@ def test_a_killed_append_resumes(tiny_copy, more, monkeypatch, moment):
     datastore = open_datastore(tiny_copy / "datastore", checksums=True)
     assert sum(len(read_shard(path)) for path in shard_paths(Run(tiny_copy), "added")) == 9
     assert len(datastore.shards) > 3
-    search_again(tiny_copy)
+    for stage in ("index", "evaluate", "report"):
+        assert main(command(tiny_copy, stage)) == 0
     assert verify(Run(tiny_copy)) == []
 
 

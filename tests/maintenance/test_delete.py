@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from beam_pipelines.build_index import build_index
-from beam_pipelines.search_neighbors import search
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
@@ -41,11 +40,6 @@ def evaluate_again(workdir):
     for command in ("index", "evaluate"):
         text = read_json(workdir / "stages/documents.json")["settings"]["text"]
         assert main([command, f"--gin_file={workdir.parent / 'tiny.gin'}", f"--workdir={workdir}", f"--gin.TEXT='{text}'"]) == 0
-
-
-def search_again(workdir):
-    build_index(workdir)
-    search(workdir, neighbors=12)
 
 
 @pytest.fixture
@@ -139,7 +133,7 @@ def test_a_shard_with_only_deleted_documents_is_compacted_to_no_rows(tiny_copy):
     datastore = open_datastore(tiny_copy / "datastore", checksums=True)
     assert datastore.shards[0]["rows"] == 0
     assert len(np.asarray(datastore.array("quantized_keys"))) == datastore.rows
-    search_again(tiny_copy)
+    evaluate_again(tiny_copy)
     assert verify(Run(tiny_copy)) == []
 
 
@@ -188,7 +182,7 @@ def test_text_left_by_a_killed_delete_is_reported_and_removed_by_compact(tiny_co
     assert f"still has the text of {name!r}, which is deleted: run the same `resmem delete` again, or `resmem compact`" in problem
     compact(Run(tiny_copy))
     assert name not in [d.id for path in shard_paths(Run(tiny_copy), "train") for d in read_shard(path)]
-    search_again(tiny_copy)
+    evaluate_again(tiny_copy)
     assert verify(Run(tiny_copy)) == []
 
 
@@ -213,7 +207,7 @@ def test_a_killed_compact_resumes(tiny_copy, monkeypatch):
     assert open_datastore(tiny_copy / "datastore").live_rows == live
     assert compact(Run(tiny_copy))["shards"] == 1
     assert open_datastore(tiny_copy / "datastore", checksums=True).rows == live
-    search_again(tiny_copy)
+    evaluate_again(tiny_copy)
     assert verify(Run(tiny_copy)) == []
 
 
@@ -228,7 +222,7 @@ def test_a_killed_compact_resumes_after_another_delete(tiny_copy, monkeypatch):
     live = open_datastore(tiny_copy / "datastore").live_rows
     assert compact(Run(tiny_copy))["shards"] == 2
     assert open_datastore(tiny_copy / "datastore", checksums=True).rows == live
-    search_again(tiny_copy)
+    evaluate_again(tiny_copy)
     assert verify(Run(tiny_copy)) == []
 
 
