@@ -188,6 +188,12 @@ def _check_not_empty(split: str, counts: Counter[str], text: Text, share: str) -
         raise UserError(f"{text!r} leaves no {split} documents{like}: change sample_documents.{share}")
 
 
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 < value <= 1:
+            raise UserError(f"sample_documents.{name} = {value}: take a number above 0 and up to 1")
+
+
 @stage(name="documents", free=("pipeline_options", "tfds_data_dir"))
 def sample_documents(
     run: Run,
@@ -227,9 +233,7 @@ def sample_documents(
     """
     if not train or not held_out:
         raise UserError("sample_documents.train and sample_documents.held_out: set both, or neither and prepare_documents.text")
-    for name, value in (("fraction", fraction), ("validation_fraction", validation_fraction), ("duplicate_threshold", duplicate_threshold)):
-        if not 0 < value <= 1:
-            raise UserError(f"sample_documents.{name} = {value}: take a number above 0 and up to 1")
+    _check_shares(fraction=fraction, validation_fraction=validation_fraction, duplicate_threshold=duplicate_threshold)
     check_least("sample_documents", 1, shards=shards, query_shards=query_shards)
     # Both sources are checked before either is read.
     read_held_out, read_train = source(held_out, tfds_data_dir), source(train, tfds_data_dir)
@@ -242,8 +246,7 @@ def sample_documents(
             for split in ("validation", "test"):  # before the train text, which takes hours
                 _check_not_empty(split, counts, held_out, "validation_fraction")
             bar.update(1, "train text")
-            held_out_documents = counts["validation"] + counts["test"]
-            place_train = PlaceTrain(str(writer.folder), fraction, shards, duplicate_threshold, held_out_documents)
+            place_train = PlaceTrain(str(writer.folder), fraction, shards, duplicate_threshold, counts["validation"] + counts["test"])
             counts += writer.write(read_train, process_with(place_train))
             bar.update(2)
         _check_not_empty("train", counts, train, "fraction")
@@ -251,5 +254,4 @@ def sample_documents(
     except BaseException:
         remove(writer.folder)
         raise
-    names = (*SPLITS, "empty", "duplicate", "near_duplicate")
-    return {"documents": {name: counts[name] for name in names}, "checksums": checksums}
+    return {"documents": {name: counts[name] for name in (*SPLITS, "empty", "duplicate", "near_duplicate")}, "checksums": checksums}

@@ -1,6 +1,7 @@
 """Pretrain DeepNet on packed documents, from initial parameters or from the newest checkpoint."""
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
             f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
             f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
         )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    devices = len(jax.local_devices())
+    if batch_size % devices:
+        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
 
 
 @stage(name="train", after=("documents", "vocabulary"), free=("checkpoint_steps", "validation_tokens"))
@@ -72,10 +79,7 @@ def train(
     check_least("train", 1, steps=steps, batch_size=batch_size, sequence_length=sequence_length)
     check_least("train", 1, constant_steps=constant_steps, checkpoint_steps=checkpoint_steps)
     check_least("train", 0, cooldown_steps=cooldown_steps, validation_tokens=validation_tokens, seed=seed)
-    devices = len(jax.local_devices())
-    if batch_size % devices:
-        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
-
+    _check_batch_size(batch_size)
     schedule = train_loop.learning_rate_schedule(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
@@ -94,13 +98,14 @@ def train(
         directory = here / "checkpoints"
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:
-
-            def save(state: train_loop.State) -> None:
-                save_checkpoint(manager, state.step, train_loop.to_train_state(state.parameters, state.optimizer, state.step))
-                saved()
-
-            train_loop.loop(recipe, train_loop.restore_or_init(manager, model, adafactor, seed), here / "metrics", save)
+            state = train_loop.restore_or_init(manager, model, adafactor, seed)
+            train_loop.loop(recipe, state, here / "metrics", functools.partial(_save, manager, saved))
         return {"fingerprint": load_model(directory).fingerprint}
+
+
+def _save(manager: Any, saved: Callable[[], None], state: train_loop.State) -> None:
+    save_checkpoint(manager, state.step, train_loop.to_train_state(state.parameters, state.optimizer, state.step))
+    saved()
 
 
 def _validation(model: ModelConfig, rows: list[Batch]) -> Callable[[Any], dict[str, float]]:

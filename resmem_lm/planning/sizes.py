@@ -21,7 +21,7 @@ from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries
 from resmem_lm.memory.encoder import ROWS, residual_head
 from resmem_lm.memory.index_kinds import index_bytes
 from resmem_lm.memory.schema import ARRAYS, COUNTERS, Binding, document_line, shard_name, token_dtype
-from resmem_lm.model.checkpoints import STATE, Model, checkpoint_manager, save_config
+from resmem_lm.model.checkpoints import Model, checkpoint_manager, save_checkpoint, save_config
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.train_loop import optimizer, to_train_state
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_paths
@@ -31,8 +31,6 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, files_below, with_checksum
 
 with epy.lazy_imports():
-    import orbax.checkpoint as ocp
-
     from resmem_lm.model import decoder
 
 Number = int | float
@@ -266,7 +264,7 @@ def save_fresh_checkpoint(directory: Path, model: ModelConfig, *, optimizer_stat
         sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.local_devices()), ("data",)), jax.sharding.PartitionSpec())
     content = jax.block_until_ready(jax.jit(state, out_shardings=sharding)())
     with checkpoint_manager(directory) as manager:
-        manager.save(1, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(content)}))
+        save_checkpoint(manager, 1, content)
 
 
 def checkpoint_bytes(settings: StageSettings) -> int:

@@ -17,7 +17,7 @@ from resmem_lm.errors import UserError, check_least
 from resmem_lm.evaluation.statistics import bootstrap_interval
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encoder import Encoder
-from resmem_lm.model.checkpoints import STATE, Model, checkpoint_manager, load_model, save_config
+from resmem_lm.model.checkpoints import Model, checkpoint_manager, load_model, save_checkpoint, save_config
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.train import train
 from resmem_lm.model.train_loop import compiled_update, optimizer, shardings, to_train_state
@@ -33,7 +33,6 @@ from resmem_lm.workdir.storage import Record, new_directory, read_json, write_js
 
 with epy.lazy_imports():
     import optax
-    import orbax.checkpoint as ocp
 
     from resmem_lm.model import decoder
 
@@ -161,7 +160,7 @@ def begin_from(base: Model, target: Run) -> None:
     with new_directory(target.checkpoints) as directory:
         save_config(directory, base.config, load_vocabulary(target).sha256)
         with checkpoint_manager(directory) as manager:
-            manager.save(0, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(to_train_state(base.parameters, state, 0))}))
+            save_checkpoint(manager, 0, to_train_state(base.parameters, state, 0))
 
 
 def _steps_within(setup: Setup, seconds: float) -> int:

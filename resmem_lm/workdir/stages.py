@@ -88,12 +88,13 @@ class Stage:
         self.check(run, **kwargs)
         settings = self._settings(run, kwargs)
         with locked(run.path):
-            finished = self._finished(run, settings)
-            return self._run(run, settings, kwargs) if finished is None else finished
+            inputs = self._inputs(run)
+            finished = self._finished(run, settings, inputs)
+            return self._run(run, settings, inputs, kwargs) if finished is None else finished
 
-    def _finished(self, run: Run, settings: Record) -> Record | None:
+    def _finished(self, run: Run, settings: Record, inputs: Record) -> Record | None:
         """Return the result of a finished stage, or None if the stage must run. Raise UserError if the stage must not run."""
-        inputs, record, path = self._inputs(run), run.record(self.name), run.record_path(self.name)
+        record, path = run.record(self.name), run.record_path(self.name)
         output = run.path / self.output.paths[0]
         if not record:
             if self.output.marker and children(output) and not (output / self.output.marker).exists():
@@ -113,9 +114,9 @@ class Stage:
         result: Record = record["result"]
         return result
 
-    def _run(self, run: Run, settings: Record, kwargs: Record) -> Record:
+    def _run(self, run: Run, settings: Record, inputs: Record, kwargs: Record) -> Record:
         path = run.record_path(self.name)
-        record = {"settings": settings, "inputs": self._inputs(run), "finished": False}
+        record = {"settings": settings, "inputs": inputs, "finished": False}
         start = time.monotonic()
         with disk_errors(run.path):
             write_json(path, record)
