@@ -6,7 +6,7 @@ lambda p_kNN, and kNN alone at lambda = 1. Formulas on the simplex (`calibrated`
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -27,28 +27,23 @@ with epy.lazy_imports():
 
 BLOCK = 256  # queries
 T = TypeVar("T", bound=Any)
+Temperature = tuple[Float[Array, ""], Int[Array, ""]]  # T, and its index among the datastore's temperatures
 
 
 class Weightings(NamedTuple):
-    """Formulas, each with its k and sigma."""
+    """Settings at the same temperature, as arrays."""
 
     ks: Int[Array, " weightings"]
     sigmas: Float[Array, " weightings"]
+    lambdas: Float[Array, " weightings"]
     is_resmem: Bool[Array, " weightings"]  # the others are kNN-LM
 
     @classmethod
-    def of(cls, triples: list[tuple[Formula, int, float]]) -> "Weightings":
-        """Make the arrays from triples of formula, k and sigma."""
-        formulas, ks, sigmas = zip(*triples, strict=True)
+    def of(cls, settings: list[Setting]) -> "Weightings":
+        """Make the arrays. The settings' temperatures are ignored."""
+        formulas, ks, sigmas, _, lambdas = zip(*settings, strict=True)
         is_resmem = jnp.array([formula == "resmem" for formula in formulas])
-        return cls(jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), is_resmem)
-
-
-class Temperature(NamedTuple):
-    """A temperature and its index among the datastore's temperatures."""
-
-    value: Float[Array, ""]
-    position: Int[Array, ""]
+        return cls(jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), jnp.array(lambdas, jnp.float32), is_resmem)
 
 
 class Predictions(NamedTuple):
@@ -94,17 +89,17 @@ def _at_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "q
 
 
 @jax.jit
-def _count_correct_knn(block: Block, weightings: Weightings) -> Int[Array, " weightings"]:
+def _count_correct_knn(block: Block, weightings: Weightings) -> Int[Array, "weightings 1"]:
     """Count right predictions of p_kNN, which has no temperature. Ties go to the lowest id, as in `_predict`."""
     knn = score(block.candidates, block.neighbors, weightings.ks, weightings.sigmas, 1.0, 0).knn
-    return jnp.sum(best(knn, block.candidates.ids)[0] == block.targets, axis=-1)
+    return jnp.sum(best(knn, block.candidates.ids)[0] == block.targets, axis=-1, keepdims=True)
 
 
 @jax.jit
 def _predict(
-    block: Block, weightings: Weightings, lambdas: Float[Array, " weightings"], temperature: Temperature
+    block: Block, weightings: Weightings, temperature: Temperature
 ) -> tuple[Int[Array, "weightings queries"], Bool[Array, "weightings queries"]]:
-    ks, sigmas, is_resmem = weightings
+    ks, sigmas, lambdas, is_resmem = weightings
     scores = score(block.candidates, block.neighbors, ks, sigmas, *temperature)
     winners, top = best(totals(scores, is_resmem, lambdas), block.candidates.ids)
     bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
@@ -123,7 +118,7 @@ def _log_losses(
     candidates, neighbors, targets, target_base = block
     ks = jnp.full(len(sigmas), neighbors.distances.shape[1])
     scores = score(candidates, neighbors, ks, sigmas, *temperature)
-    first, base = is_first(candidates.ids), target_base[:, temperature.position]
+    first, base = is_first(candidates.ids), target_base[:, temperature[1]]
 
     def losses(formula: SimplexFormula, lambda_: Float[Array, ""]) -> Float[Array, " sigmas"]:
         q = on_simplex(formula, scores.base, scores.residual, scores.knn, first, lambda_)
@@ -134,14 +129,12 @@ def _log_losses(
 
 
 @functools.partial(jax.jit, static_argnames="formula")
-def _predict_on_simplex(
-    block: Block, weighting: Weightings, lambda_: Float[Array, ""], temperature: Temperature, *, formula: SimplexFormula
-) -> Predictions:
+def _predict_on_simplex(block: Block, weighting: Weightings, temperature: Temperature, *, formula: SimplexFormula) -> Predictions:
     candidates, neighbors, targets, target_base = block
     scores = score(candidates, neighbors, weighting.ks, weighting.sigmas, *temperature)
-    q = on_simplex(formula, scores.base, scores.residual[0], scores.knn[0], is_first(candidates.ids), lambda_)
+    q = on_simplex(formula, scores.base, scores.residual[0], scores.knn[0], is_first(candidates.ids), weighting.lambdas[0])
     winners, top = best(q.candidates, candidates.ids)
-    probability = target_probability(q, candidates.ids == targets[:, None], target_base[:, temperature.position])
+    probability = target_probability(q, candidates.ids == targets[:, None], target_base[:, temperature[1]])
     return Predictions(winners, top >= q.other * scores.bound, top, probability)  # type: ignore[arg-type]
 
 
@@ -161,16 +154,6 @@ def _predict_adaptive(gate: Gate, block: Block, sigma: Float[Array, ""], *, unit
     winners, top = best(probabilities, candidates.ids)
     sure = top >= q.other * jnp.exp(candidates.bound - log_z)
     return Predictions(winners, sure, top, target_probability(q, some.target, some.target_base))  # type: ignore[arg-type]
-
-
-def _trimmed(arrays: T, some: slice) -> T:
-    """Remove a block's padding."""
-    return type(arrays)(*(np.asarray(array)[: some.stop - some.start] for array in arrays))
-
-
-def _joined(parts: list[T]) -> T:
-    """Concatenate the arrays of all blocks."""
-    return type(parts[0])(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 class SplitScorer:
@@ -198,22 +181,44 @@ class SplitScorer:
         padding = BLOCK - (some.stop - start)
         padded = np.concatenate([np.arange(start, some.stop), np.full(padding, start)])
         rows = np.maximum(q.rows[padded], 0)
-        arrays = [array[padded] for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition)]
-        ids, quantized = (self.datastore.take(name, rows)[..., : self.others] for name in ("residual_ids", "quantized_residuals"))
-        neighbors = Neighbors(
-            jnp.asarray(q.distances[padded]),
-            jnp.asarray(q.neighbor_tokens[padded].astype(np.int32)),
-            jnp.asarray(quantized_at(arrays[0], ids, quantized)),
-            jnp.asarray(self.datastore.take("target_log_probability", rows).astype(np.float32)),
-            jnp.asarray(self.datastore.take("log_power_sums", rows).astype(np.float32)),
+        candidates = [array[padded] for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition)]
+        entries = (self.datastore.take(name, rows)[..., : self.others] for name in ("residual_ids", "quantized_residuals"))
+        neighbors = (
+            q.distances[padded],
+            q.neighbor_tokens[padded].astype(np.int32),
+            quantized_at(candidates[0], *entries),
+            self.datastore.take("target_log_probability", rows).astype(np.float32),
+            self.datastore.take("log_power_sums", rows).astype(np.float32),
         )
-        targets = jnp.asarray(np.pad(q.tokens[some].astype(np.int32), (0, padding), constant_values=-1))
+        targets = np.pad(q.tokens[some].astype(np.int32), (0, padding), constant_values=-1)
         target_logits = q.target_logits[padded].astype(np.float64)[:, None] / np.array(self.temperatures)
-        target_base = np.exp(target_logits - arrays[-1])
-        return some, Block(Candidates(*map(jnp.asarray, arrays)), neighbors, targets, jnp.asarray(target_base.astype(np.float32)))
+        target_base = np.exp(target_logits - candidates[-1]).astype(np.float32)
+        return some, Block(
+            Candidates(*map(jnp.asarray, candidates)),
+            Neighbors(*map(jnp.asarray, neighbors)),
+            jnp.asarray(targets),
+            jnp.asarray(target_base),
+        )
+
+    def _collect(self, name: str, compute: Callable[[Block], T], *, every: int = 1) -> T:
+        """Join the arrays that `compute` returns for each of the `blocks`, without the padding."""
+        total = int(self._in_blocks(every).sum())
+        found: list[np.ndarray] = []
+        for some, block in self.blocks(name, every=every):
+            arrays, structure = jax.tree.flatten(compute(block))
+            # Arrays are filled in place: for large splits, a second copy would not fit into memory.
+            found = found or [np.empty((total, *array.shape[1:]), array.dtype) for array in arrays]
+            start = some.start // every
+            for whole, array in zip(found, arrays, strict=True):
+                whole[start : start + BLOCK] = np.asarray(array)[: total - start]
+        return jax.tree.unflatten(structure, found)
+
+    def _in_blocks(self, every: int) -> Bool[np.ndarray, " queries"]:
+        """Mark the queries of one block in `every`."""
+        return np.arange(len(self.queries.tokens)) // BLOCK % every == 0
 
     def _temperature(self, value: float) -> Temperature:
-        return Temperature(jnp.float32(value), jnp.int32(self.temperatures.index(value)))
+        return jnp.float32(value), jnp.int32(self.temperatures.index(value))
 
     def count_correct(
         self,
@@ -224,51 +229,45 @@ class SplitScorer:
         among: Bool[np.ndarray, " queries"] | None = None,
     ) -> dict[Setting, int]:
         """Count right predictions for every combination of hyperparameters, over all tokens or those that `among` marks."""
-        triples = [(formula, k, sigma) for formula in lambdas for k in ks for sigma in sigmas]
-        weightings = Weightings.of(triples)
-        every_lambda = sorted({lambda_ for some in lambdas.values() for lambda_ in some})
+        kinds = [Setting(formula, k, sigma, 1.0, 1.0) for formula in lambdas for k in ks for sigma in sigmas]
+        weightings, every_lambda = Weightings.of(kinds), sorted(set(itertools.chain(*lambdas.values())))
         lambda_array = np.array(every_lambda, np.float32)
-        counts = np.zeros((len(temperatures), len(triples), len(every_lambda)), np.int64)
-        alone = [number for number, triple in enumerate(triples) if triple[0] == "knnlm" and 1 in lambdas["knnlm"]]
-        knn = Weightings(*(array[np.array(alone, int)] for array in weightings))
-        knn_counts = np.zeros(len(alone), np.int64)
+        counts = np.zeros((len(temperatures), len(kinds), len(every_lambda)), np.int64)
+        knn_counts = np.zeros((len(kinds), 1), np.int64)
         for some, block in self.blocks("tune"):
             if among is not None:
                 counted = np.pad(among[some], (0, BLOCK - (some.stop - some.start)))
                 block = block._replace(targets=jnp.where(counted, block.targets, -1))
             for number, temperature in enumerate(temperatures):
                 counts[number] += _count_correct(block, weightings, lambda_array, self._temperature(temperature))
-            if alone:
-                knn_counts += _count_correct_knn(block, knn)
-        if alone:
-            counts[:, alone, every_lambda.index(1)] = knn_counts
+            knn_counts += _count_correct_knn(block, weightings)
+        counts = np.where(weightings.is_resmem[:, None] | (lambda_array != 1), counts, knn_counts)
         return {
-            Setting(formula, k, sigma, temperature, lambda_): int(counts[t, p, every_lambda.index(lambda_)])
+            kind._replace(temperature=temperature, lambda_=lambda_): int(counts[t, number, every_lambda.index(lambda_)])
             for t, temperature in enumerate(temperatures)
-            for p, (formula, k, sigma) in enumerate(triples)
-            for lambda_ in lambdas[formula]
+            for number, kind in enumerate(kinds)
+            for lambda_ in lambdas[kind.formula]
         }
 
     def predict(self, settings: list[Setting]) -> dict[Setting, tuple[Int[np.ndarray, " queries"], Bool[np.ndarray, " queries"]]]:
         """Return each setting's prediction for every token, and whether it is certified."""
-        count = len(self.queries.tokens)
-        found = {setting: (np.empty(count, np.int32), np.empty(count, bool)) for setting in settings}
-        by_temperature = itertools.groupby(sorted(settings, key=lambda s: s.temperature), key=lambda s: s.temperature)
-        groups = [(self._temperature(temperature), list(group)) for temperature, group in by_temperature]
-        for some, block in self.blocks("score"):
-            for temperature, group in groups:
-                weightings = Weightings.of([(s.formula, s.k, s.sigma) for s in group])
-                arrays = _predict(block, weightings, np.array([s.lambda_ for s in group], np.float32), temperature)
-                for setting, winners, sure in zip(group, *map(np.asarray, arrays), strict=True):
-                    found[setting][0][some] = winners[: some.stop - some.start]
-                    found[setting][1][some] = sure[: some.stop - some.start]
-        return found
+        temperatures = sorted({setting.temperature for setting in settings})
+        by_temperature = {value: [setting for setting in settings if setting.temperature == value] for value in temperatures}
+
+        def compute(block: Block) -> dict[Setting, Any]:
+            found: dict[Setting, Any] = {}
+            for temperature, some in by_temperature.items():
+                arrays = map(np.asarray, _predict(block, Weightings.of(some), self._temperature(temperature)))
+                found |= zip(some, zip(*arrays, strict=True), strict=True)
+            return found
+
+        return self._collect("score", compute)
 
     def log_losses(
         self, sigmas: list[float], temperatures: list[float], lambdas: dict[SimplexFormula, list[float]]
     ) -> dict[Setting, float]:
         """Sum the log losses of all tokens for every combination of these hyperparameters, with all neighbors."""
-        k, every_lambda = self.queries.rows.shape[1], sorted({lambda_ for some in lambdas.values() for lambda_ in some})
+        k, every_lambda = self.queries.rows.shape[1], sorted(set(itertools.chain(*lambdas.values())))
         arrays = np.array(sigmas, np.float32), np.array(every_lambda, np.float32)
         losses = np.zeros((len(temperatures), len(lambdas), len(every_lambda), len(sigmas)))
         for _, block in self.blocks("calibrate"):
@@ -284,26 +283,19 @@ class SplitScorer:
 
     def distributions(self, settings: list[Setting]) -> dict[Setting, Predictions]:
         """Return each setting's predictions with probabilities. A "resmem" setting has probabilities only at lambda = 0."""
-        parts: dict[Setting, list[Predictions]] = {setting: [] for setting in settings}
-        for some, block in self.blocks("score"):
-            for setting, predictions in parts.items():
-                weighting = Weightings.of([(setting.formula, setting.k, setting.sigma)])
-                formula = "boosted" if setting.formula == "resmem" else setting.formula
-                temperature = self._temperature(setting.temperature)
-                found = _predict_on_simplex(block, weighting, np.float32(setting.lambda_), temperature, formula=formula)
-                predictions.append(_trimmed(found, some))
-        return {setting: _joined(predictions) for setting, predictions in parts.items()}
+
+        def compute(block: Block, setting: Setting) -> Predictions:
+            formula = "boosted" if setting.formula == "resmem" else setting.formula
+            return _predict_on_simplex(block, Weightings.of([setting]), self._temperature(setting.temperature), formula=formula)
+
+        return self._collect("score", lambda block: {setting: compute(block, setting) for setting in settings})
 
     def gate_features(self, sigma: float, most: int) -> tuple[GateFeatures, Int[np.ndarray, " some"]]:
         """Return the adaptive gate's features of about `most` tokens, in evenly spaced blocks, and their `groups`."""
-        every, every_group = -(-len(self.queries.tokens) // most), self.queries.groups
-        parts, groups = [], []
-        for some, block in self.blocks("adapt", every=every):
-            parts.append(_trimmed(_gate_features(block, sigma, unit=self.unit_number), some))
-            groups.append(every_group[some])
-        return _joined(parts), np.concatenate(groups)
+        every = -(-len(self.queries.tokens) // most)
+        features = self._collect("adapt", lambda block: _gate_features(block, sigma, unit=self.unit_number), every=every)
+        return features, self.queries.groups[self._in_blocks(every)]
 
     def adaptive(self, gate: Gate, sigma: float) -> Predictions:
         """Return Adaptive ResMem's predictions."""
-        blocks = self.blocks("adapt")
-        return _joined([_trimmed(_predict_adaptive(gate, block, sigma, unit=self.unit_number), some) for some, block in blocks])
+        return self._collect("adapt", lambda block: _predict_adaptive(gate, block, sigma, unit=self.unit_number))
