@@ -45,10 +45,6 @@ class GateFeatures(NamedTuple):
     target: Bool[Array, "queries k"]  # counted, and equal to the query's token
     target_base: Float[Array, " queries"]  # DeepNet's probability of the target, even if no neighbor has it
 
-    def at(self, queries: Int[Array, " some"] | Int[np.ndarray, " some"]) -> "GateFeatures":
-        """Return the features of some queries."""
-        return GateFeatures(*(array[queries] for array in self))
-
 
 class Gate(NamedTuple):
     """The network's weights, and the features' means and scales."""
@@ -101,26 +97,14 @@ def distribution(gate: Gate, some: GateFeatures) -> Distribution:
     return normalized(some.base, some.base * jnp.exp(jnp.clip(change, -LARGEST, LARGEST)), some.counted)
 
 
-def _loss(weights: Weights, gate: Gate, some: GateFeatures) -> Float[Array, ""]:
-    q = distribution(gate._replace(weights=weights), some)
-    return -jnp.mean(jnp.log(target_probability(q, some.target, some.target_base) + 1e-12))
-
-
-@jax.jit
-def _loss_at(weights: Weights, gate: Gate, some: GateFeatures, queries: Int[Array, " some"]) -> Float[Array, ""]:
-    return _loss(weights, gate, some.at(queries))
-
-
 def fit(some: GateFeatures, groups: Int[np.ndarray, " queries"], seed: int = 0) -> Gate:
     """Fit the network on validation tokens, starting from DeepNet alone. Tokens with equal `groups` are not independent."""
     x = np.asarray(some.features)[np.asarray(some.counted)]
     some = GateFeatures(*map(jnp.asarray, some))
     weights = gate_network.initial_weights(x.shape[-1], seed)
     gate = Gate(weights, jnp.asarray(x.mean(axis=0)), jnp.asarray(x.std(axis=0) + 1e-3))
-    steps = _choose_steps(gate, some, groups, seed)
-    for _, weights in _steps(gate, some, np.arange(len(groups)), steps, seed):
-        gate = gate._replace(weights=weights)
-    return gate
+    *_, weights = _train(gate, some, np.arange(len(groups)), _choose_steps(gate, some, groups, seed), seed)
+    return gate._replace(weights=weights)
 
 
 def _choose_steps(gate: Gate, some: GateFeatures, groups: Int[np.ndarray, " queries"], seed: int) -> int:
@@ -134,16 +118,34 @@ def _choose_steps(gate: Gate, some: GateFeatures, groups: Int[np.ndarray, " quer
     parts = np.array_split(held_out, -(-len(held_out) // HELD_OUT_BATCH))
 
     def loss(weights: Weights) -> float:
-        return sum(float(_loss_at(weights, gate, some, part)) * len(part) for part in parts) / len(held_out)
+        return sum(float(_jitted_loss(weights, gate, some, part)) * len(part) for part in parts) / len(held_out)
 
-    losses = {0: loss(gate.weights)}
-    if len(fitted):
-        losses |= {step: loss(weights) for step, weights in _steps(gate, some, fitted, STEPS, seed)}
-    return min(losses, key=lambda step: losses[step])
+    losses = [loss(weights) for weights in _train(gate, some, fitted, STEPS if len(fitted) else 0, seed)]
+    return CHECK_STEPS * min(range(len(losses)), key=losses.__getitem__)
+
+
+def _loss(weights: Weights, gate: Gate, some: GateFeatures, queries: Int[Array, " some"] | Int[np.ndarray, " some"]) -> Float[Array, ""]:
+    """Return the mean cross-entropy of some queries."""
+    some = GateFeatures(*(array[queries] for array in some))
+    q = distribution(gate._replace(weights=weights), some)
+    return -jnp.mean(jnp.log(target_probability(q, some.target, some.target_base) + 1e-12))
+
+
+_jitted_loss = jax.jit(_loss)
 
 
 def _optimizer() -> Any:
     return optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
+
+
+def _train(gate: Gate, some: GateFeatures, queries: Int[np.ndarray, " some"], steps: int, seed: int) -> Iterator[Weights]:
+    """Yield the initial weights, and the weights after every CHECK_STEPS steps."""
+    weights, rng = gate.weights, np.random.default_rng(seed)
+    state = _optimizer().init(weights)
+    yield weights
+    for _ in range(steps // CHECK_STEPS):
+        weights, state = _advance(weights, state, gate, some, rng.choice(queries, (CHECK_STEPS, min(BATCH, len(queries)))))
+        yield weights
 
 
 @jax.jit
@@ -152,17 +154,7 @@ def _advance(weights: Weights, state: Any, gate: Gate, some: GateFeatures, batch
 
     def step(carry: tuple[Weights, Any], queries: Int[Array, " batch"]) -> tuple[tuple[Weights, Any], None]:
         weights, state = carry
-        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, some.at(queries)), state, weights)
+        updates, state = optimizer.update(jax.grad(_loss)(weights, gate, some, queries), state, weights)
         return (optax.apply_updates(weights, updates), state), None
 
-    (weights, state), _ = jax.lax.scan(step, (weights, state), batches)
-    return weights, state
-
-
-def _steps(gate: Gate, some: GateFeatures, queries: Int[np.ndarray, " some"], steps: int, seed: int) -> Iterator[tuple[int, Weights]]:
-    """Yield the step and the weights after every CHECK_STEPS steps."""
-    weights, rng = gate.weights, np.random.default_rng(seed)
-    state = _optimizer().init(weights)
-    for step in range(CHECK_STEPS, steps + 1, CHECK_STEPS):
-        weights, state = _advance(weights, state, gate, some, rng.choice(queries, (CHECK_STEPS, min(BATCH, len(queries)))))
-        yield step, weights
+    return jax.lax.scan(step, (weights, state), batches)[0]
