@@ -1,8 +1,11 @@
 """Choose hyperparameters on validation and compare all methods on test: cached neighbors -> results.json."""
 
+import contextlib
 import importlib.metadata
+import itertools
 import platform
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -38,22 +41,16 @@ class Grid(NamedTuple):
     lambdas: list[float]
 
 
-class Choice(NamedTuple):
-    """The settings of all methods except Adaptive ResMem, and the gate of Adaptive ResMem."""
-
-    methods: dict[str, Setting]
-    gate: Gate
+Curves = dict[tuple[str, str], list[Setting]]  # (axis, method) -> settings
+Found = dict[Setting, tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]  # predictions, certified
 
 
 class Outputs(NamedTuple):
-    """Predictions for a split by all methods in a `Choice`."""
+    """Predictions for a split by all methods."""
 
-    found: dict[Setting, tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]  # prediction, certified
+    found: Found
     on_simplex: dict[Setting, Predictions]
     adaptive: Predictions
-
-
-Curves = dict[str, dict[str, list[Setting]]]  # axis -> method -> settings
 
 
 @stage(name="evaluate", after=("search", "build", "train"), policy="redo")
@@ -80,17 +77,21 @@ def evaluate(
     scorers = {split: SplitScorer(split, open_queries(run, split), datastore) for split in QUERY_SPLITS}
     test = scorers["test"]
     grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test)
-    choice = _choose(scorers["validation"], grid)
-    curves = _curve_settings(choice.methods, grid)
-    outputs = {split: _predict(scorer, choice, curves if split == "test" else {}) for split, scorer in scorers.items()}
-    found, resmem = outputs["test"].found, choice.methods["resmem"]
+    methods = _choose(scorers["validation"], grid)
+    gate = fit_gate(scorers["validation"], methods["resmem"].sigma)
+    curves = _curve_settings(methods, grid)
+    outputs = {
+        "validation": _predict(scorers["validation"], methods, gate),
+        "test": _predict(test, methods, gate, itertools.chain(*curves.values())),
+    }
+    found, resmem, index = outputs["test"].found, methods["resmem"], read_json(run.index / "index.json")
     searched = read_json(run.neighbors / "neighbors.json")
     results = {
-        "splits": {split: _describe_split(searched[split], scorers[split], choice.methods, outputs[split]) for split in scorers},
-        "curves": _describe_curves(curves, grid, outputs["test"], np.asarray(test.queries.tokens)),
+        "splits": {split: _describe_split(searched[split], scorers[split], methods, outputs[split]) for split in scorers},
+        "curves": _describe_curves(curves, grid, found, np.asarray(test.queries.tokens)),
         "examples": corrected_tokens(run, test.queries, datastore, resmem, found[DEEPNET][0], found[resmem][0]),
         "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
-        "index": _describe_index(read_json(run.index / "index.json")),
+        "index": {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])},
         "model": read_json(run.checkpoints / "model.json")["config"],
         "documents": run.record("documents")["result"]["documents"],
         "seconds": {name: run.record(name)["seconds"] for name in STAGES},
@@ -117,11 +118,12 @@ def _usable_grid(grid: Grid, scorer: SplitScorer) -> Grid:
     return grid._replace(ks=usable)
 
 
-def _choose(validation: SplitScorer, grid: Grid) -> Choice:
+def _choose(validation: SplitScorer, grid: Grid) -> dict[str, Setting]:
+    """Return the settings of all methods except Adaptive ResMem."""
     ks, sigmas, temperatures, lambdas = grid
     tuned = tune(validation.count_correct(ks, sigmas, temperatures, grid_of(lambdas)))
     calibrated = calibrate(validation.log_losses(sigmas, temperatures, simplex_grid(lambdas)))
-    methods = {
+    return {
         "deepnet": DEEPNET,
         "knn": tuned["knn"],
         "knnlm": tuned["knnlm"],
@@ -131,45 +133,41 @@ def _choose(validation: SplitScorer, grid: Grid) -> Choice:
         "resmem": tuned["resmem"],
         "resmem_calibrated": calibrated["resmem_calibrated"],
     }
-    return Choice(methods, fit_gate(validation, methods["resmem"].sigma))
 
 
 def _curve_settings(methods: dict[str, Setting], grid: Grid) -> Curves:
     """Return settings that vary k or sigma and keep a method's other hyperparameters."""
-    return {
-        "k": {name: [methods[name]._replace(k=k) for k in grid.ks] for name in IN_CURVES},
-        "sigma": {name: [methods[name]._replace(sigma=sigma) for sigma in grid.sigmas] for name in IN_CURVES},
-    }
+    by_k = {("k", name): [methods[name]._replace(k=k) for k in grid.ks] for name in IN_CURVES}
+    return by_k | {("sigma", name): [methods[name]._replace(sigma=sigma) for sigma in grid.sigmas] for name in IN_CURVES}
 
 
-def _predict(scorer: SplitScorer, choice: Choice, curves: Curves) -> Outputs:
-    methods = choice.methods
+def _predict(scorer: SplitScorer, methods: dict[str, Setting], gate: Gate, others: Iterable[Setting] = ()) -> Outputs:
+    """Predict with all methods, and with `others` besides."""
     wanted = {setting for setting in methods.values() if setting.formula in ("resmem", "knnlm")}
-    wanted |= {setting for by_name in curves.values() for settings in by_name.values() for setting in settings}
     return Outputs(
-        scorer.predict(sorted(wanted)),
+        scorer.predict(sorted(wanted | set(others))),
         scorer.distributions([methods[name] for name in ON_SIMPLEX]),
-        scorer.adaptive(choice.gate, methods["resmem"].sigma),
+        scorer.adaptive(gate, methods["resmem"].sigma),
     )
 
 
 def _describe_split(searched: Record, scorer: SplitScorer, methods: dict[str, Setting], outputs: Outputs) -> Record:
     queries, targets = scorer.queries, np.asarray(scorer.queries.tokens)
     groups, deepnet = queries.groups, outputs.found[DEEPNET][0]
+    methods_found = {
+        name: (outputs.found.get(setting) or outputs.on_simplex[setting][:2], outputs.on_simplex.get(setting), setting.hyperparameters())
+        for name, setting in methods.items()
+    }
+    gate_settings = {"k": queries.rows.shape[1], "sigma": methods["resmem"].sigma}
+    methods_found["resmem_adaptive"] = outputs.adaptive[:2], outputs.adaptive, gate_settings
     described: Record = {}
-    right: dict[str, Bool[np.ndarray, " tokens"]] = {}
-    for name, setting in methods.items():
-        predictions = outputs.found[setting] if setting in outputs.found else outputs.on_simplex[setting][:2]
-        right[name] = predictions[0] == targets
-        described[name] = accuracy_metrics(predictions, deepnet, targets, groups) | {"hyperparameters": setting.hyperparameters()}
-        if setting in outputs.on_simplex:  # other scores are not probabilities, or are 0 for most tokens
-            described[name] |= probability_metrics(outputs.on_simplex[setting], targets)
+    for name, (predictions, probabilities, hyperparameters) in methods_found.items():
+        described[name] = accuracy_metrics(predictions, deepnet, targets, groups) | {"hyperparameters": hyperparameters}
+        if probabilities:  # other scores are not probabilities, or are 0 for most tokens
+            described[name] |= probability_metrics(probabilities, targets)
     described["deepnet"]["hyperparameters"] = {}
     described["resmem_calibrated"]["form"] = methods["resmem_calibrated"].formula
-    adaptive = outputs.adaptive
-    described["resmem_adaptive"] = accuracy_metrics(adaptive[:2], deepnet, targets, groups) | probability_metrics(adaptive, targets)
-    described["resmem_adaptive"]["hyperparameters"] = {"k": queries.rows.shape[1], "sigma": methods["resmem"].sigma}
-    right["resmem_adaptive"] = adaptive.predictions == targets
+    right = {name: predictions == targets for name, ((predictions, _), *_) in methods_found.items()}
     differences = []
     for one, other in DIFFERENCES:
         difference = right[one].astype(np.float64) - right[other]
@@ -179,31 +177,20 @@ def _describe_split(searched: Record, scorer: SplitScorer, methods: dict[str, Se
     return shown | {"methods": described, "differences": differences}
 
 
-def _describe_curves(curves: Curves, grid: Grid, outputs: Outputs, targets: Int[np.ndarray, " tokens"]) -> Record:
+def _describe_curves(curves: Curves, grid: Grid, found: Found, targets: Int[np.ndarray, " tokens"]) -> Record:
     """Return test accuracy for every setting of the curves."""
-    values: dict[str, list[Any]] = {"k": grid.ks, "sigma": grid.sigmas}
+    accuracy = {setting: float(np.mean(predictions == targets)) for setting, (predictions, _) in found.items()}
 
-    def accuracy(settings: list[Setting]) -> list[float]:
-        return [float(np.mean(outputs.found[setting][0] == targets)) for setting in settings]
+    def of_axis(axis: str) -> dict[str, list[float]]:
+        return {name: [accuracy[setting] for setting in curves[axis, name]] for name in IN_CURVES}
 
-    return {
-        axis: {"values": values[axis], "accuracy": {name: accuracy(settings) for name, settings in by_name.items()}}
-        for axis, by_name in curves.items()
-    }
-
-
-def _describe_index(manifest: Record) -> Record:
-    return {"kind": manifest["kind"], "candidates": manifest["candidates"], "shards": len(manifest["shards"])}
+    return {"k": {"values": grid.ks, "accuracy": of_axis("k")}, "sigma": {"values": grid.sigmas, "accuracy": of_axis("sigma")}}
 
 
 def _versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages."""
-    installed = {name: _version(name) for name in PACKAGES}
-    return {"python": platform.python_version()} | {name: version for name, version in installed.items() if version}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
