@@ -72,13 +72,8 @@ def at_temperature(
     """Return residual entries at temperature T from probabilities p_1 at T = 1.
 
     The logits are log p_1 + log Z_1. Hence p_T = p_1^(1/T) / exp(s_T), where s_T = log sum_y p_1(y)^(1/T) = log Z_T - log Z_1 / T.
-
-    Args:
-        powers: p_1^(1/T) of each entry; 0 for a missing entry.
-        is_target: mask of the entry of the row's own token. Its power is ignored.
-        target_log_probability: log p_1 of the own token, more exact than its power.
-        log_power_sum: s_T, which is 0 at T = 1.
-        temperature: T.
+    `powers` are p_1^(1/T), or 0 for a missing entry. `log_power_sum` is s_T. The power of the row's own token, which `is_target` marks, is
+    ignored: its log p_1, `target_log_probability`, is more exact.
     """
     own = jnp.exp(target_log_probability / temperature - log_power_sum)
     return jnp.where(is_target, 1 - own[..., None], -powers * jnp.exp(-log_power_sum)[..., None])

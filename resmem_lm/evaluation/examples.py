@@ -84,8 +84,7 @@ def corrected_tokens(
 
 def _helpful_neighbors(q: Queries, query: int, setting: Setting, contexts: Contexts) -> list[Record]:
     """Describe the neighbors that add most to the query's token, most helpful first."""
-    place = np.array([query])
-    rows, distances, neighbor_tokens = (array[place][0, : setting.k] for array in (q.rows, q.distances, q.neighbor_tokens))
+    rows, distances, neighbor_tokens = (array[np.array([query])][0, : setting.k] for array in (q.rows, q.distances, q.neighbor_tokens))
     weights = np.asarray(neighbor_weights(jnp.asarray(distances[None]), setting.sigma))[0]
     # A neighbor adds its weight times its residual at its own token, its first entry.
     added = weights * contexts.datastore.residuals(np.maximum(rows, 0), setting.temperature)[1][:, 0]

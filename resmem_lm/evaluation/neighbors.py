@@ -74,14 +74,12 @@ def truncate_neighbors(queries: Queries, k: int) -> Queries:
     if not 1 <= k <= searched:
         raise UserError(f"k = {k}: {searched} neighbors were searched; choose from 1 to {searched}")
 
-    def cut(array: ShardedArray, columns: int) -> ShardedArray:
-        return ShardedArray([part[:, :columns] for part in array.parts])
+    def cut(*names: str) -> dict[str, Any]:
+        """Drop the last columns, which belong to the farthest neighbors. Columns of DeepNet's own candidates come first."""
+        drop = k - searched or None
+        return {name: ShardedArray([part[:, :drop] for part in getattr(queries, name).parts]) for name in names}
 
-    by_neighbor: dict[str, Any] = {name: cut(getattr(queries, name), k) for name in ("rows", "distances", "neighbor_tokens")}
-    # DeepNet's own candidates come first, then a candidate for each neighbor.
-    candidates = queries.candidate_ids.shape[1] - searched + k
-    by_candidate: dict[str, Any] = {name: cut(getattr(queries, name), candidates) for name in ("candidate_ids", "candidate_logits")}
-    return queries._replace(**by_neighbor, **by_candidate)
+    return queries._replace(**cut("rows", "distances", "neighbor_tokens", "candidate_ids", "candidate_logits"))
 
 
 def common(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> int:

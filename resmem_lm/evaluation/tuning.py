@@ -30,7 +30,7 @@ def calibrate(losses: dict[Setting, float]) -> dict[str, Setting]:
     """Return the settings with the lowest log loss, of kNN-LM and of Calibrated ResMem in either form."""
 
     def winner(*formulas: Formula) -> Setting:
-        return min((setting for setting in losses if setting.formula in formulas), key=lambda setting: losses[setting])
+        return min((setting for setting in losses if setting.formula in formulas), key=losses.__getitem__)
 
     return {"knnlm_perplexity": winner("knnlm"), "resmem_calibrated": winner("boosted", "clipped")}
 
