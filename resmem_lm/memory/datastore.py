@@ -184,13 +184,7 @@ class Datastore:
                 raise UserError(f"{problem}; {rebuild_hint(self.folder, shard)}")
 
 
-def open_datastore(
-    folder: AnyPath,
-    *,
-    model: str | None = None,
-    vocabulary: str | None = None,
-    checksums: Checksums = False,
-) -> Datastore:
+def open_datastore(folder: AnyPath, *, model: str | None = None, vocabulary: str | None = None, checksums: Checksums = False) -> Datastore:
     """Open a finished datastore after checking the size of every file, and the checksums that `checksums` selects.
 
     Raise UserError if it is unfinished or damaged, or if it was built with another model (a fingerprint) or vocabulary (a checksum).
@@ -212,7 +206,6 @@ def open_datastore(
 
 def datastore_summary(run: Run) -> Record:
     """Return the result of the stage `build`."""
-    folder = run.datastore
-    datastore = open_datastore(folder)
+    datastore = open_datastore(run.datastore)
     counts = {name: sum(shard["counts"][name] for shard in datastore.shards) for name in COUNTERS}
-    return {"manifest": sha256(folder / "manifest.json"), "rows": datastore.live_rows, "bytes": datastore.bytes, "counts": counts}
+    return {"manifest": sha256(run.datastore / "manifest.json"), "rows": datastore.live_rows, "bytes": datastore.bytes, "counts": counts}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -70,10 +71,6 @@ def query_head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: 
     return QueryRows(keys.astype(jnp.float32), hidden.astype(jnp.float32))
 
 
-def _first(output: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x)[:count], output)
-
-
 class Encoder:
     """Apply the model to the windows of documents, and a head to the emitted tokens. Project the keys if a projection is given."""
 
@@ -106,5 +103,5 @@ class Encoder:
             for start in range(0, len(places), TOKENS):
                 some = places[start : start + TOKENS]
                 padded = np.pad(some, (0, TOKENS - len(some)))
-                output = self._head(self.parameters, keys, hidden, batch.tokens, padded)
-                yield batch.positions.reshape(-1)[some], _first(output, len(some))
+                output = jax.device_get(self._head(self.parameters, keys, hidden, batch.tokens, padded))
+                yield batch.positions.reshape(-1)[some], jax.tree.map(itemgetter(slice(len(some))), output)

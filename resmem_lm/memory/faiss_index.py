@@ -5,7 +5,6 @@ bits, a random rotation first spreads the variance of the keys over all dimensio
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -73,19 +72,6 @@ def _rotated_dimensions(dimensions: int) -> int:
     return dimensions + -dimensions % CODE_DIMENSIONS
 
 
-def add(index: "faiss.IndexPreTransform", blocks: Iterable[Float[np.ndarray, "rows emb"]]) -> None:
-    """Add blocks of at most BLOCK keys to an index."""
-    parts(index)[1].pq.sync_transposed_centroids()  # reduces the time to encode to three fifths
-    for keys in blocks:
-        index.add(keys)
-
-
-def write(index: "faiss.IndexPreTransform", folder: Path) -> None:
-    """Write index.faiss. A full disk raises OSError, which faiss's own writer does not."""
-    with (folder / FILE).open("wb") as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-
-
 def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     """Write the index of part of a datastore and return its parameters. Below `SMALL` rows, write nothing: the search is exact."""
     rows = datastore.rows
@@ -95,38 +81,18 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     sample = datastore.keys(np.arange(chosen.sample) * rows // chosen.sample)
     index = learn(sample, chosen.leaves)
     radius = probe_radius(index, sample, max(1, round(NEIGHBORS * chosen.sample / rows)))
-    starts = ((shard, start) for shard, record in enumerate(datastore.shards) for start in range(0, record["rows"], BLOCK))
-    add(index, (datastore.shard_keys(shard, slice(start, start + BLOCK)) for shard, start in starts))
-    write(index, folder)
+    parts(index)[1].pq.sync_transposed_centroids()  # reduces the time to encode to three fifths
+    for shard, record in enumerate(datastore.shards):
+        for start in range(0, record["rows"], BLOCK):
+            index.add(datastore.shard_keys(shard, slice(start, start + BLOCK)))
+    with (folder / FILE).open("wb") as file:  # faiss's own writer does not raise OSError if the disk is full
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     return {"leaves": chosen.leaves, "leaves_to_search": chosen.probed, "probe_radius": radius}
 
 
 def parts(index: "faiss.IndexPreTransform") -> "tuple[faiss.VectorTransform, faiss.IndexIVFPQFastScan]":
     """Return the rotation and the inverted lists of an index. The caller must keep the index alive."""
     return index.chain.at(0), faiss.downcast_index(index.index)
-
-
-def nearest_codes(
-    ivf: "faiss.IndexIVFPQFastScan",
-    rotated: Float[np.ndarray, "queries whole"],
-    lists: Int[np.ndarray, "queries lists"],
-    squared: Float[np.ndarray, "queries lists"],
-    wanted: int,
-    selector: "faiss.IDSelector | None" = None,
-) -> Int[np.ndarray, "queries wanted"]:
-    """Return the `wanted` rows with the nearest codes in the probed lists of each rotated query, padded with -1.
-
-    `squared` has the squared distances from the queries to the centers of the lists. `selector` restricts the rows.
-    """
-    # The lists are given, which saves a second comparison with all centers. The C function takes their number as an argument. faiss's
-    # Python wrapper reads it from the index, which threads share.
-    options = {} if selector is None else {"sel": selector}
-    parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1], **options)
-    lists, squared = np.ascontiguousarray(lists), np.ascontiguousarray(squared)
-    rows, distances = np.empty((len(rotated), wanted), np.int64), np.empty((len(rotated), wanted), np.float32)
-    pointers = [faiss.swig_ptr(array) for array in (lists, squared, distances, rows)]
-    ivf.search_preassigned_c(len(rotated), faiss.swig_ptr(rotated), wanted, *pointers, False, parameters)
-    return rows
 
 
 class Searcher:
@@ -136,11 +102,11 @@ class Searcher:
         self._index = faiss.read_index(str(folder / FILE))
         self.rotation, self._ivf = parts(self._index)
         self._most, self._radius = record["leaves_to_search"], record["probe_radius"]
-        self._live = None
+        self._only_live = {}
         if datastore.live_rows < datastore.rows:
             blocks = (np.arange(start, min(start + BLOCK, datastore.rows)) for start in range(0, datastore.rows, BLOCK))
             bits = np.concatenate([np.packbits(~datastore.is_deleted(rows), bitorder="little") for rows in blocks])
-            self._live = faiss.IDSelectorBitmap(bits)
+            self._only_live = {"sel": faiss.IDSelectorBitmap(bits)}
 
     def lists(
         self, rotated: Float[np.ndarray, "queries whole"]
@@ -162,12 +128,24 @@ class Searcher:
         while len(pending):
             for count in np.unique(counts):
                 some = np.flatnonzero(counts == count)
-                probed = rotated[pending[some]], lists[some, :count], squared[some, :count]
-                rows[pending[some]] = nearest_codes(self._ivf, *probed, wanted, self._live)
+                rows[pending[some]] = self._nearest_codes(rotated[pending[some]], lists[some, :count], squared[some, :count], wanted)
             few = (rows[pending, needed - 1] < 0) & (counts < self._ivf.nlist)
             pending, counts = pending[few], np.minimum(self._ivf.nlist, 4 * counts[few])
             if len(pending):
                 squared, lists = self._ivf.quantizer.search(rotated[pending], int(counts.max()))
+        return rows
+
+    def _nearest_codes(
+        self, rotated: Float[np.ndarray, "some whole"], lists: Int[np.ndarray, "some n"], squared: Float[np.ndarray, "some n"], wanted: int
+    ) -> Int[np.ndarray, "some wanted"]:
+        """Return the live rows with the nearest codes in the lists, padded with -1. `squared` has the squared distances to the centers."""
+        # The lists are given, which saves a second comparison with all centers. The C function takes their number as an argument. faiss's
+        # Python wrapper reads it from the index, which threads share.
+        parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1], **self._only_live)
+        lists, squared = np.ascontiguousarray(lists), np.ascontiguousarray(squared)
+        rows, distances = np.empty((len(rotated), wanted), np.int64), np.empty((len(rotated), wanted), np.float32)
+        pointers = [faiss.swig_ptr(array) for array in (lists, squared, distances, rows)]
+        self._ivf.search_preassigned_c(len(rotated), faiss.swig_ptr(rotated), wanted, *pointers, False, parameters)
         return rows
 
 

@@ -1,5 +1,6 @@
 """Choose the library of an index, and the number of rows of an index shard."""
 
+import bisect
 from typing import Any
 
 from resmem_lm.memory import faiss_index, scann_index
@@ -26,11 +27,8 @@ def index_memory(kind: str, rows: int, dimensions: int, training_rows: int) -> i
 
 def largest_index(kind: str, memory: int, dimensions: int, training_rows: int) -> int:
     """Return the maximum of rows for which an index can be built in `memory` bytes, or 0."""
-    low, high = 0, max(0, memory) + 1  # a row needs more than a byte
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if index_memory(kind, middle, dimensions, training_rows) <= memory else (low, middle)
-    return low
+    counts = range(1, memory + 1)  # a row needs more than a byte
+    return bisect.bisect_right(counts, memory, key=lambda rows: index_memory(kind, rows, dimensions, training_rows))
 
 
 def group_shards(shard_rows: list[int], most: int) -> list[tuple[int, int]]:

@@ -36,17 +36,12 @@ def save_projection(path: AnyPath, projection: Float[np.ndarray, "emb dimensions
     write_bytes(path, content.getvalue())
 
 
-def load_projection(path: AnyPath, checksum: str) -> Float[np.ndarray, "emb dimensions"]:
-    """Return the projection in a file. Raise UserError if the file is missing or has another checksum."""
-    if not path.exists() or sha256(path) != checksum:
-        raise UserError(f"{path} is missing or was altered: delete {path.parent} and run `resmem build` again")
-    with path.open("rb") as file:
-        projection: np.ndarray = np.load(io.BytesIO(file.read()), allow_pickle=False)
-    return projection
-
-
 def projection_of(folder: AnyPath, binding: Binding) -> Float[np.ndarray, "emb dimensions"] | None:
-    """Return the projection of a datastore's keys, or None if they are not projected."""
+    """Return the projection of a datastore's keys, or None without one. Raise UserError if its file is missing or was altered."""
     if binding.projection is None or binding.key_dimensions is None:
         return None
-    return load_projection(projection_path(folder, binding.model, binding.key_dimensions), binding.projection)
+    path = projection_path(folder, binding.model, binding.key_dimensions)
+    if not path.exists() or sha256(path) != binding.projection:
+        raise UserError(f"{path} is missing or was altered: delete {path.parent} and run `resmem build` again")
+    projection: np.ndarray = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    return projection

@@ -67,25 +67,17 @@ def build(datastore: Datastore, folder: Path, settings: Record) -> Record:
     norms = np.linalg.norm(keys[:: max(1, len(keys) // 100_000)], axis=1)
     # A search by inner products is three times faster. If all keys have the same norm, it has the same result.
     facts: Record = {"measure": "dot_product" if norms.std() < 0.02 * norms.mean() else "squared_l2"}
-    if datastore.rows >= SMALL:
-        chosen = tree(*keys.shape, settings["training_rows"])
-        facts |= {"leaves": chosen.leaves, "leaves_to_search": chosen.probed, "block": block(keys.shape[1])}
-    used = {name: settings[name] for name in ("candidates", "training_rows", "threads")}
-    learn(keys, facts, **used).serialize(str(folder), relative_path=True)
+    builder = _scann().builder(keys, settings["candidates"], facts["measure"]).set_n_training_threads(settings["threads"])
+    if datastore.rows < SMALL:
+        builder = builder.score_brute_force()
+    else:
+        leaves, probed, sample, _ = tree(*keys.shape, settings["training_rows"])
+        facts |= {"leaves": leaves, "leaves_to_search": probed, "block": block(keys.shape[1])}
+        # Random centers are not reproducible. k-means++ is, because ScaNN fixes its seed.
+        builder = builder.tree(num_leaves=leaves, num_leaves_to_search=probed, training_sample_size=sample, random_init=False)
+        builder = builder.score_ah(facts["block"], anisotropic_quantization_threshold=0.2, training_sample_size=sample)
+    builder.build().serialize(str(folder), relative_path=True)
     return facts
-
-
-def learn(keys: Float[np.ndarray, "rows emb"], facts: Record, candidates: int, training_rows: int, threads: int) -> Any:
-    """Return ScaNN's searcher of the keys. It is exact if `facts` has no `leaves`."""
-    builder = _scann().builder(keys, candidates, facts["measure"]).set_n_training_threads(threads)
-    if "leaves" not in facts:
-        return builder.score_brute_force().build()
-    sample = min(training_rows, len(keys))
-    # Random centers are not reproducible. k-means++ is, because ScaNN fixes its seed.
-    builder = builder.tree(
-        num_leaves=facts["leaves"], num_leaves_to_search=facts["leaves_to_search"], training_sample_size=sample, random_init=False
-    )
-    return builder.score_ah(facts["block"], anisotropic_quantization_threshold=0.2, training_sample_size=sample).build()
 
 
 def index_bytes(rows: int, dimensions: int) -> int:

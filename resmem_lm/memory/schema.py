@@ -59,8 +59,7 @@ class Binding:
 
     def to_json(self) -> Record:
         """Return this binding as entries of a manifest."""
-        value: Record = json.loads(json.dumps({"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self)}))
-        return value
+        return {"format": FORMAT, "key": KEY_POSITION, **dataclasses.asdict(self), "temperatures": list(self.temperatures)}
 
     @classmethod
     def from_json(cls, manifest: Record) -> "Binding":

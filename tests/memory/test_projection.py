@@ -10,8 +10,10 @@ from resmem_lm.errors import UserError
 from resmem_lm.evaluation.evaluate import evaluate
 from resmem_lm.maintenance.verify import verify
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.memory.projection import load_projection, principal_components, save_projection
+from resmem_lm.memory.projection import principal_components, projection_of, projection_path, save_projection
+from resmem_lm.memory.schema import Binding
 from resmem_lm.report.inspect import inspect
+from resmem_lm.text.windows import WindowSpec
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, remove, sha256
 from tests.tiny import shard_folder
@@ -38,13 +40,13 @@ def test_no_direction_has_most_of_the_variance(seed):
 
 
 def test_a_saved_projection_is_loaded_and_an_altered_one_is_refused(tmp_path):
-    projection, path = np.arange(6, dtype=np.float32).reshape(3, 2), tmp_path / "projection.npy"
+    projection, path = np.arange(6, dtype=np.float32).reshape(3, 2), projection_path(tmp_path, "model", 2)
     save_projection(path, projection)
-    checksum = sha256(path)
-    np.testing.assert_array_equal(load_projection(path, checksum), projection)
+    binding = Binding("model", "vocabulary", WindowSpec(32, 8), (1.0,), 16, key_dimensions=2, projection=sha256(path))
+    np.testing.assert_array_equal(projection_of(tmp_path, binding), projection)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"was altered: delete .* and run `resmem build` again"):
-        load_projection(path, checksum)
+        projection_of(tmp_path, binding)
 
 
 def settings(workdir, name):
