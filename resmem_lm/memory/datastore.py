@@ -83,10 +83,8 @@ class Datastore:
 
     def is_deleted(self, rows: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
         """Return the mask of deleted rows."""
-        if not len(self._deleted):
-            return np.zeros(rows.shape, bool)
-        place = np.searchsorted(self._deleted[:, 0], rows, side="right") - 1
-        return (place >= 0) & (rows < self._deleted[np.maximum(place, 0), 1])
+        # The ranges are in order and disjoint, so an odd number of their bounds are at or before a row inside a range.
+        return np.searchsorted(self._deleted.ravel(), rows, side="right") % 2 == 1
 
     def array(self, name: str) -> ShardedArray:
         """Return an array over all shards."""

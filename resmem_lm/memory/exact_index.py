@@ -25,20 +25,17 @@ class ExactIndex:
     def search(self, queries: Float[np.ndarray, "queries emb"], k: int) -> Nearest:
         """Search as `Index.search` specifies."""
         kept = k + SPARE
-        rows = np.full((len(queries), 2 * kept), -1, np.int64)  # the best rows so far, then those of one block
-        scores = np.full((len(queries), 2 * kept), -np.inf, np.float32)
+        rows, scores = np.full((len(queries), kept), -1, np.int64), np.full((len(queries), kept), -np.inf, np.float32)  # the best so far
         for first_row, keys, live in self._blocks():
-            count = min(kept, len(keys))
             for begin in range(0, len(queries), QUERY_BLOCK):
                 some = slice(begin, begin + QUERY_BLOCK)
-                block_scores, places = _search_block(jnp.asarray(queries[some]), keys, live, count)
-                scores[some, kept : kept + count] = block_scores
-                rows[some, kept : kept + count] = np.asarray(places) + first_row
-            order = np.argsort(-scores, axis=1, kind="stable")[:, :kept]
-            scores[:, :kept], rows[:, :kept] = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-            scores[:, kept:], rows[:, kept:] = -np.inf, -1
+                block_scores, places = _search_block(jnp.asarray(queries[some]), keys, live, min(kept, len(keys)))
+                both_scores = np.concatenate([scores[some], block_scores], axis=1)
+                both_rows = np.concatenate([rows[some], np.asarray(places) + first_row], axis=1)
+                order = np.argsort(-both_scores, axis=1, kind="stable")[:, :kept]
+                scores[some], rows[some] = np.take_along_axis(both_scores, order, axis=1), np.take_along_axis(both_rows, order, axis=1)
         rows[np.isneginf(scores)] = -1  # deleted rows and padding
-        return in_threads(lambda some, candidates: rank_candidates(self.datastore, some, candidates, k), queries, rows[:, :kept])
+        return in_threads(lambda some, candidates: rank_candidates(self.datastore, some, candidates, k), queries, rows)
 
     def _blocks(self) -> Iterator[tuple[int, Float[Array, "keys emb"], Bool[Array, " keys"]]]:
         """Yield the first row, the keys and the mask of live rows of each block, padded to a power of two to compile few shapes."""

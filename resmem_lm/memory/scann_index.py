@@ -30,7 +30,7 @@ class Searcher:
             # If the probed leaves have too few rows, ScaNN returns row 0 with a score of NaN.
             found = np.where(np.isnan(scores), -1, found.astype(np.int64))
             exhausted = (found < 0).any(axis=1)
-            found[self.datastore.is_deleted(found) & (found >= 0)] = -1
+            found[self.datastore.is_deleted(found)] = -1
             order = np.argsort(found < 0, axis=1, kind="stable")[:, : result.shape[1]]
             result[pending] = np.take_along_axis(found, order, axis=1)
             pending = pending[(result[pending] < 0).any(axis=1) & ~exhausted] if count < rows else pending[:0]
