@@ -128,7 +128,7 @@ class PlaceTrain:
         if not document.text.strip():
             yield Place("empty"), document
         elif place < self.fraction:
-            similar = held_out.has_similar(minhash(document.text))
+            similar = held_out.similar(minhash(document.text))
             shard = min(int(place / self.fraction * self.shards), self.shards - 1)
             yield Place("near_duplicate") if similar else Place("train", shard), document
 

@@ -70,16 +70,14 @@ def _new_documents(run: Run, text: Text, settings: Record, counts: Record) -> li
     with progress("append", total=None, unit="documents") as bar:
         for number, document in enumerate(documents):
             bar.update(number)
-            signature = minhash(document.text)
             if not document.text.strip():
                 counts["empty"] += 1
             elif document.group is not None and position(document.group) < held_out:
                 counts["held_out"] += 1
-            elif signatures.has_similar(signature):
-                counts["duplicate"] += 1
-            else:
-                signatures.add(signature)
+            elif signatures.add_new(document.text):
                 new.append(document)
+            else:
+                counts["duplicate"] += 1
     present: set[int] = set()  # indexes of the new documents that the work directory already has
     paths = _all_shards(run)
     with progress("compare", total=len(paths), unit="shards of documents") as bar:

@@ -6,7 +6,6 @@ repeat a docstring of another module, which may be in another split. So near-dup
 
 import ast
 import importlib.metadata
-import inspect
 import itertools
 import operator
 import sysconfig
@@ -14,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from resmem_lm.text.duplicates import mark_duplicates
+from resmem_lm.text.duplicates import Signatures
 
 # A fixed list, so that a new dependency does not change the text and with it the results of the demo.
 # fmt: off
@@ -47,9 +46,7 @@ def module_files() -> Iterator[tuple[str, Path]]:
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     # Visit statements only. ast.walk visits every expression, which takes ten times as long.
-    first = node.body[0] if node.body else None
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        yield inspect.cleandoc(first.value.value)
+    yield ast.get_docstring(node) or ""
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docstrings(child)
@@ -70,7 +67,7 @@ def module_docstrings(path: Path) -> list[str]:
 def documents(*, duplicate_threshold: float) -> Iterator[tuple[str, str]]:
     """Yield (id, text) of every module that has docstrings, without near-duplicate docstrings."""
     docstrings = ((name, text) for name, path in module_files() for text in module_docstrings(path))
-    marked = mark_duplicates(((pair, pair[1]) for pair in docstrings), threshold=duplicate_threshold)
-    kept = (pair for pair, duplicate in marked if not duplicate)
+    signatures = Signatures(duplicate_threshold)
+    kept = (pair for pair in docstrings if signatures.add_new(pair[1]))
     for name, pairs in itertools.groupby(kept, key=operator.itemgetter(0)):
         yield name, "\n\n".join(text for _, text in pairs)

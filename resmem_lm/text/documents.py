@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 from resmem_lm.errors import UserError, check_least
-from resmem_lm.text.duplicates import mark_duplicates
+from resmem_lm.text.duplicates import Signatures
 from resmem_lm.text.shards import SPLITS, position, shard_content, shard_name, write_manifest
 from resmem_lm.text.sources import DOCSTRINGS, Document, Source, read_documents
 from resmem_lm.workdir.progress import progress
@@ -33,14 +33,14 @@ def assign_splits(documents: Iterable[Document], *, validation_fraction: float, 
     filled = set()
     for number, document in enumerate(documents):
         if document.group is not None:
-            filled.add(split := split_at(position(document.group)))
-            yield split, document
-            continue
-        bisect.insort(held, (position(document.text), number, document))
-        if len(held) > 3:
+            place = position(document.group)
+        else:
+            bisect.insort(held, (position(document.text), number, document))
+            if len(held) <= 3:
+                continue
             place, _, document = held.pop(2)
-            filled.add(split := split_at(place))
-            yield split, document
+        filled.add(split := split_at(place))
+        yield split, document
     for wanted, (place, _, document) in reversed(list(zip(("test", "validation", "train"), held, strict=False))):
         filled.add(split := split_at(place) if wanted in filled else wanted)
         yield split, document
@@ -67,9 +67,6 @@ def prepare_documents(
         test_fraction: share of the documents used for the reported results, 0 to 1.
         duplicate_threshold: Jaccard similarity of word 5-grams, above 0 and up to 1, at which the later of two documents is dropped.
         shards: number of train shards. `build_datastore.shards` sets the number of them in the datastore.
-
-    Returns:
-        The number of documents in each split, of empty documents and of duplicates, and the checksum of every shard.
 
     Raises:
         UserError: the text is missing or unreadable, it has fewer than three documents, or a setting is out of range.
@@ -99,18 +96,14 @@ def prepare_documents(
 
 def _distinct(documents: Iterable[Document], threshold: float, counts: dict[str, int]) -> Iterator[Document]:
     """Yield the documents that are neither empty nor near-duplicates, and count the others in `counts`."""
-
-    def nonempty() -> Iterator[tuple[Document, str]]:
-        for document in documents:
-            if document.text.strip():
-                yield document, document.text
-            else:
-                counts["empty"] += 1
-
-    for document, duplicate in mark_duplicates(nonempty(), threshold=threshold):
-        counts["duplicate"] += duplicate
-        if not duplicate:
+    signatures = Signatures(threshold)
+    for document in documents:
+        if not document.text.strip():
+            counts["empty"] += 1
+        elif signatures.add_new(document.text):
             yield document
+        else:
+            counts["duplicate"] += 1
 
 
 def _write_shards(folder: AnyPath, splits: Iterable[tuple[str, Document]], train_shards: int, counts: dict[str, int]) -> None:

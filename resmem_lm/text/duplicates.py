@@ -1,12 +1,8 @@
 """Find near-duplicate texts with MinHash (Broder 1997) over word 5-grams, as Lee et al. (2022) do for C4."""
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from rensa import RMinHash, RMinHashLSH
-
-T = TypeVar("T")
 
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
@@ -39,20 +35,10 @@ class Signatures:
         """Return the numbers (0 for the text added first) of the texts with an estimated Jaccard similarity of at least `threshold`."""
         return [other for other in self._lsh.query(signature) if signature.jaccard(self._kept[other]) >= self.threshold]
 
-    def has_similar(self, signature: RMinHash) -> bool:
-        """Return whether any added text is similar."""
-        return bool(self.similar(signature))
-
-
-def mark_duplicates(texts: Iterable[tuple[T, str]], *, threshold: float) -> Iterator[tuple[T, bool]]:
-    """Yield each label with True if its text is a near-duplicate of an earlier text that was kept, otherwise with False.
-
-    The first of several near-duplicates is kept. So the result depends on the order of the texts.
-    """
-    kept = Signatures(threshold)
-    for label, text in texts:
+    def add_new(self, text: str) -> bool:
+        """Add a text unless a similar one was added before, and return whether it was added."""
         signature = minhash(text)
-        duplicate = kept.has_similar(signature)
-        if not duplicate:
-            kept.add(signature)
-        yield label, duplicate
+        new = not self.similar(signature)
+        if new:
+            self.add(signature)
+        return new

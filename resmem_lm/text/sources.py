@@ -22,8 +22,7 @@ from resmem_lm.workdir.storage import AnyPath, files_below, with_home
 Source = str | list[str] | tuple[str, ...]  # files, directories and globs, or one of the two names below
 DOCSTRINGS, DESCRIPTIONS = "docstrings", "descriptions"  # texts that every installation has
 
-_TEXT_SUFFIXES = (".txt", ".md")
-_LINES_SUFFIXES = (".jsonl", ".json")
+_KINDS = {".txt": "text", ".md": "text", ".jsonl": "lines", ".json": "lines"}
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open, ".bz2": bz2.open}
 
 
@@ -51,7 +50,7 @@ def read_documents(text: Source, *, duplicate_threshold: float, group: str | Non
 
 def text_files(text: Source) -> list[AnyPath]:
     """Return each file of a text once, in a stable order. Directories are searched recursively."""
-    suffixes = ", ".join((*_TEXT_SUFFIXES, *_LINES_SUFFIXES))
+    suffixes = ", ".join(_KINDS)
     found: list[AnyPath] = []
     for pattern in [text] if isinstance(text, str) else text:
         matches = _matches(pattern)
@@ -77,20 +76,15 @@ def _matches(pattern: str) -> list[AnyPath]:
 
 
 def _kind(path: AnyPath) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _OPENERS:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
-    return "text" if suffix in _TEXT_SUFFIXES else "lines" if suffix in _LINES_SUFFIXES else None
+    unpacked = path.with_suffix("") if path.suffix.lower() in _OPENERS else path
+    return _KINDS.get(unpacked.suffix.lower())
 
 
 def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
     """Yield the documents of one file, including empty ones."""
     for place, record in read_records(path):
         if group and _kind(path) == "lines":
-            if not isinstance(record.get(group), str):
-                raise UserError(f'{place} has no field "{group}" with a string: prepare_documents.group names a field of every line')
-            _check_unicode(record[group], group, place)
+            _check_text(record, group, place, "prepare_documents.group names a field of every line")
         yield Document(place, record["text"], record.get(group) if group else None)
 
 
@@ -98,7 +92,8 @@ def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (document id, record with a `text`) for each document of a file. Raise UserError if the file or a line cannot be read."""
     name = os.fsencode(str(path)).decode("utf-8", "replace")
     try:
-        with _open(path) as file:
+        opener = _OPENERS.get(path.suffix.lower(), contextlib.nullcontext)
+        with path.open("rb") as raw, opener(raw) as file:
             if _kind(path) == "text":
                 text = _decode(file.read(), name)
                 yield name, {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
@@ -110,13 +105,6 @@ def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{name} cannot be read ({error.strerror}): make it readable or leave it out of TEXT") from None
         raise UserError(f"{name} cannot be decompressed ({error}): fetch it again") from None
-
-
-@contextlib.contextmanager
-def _open(path: AnyPath) -> Iterator[Any]:
-    opener = _OPENERS.get(path.suffix.lower(), lambda raw, _: contextlib.nullcontext(raw))
-    with path.open("rb") as raw, opener(raw, "rb") as file:
-        yield file
 
 
 def _decode(content: bytes, place: str) -> str:
@@ -131,15 +119,15 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
         record = json.loads(_decode(line, place))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON ({error}): correct or remove the line") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{place} has no field "text" with a string: every line must be {{"text": "..."}}')
-    _check_unicode(text, "text", place)
-    return dict(record)
+    record = record if isinstance(record, dict) else {}
+    _check_text(record, "text", place, 'every line must be {"text": "..."}')
+    return record
 
 
-def _check_unicode(value: str, field: str, place: str) -> None:
+def _check_text(record: dict[str, Any], field: str, place: str, advice: str) -> None:
+    if not isinstance(record.get(field), str):
+        raise UserError(f'{place} has no field "{field}" with a string: {advice}')
     try:
-        value.encode()
+        record[field].encode()
     except UnicodeEncodeError as error:
         raise UserError(f'{place} has a "{field}" that is not Unicode ({error.reason}): correct or remove the line') from None

@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int
 
-from resmem_lm.errors import UserError
+from resmem_lm.errors import UserError, check_least
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.text.sources import Document
 from resmem_lm.workdir.run import Run
@@ -87,14 +87,10 @@ def make_vocabulary(run: Run, *, model: str | None = None, size: int = 4096, tra
         size: number of pieces of a trained vocabulary.
         training_lines: number of random lines of the train split used to train a vocabulary.
 
-    Returns:
-        The checksum and the number of pieces.
-
     Raises:
         UserError: `model` is not a SentencePiece model, or the text has too few words or too many characters for `size` pieces.
     """
-    if size < 1 or training_lines < 1:
-        raise UserError(f"make_vocabulary.size = {size}, training_lines = {training_lines}: take 1 or more of each")
+    check_least("make_vocabulary", 1, size=size, training_lines=training_lines)
     target = run.vocabulary / "vocabulary.model"
     if model is None:
         write_bytes(target, _train(draw_lines(_training_lines(run), training_lines), size))

@@ -6,6 +6,7 @@ segment ids, to save padding.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -71,16 +72,13 @@ def _fill(windows: Iterator[Window], length: int) -> Iterator[list[Window]]:
     unfilled: list[tuple[int, list[Window]]] = []
     for window in windows:
         size = window.end - window.begin
-        for number, (used, row) in enumerate(unfilled):
-            if used + size <= length:
-                row.append(window)
-                unfilled[number] = (used + size, row)
-                break
+        number = next((i for i, (used, _) in enumerate(unfilled) if used + size <= length), len(unfilled))
+        used, row = unfilled.pop(number) if number < len(unfilled) else (0, [])
+        row.append(window)
+        if used + size == length:
+            yield row
         else:
-            unfilled.append((size, [window]))
-        full = [row for used, row in unfilled if used == length]
-        unfilled = [entry for entry in unfilled if entry[0] < length]
-        yield from full
+            unfilled.insert(number, (used + size, row))
         if len(unfilled) > 32:
             yield unfilled.pop(max(range(len(unfilled)), key=lambda i: unfilled[i][0]))[1]
     yield from (row for _, row in unfilled)
@@ -90,25 +88,17 @@ def window_rows(documents: list[Int[np.ndarray, "_"]], spec: WindowSpec, rows: i
     """Yield the windows of `documents` in batches of `rows` rows. Empty rows (segment id 0) fill the last batch."""
     lengths = [len(document) for document in documents]
     first_position = np.concatenate([[0], np.cumsum(lengths)])
-
-    def empty() -> WindowRows:
-        shape = (rows, spec.length)
-        return WindowRows(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -1, np.int64))
-
-    batch, used = empty(), 0
-    for row in _fill(cut(lengths, spec), spec.length):
-        place = 0
-        for segment, window in enumerate(row, start=1):
-            stop = place + window.end - window.begin
-            batch.tokens[used, place:stop] = documents[window.document][window.begin : window.end]
-            batch.segment_ids[used, place:stop] = segment
-            first = first_position[window.document]
-            emitted = np.arange(first + window.emit, first + window.end)
-            batch.positions[used, stop - len(emitted) : stop] = emitted
-            place = stop
-        used += 1
-        if used == rows:
-            yield batch
-            batch, used = empty(), 0
-    if used:
-        yield batch
+    filled = _fill(cut(lengths, spec), spec.length)
+    while group := list(itertools.islice(filled, rows)):
+        tokens, segment_ids = np.zeros((2, rows, spec.length), np.int32)
+        positions = np.full((rows, spec.length), -1, np.int64)
+        for number, row in enumerate(group):
+            place = 0
+            for segment, window in enumerate(row, start=1):
+                stop = place + window.end - window.begin
+                tokens[number, place:stop] = documents[window.document][window.begin : window.end]
+                segment_ids[number, place:stop] = segment
+                first = first_position[window.document]
+                positions[number, stop - (window.end - window.emit) : stop] = np.arange(first + window.emit, first + window.end)
+                place = stop
+        yield WindowRows(tokens, segment_ids, positions)

@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmem_lm.text.duplicates import mark_duplicates, minhash
+from resmem_lm.text.duplicates import Signatures, minhash
 
 WORDS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
 
@@ -23,7 +23,7 @@ def edited(text, edits, seed):
 
 
 def kept(texts, threshold=0.7):
-    return [text for text, duplicate in mark_duplicates(((text, text) for text in texts), threshold=threshold) if not duplicate]
+    return list(filter(Signatures(threshold).add_new, texts))
 
 
 def jaccard(a, b):
@@ -57,12 +57,12 @@ SMALL_TEXTS = st.lists(st.text("ab ", max_size=30), max_size=15)
 
 
 @given(SMALL_TEXTS)
-def test_a_text_is_marked_if_and_only_if_a_similar_one_was_kept_before(texts):
-    before = []
-    for text, duplicate in mark_duplicates(((text, text) for text in texts), threshold=0.7):
-        signature = minhash(text)
-        assert duplicate == any(signature.jaccard(other) >= 0.7 for other in before)
-        if not duplicate:
+def test_a_text_is_added_if_and_only_if_no_similar_one_was_added_before(texts):
+    signatures, before = Signatures(0.7), []
+    for text in texts:
+        signature, added = minhash(text), signatures.add_new(text)
+        assert added != any(signature.jaccard(other) >= 0.7 for other in before)
+        if added:
             before.append(signature)
 
 
@@ -98,6 +98,8 @@ def test_texts_without_words_are_compared_as_they_are():
     assert kept(["---", "***", "---"]) == ["---", "***"]
 
 
-def test_every_label_comes_back_in_order():
-    labels = [label for label, _ in mark_duplicates(((number, "the same text") for number in range(5)), threshold=0.7)]
-    assert labels == list(range(5))
+def test_similar_texts_are_found_by_the_order_of_addition():
+    signatures = Signatures(0.7)
+    added = [signatures.add_new(text) for text in ("the same text", "the same text", "another text", "the same text")]
+    assert added == [True, False, True, False]
+    assert signatures.similar(minhash("another text")) == [1]
