@@ -99,7 +99,7 @@ class Encoder:
                 counts["computed_tokens"] += batch.tokens.size
             inputs = shift_right(batch.tokens, batch.segment_ids)
             keys, hidden = self._hidden(self.parameters, inputs, batch.segment_ids)
-            places = np.flatnonzero(batch.emitted)
+            places = np.flatnonzero(batch.positions >= 0)
             for start in range(0, len(places), TOKENS):
                 some = places[start : start + TOKENS]
                 padded = np.pad(some, (0, TOKENS - len(some)))

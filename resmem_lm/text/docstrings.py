@@ -6,8 +6,6 @@ repeat a docstring of another module, which may be in another split. So near-dup
 
 import ast
 import importlib.metadata
-import itertools
-import operator
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -66,8 +64,7 @@ def module_docstrings(path: Path) -> list[str]:
 
 def documents(*, duplicate_threshold: float) -> Iterator[tuple[str, str]]:
     """Yield (id, text) of every module that has docstrings, without near-duplicate docstrings."""
-    docstrings = ((name, text) for name, path in module_files() for text in module_docstrings(path))
     signatures = Signatures(duplicate_threshold)
-    kept = (pair for pair in docstrings if signatures.add_new(pair[1]))
-    for name, pairs in itertools.groupby(kept, key=operator.itemgetter(0)):
-        yield name, "\n\n".join(text for _, text in pairs)
+    for name, path in module_files():
+        if kept := [text for text in module_docstrings(path) if signatures.add_new(text)]:
+            yield name, "\n\n".join(kept)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from resmem_lm.errors import UserError
 
@@ -50,11 +50,6 @@ class WindowRows(NamedTuple):
     tokens: Int[np.ndarray, "rows length"]
     segment_ids: Int[np.ndarray, "rows length"]
     positions: Int[np.ndarray, "rows length"]
-
-    @property
-    def emitted(self) -> Bool[np.ndarray, "rows length"]:
-        """Return the mask of emitted tokens."""
-        return self.positions >= 0
 
 
 def cut(document_lengths: list[int], spec: WindowSpec) -> Iterator[Window]:
