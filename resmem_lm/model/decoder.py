@@ -6,7 +6,6 @@ section 4.1).
 """
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -101,6 +100,11 @@ class SelfAttention(nn.Module):
         return Dense((inputs.shape[-1],), ("joined_kv", "embed"), dtype, init, inputs_axes=2, name="out")(attended)
 
 
+def dropout(config: ModelConfig, name: str | None = None) -> nn.Dropout:
+    """Return T5's dropout, which drops a feature at all positions of a row."""
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), name=name)
+
+
 class Mlp(nn.Module):
     """T5's feed-forward block: `wi` (or gated `wi_0` and `wi_1`), then `wo`."""
 
@@ -109,13 +113,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, inputs: Hidden, deterministic: bool) -> Hidden:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        gates = []
+        hidden: Any = 1
         for number, activation in enumerate(cfg.mlp_activations):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{number}"
             gate = Dense((cfg.mlp_dim,), ("embed", "mlp"), dtype, name=name)(inputs)
-            gates.append(gate if activation == "linear" else getattr(nn, activation)(gate))
-        hidden = functools.reduce(operator.mul, gates)
-        hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+            hidden *= gate if activation == "linear" else getattr(nn, activation)(gate)
+        hidden = dropout(cfg)(hidden, deterministic=deterministic)
         hidden = with_sharding_constraint(hidden, ("batch", "length", "mlp"))
         return Dense((inputs.shape[-1],), ("mlp", "embed"), dtype, name="wo")(hidden)
 
@@ -128,65 +131,44 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, inputs: Hidden, bias: Bias, deterministic: bool) -> tuple[Hidden, Hidden]:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-
-        def dropout(name: str, x: Array) -> Array:
-            return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), name=name)(x, deterministic=deterministic)
-
         x = LayerNorm(dtype, name="pre_self_attention_layer_norm")(inputs)
         x = SelfAttention(cfg, name="self_attention")(x, bias, deterministic)
-        x = inputs + dropout("post_self_attention_dropout", x)
+        x = inputs + dropout(cfg, "post_self_attention_dropout")(x, deterministic=deterministic)
         key = LayerNorm(dtype, name="pre_mlp_layer_norm")(x)
-        return x + dropout("post_mlp_dropout", Mlp(cfg, name="mlp")(key, deterministic)), key
+        update = Mlp(cfg, name="mlp")(key, deterministic)
+        return x + dropout(cfg, "post_mlp_dropout")(update, deterministic=deterministic), key
 
 
-class RelativePositionBias(nn.Module):
-    """T5's bias per head and distance bucket, shared by all layers."""
+class Table(nn.Module):
+    """A matrix of float32 parameters in its own scope, as T5X's parameter names have it."""
 
-    config: ModelConfig
+    parameter: str
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    initializer: Any
 
     @nn.compact
-    def __call__(self, length: int) -> Float[Array, "1 heads length length"]:
-        table = param_with_axes(
-            "rel_embedding",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            (self.config.num_heads, RELATIVE_BUCKETS),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
-        )
-        return jnp.asarray(table, jnp.dtype(self.config.dtype))[:, relative_buckets(length)][None]
-
-
-class Embedding(nn.Module):
-    """The token embedding, which is also the output matrix if `logits_via_embedding` is set."""
-
-    config: ModelConfig
-
-    def setup(self) -> None:
-        shape = (self.config.vocab_size, self.config.emb_dim)
-        self.embedding = param_with_axes(
-            "embedding", nn.initializers.normal(stddev=1.0), shape, jnp.float32, axes=("vocab", "embed"), module=self
-        )
-
-    def __call__(self, tokens: Tokens) -> Hidden:
-        return jnp.asarray(self.embedding, jnp.dtype(self.config.dtype))[tokens]
-
-    def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
-        return jnp.asarray(x, jnp.float32) @ self.embedding.T
+    def __call__(self) -> Float[Array, "rows columns"]:
+        return param_with_axes(self.parameter, self.initializer, self.shape, jnp.float32, axes=self.axes)
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers, final LayerNorm and logits. Logits are float32 for every dtype of the activations."""
+    """Embedding, layers, final LayerNorm and logits. Logits are float32 for every dtype of the activations.
+
+    All layers share T5's bias per head and distance bucket. The output matrix is the embedding if `logits_via_embedding` is set.
+    """
 
     config: ModelConfig
 
     def setup(self) -> None:
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.token_embedder = Embedding(cfg)
-        self.relpos_bias = RelativePositionBias(cfg)
-        self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.token_embedder = Table("embedding", (cfg.vocab_size, cfg.emb_dim), ("vocab", "embed"), nn.initializers.normal(stddev=1.0))
+        bias_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        self.relpos_bias = Table("rel_embedding", (cfg.num_heads, RELATIVE_BUCKETS), ("heads", "relpos_buckets"), bias_init)
+        self.input_dropout = dropout(cfg)
         self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_layers)]
         self.decoder_norm = LayerNorm(dtype)
-        self.output_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.output_dropout = dropout(cfg)
         if not cfg.logits_via_embedding:
             self.logits_dense = Dense((cfg.vocab_size,), ("embed", "vocab"), jnp.float32)
 
@@ -198,9 +180,9 @@ class DecoderStack(nn.Module):
             allowed = allowed | (prefix[:, None, :, None] * prefix[:, None, None, :] > 0)
         if segment_ids is not None:
             allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-        bias = self.relpos_bias(length)
-        bias = bias + jnp.where(allowed, 0.0, -1e10).astype(bias.dtype)
-        x = self.input_dropout(self.token_embedder(inputs), deterministic=deterministic)
+        dtype = jnp.dtype(self.config.dtype)
+        bias = jnp.asarray(self.relpos_bias(), dtype)[:, relative_buckets(length)][None] + jnp.where(allowed, 0.0, -1e10).astype(dtype)
+        x = self.input_dropout(jnp.asarray(self.token_embedder(), dtype)[inputs], deterministic=deterministic)
         key = x
         for layer in self.layers:
             x, key = layer(x, bias, deterministic)
@@ -209,7 +191,7 @@ class DecoderStack(nn.Module):
     def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
         """Return the logits."""
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(hidden) / jnp.sqrt(self.config.emb_dim)
+            return jnp.asarray(hidden, jnp.float32) @ self.token_embedder().T / jnp.sqrt(self.config.emb_dim)
         return self.logits_dense(hidden)
 
 

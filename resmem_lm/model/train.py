@@ -1,11 +1,9 @@
 """Pretrain DeepNet on packed documents, from initial parameters or from the newest checkpoint."""
 
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -13,7 +11,7 @@ from resmem_lm.errors import UserError, check_least
 from resmem_lm.model import train_loop
 from resmem_lm.model.checkpoints import checkpoint_manager, load_model, save_checkpoint, save_config
 from resmem_lm.model.config import ModelConfig
-from resmem_lm.text.packing import Batch, batches, first_tokens, one_pass, pack, split_tokens
+from resmem_lm.text.packing import batches, first_tokens, one_pass, pack, split_tokens
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
@@ -29,12 +27,6 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
             f"the vocabulary has {vocabulary.size} pieces and the model only {model.vocab_size}: "
             f"set ModelConfig.vocab_size = {-(-vocabulary.size // 128) * 128} or train a smaller vocabulary"
         )
-
-
-def _check_batch_size(batch_size: int) -> None:
-    devices = len(jax.local_devices())
-    if batch_size % devices:
-        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
 
 
 @stage(name="train", after=("documents", "vocabulary"), free=("checkpoint_steps", "validation_tokens"))
@@ -79,39 +71,37 @@ def train(
     check_least("train", 1, steps=steps, batch_size=batch_size, sequence_length=sequence_length)
     check_least("train", 1, constant_steps=constant_steps, checkpoint_steps=checkpoint_steps)
     check_least("train", 0, cooldown_steps=cooldown_steps, validation_tokens=validation_tokens, seed=seed)
-    _check_batch_size(batch_size)
+    if batch_size % (devices := len(jax.local_devices())):
+        raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
     schedule = train_loop.learning_rate_schedule(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
     adafactor = train_loop.optimizer(schedule)
     packed = pack(list(split_tokens(run, "train", vocabulary)), sequence_length)
     held_out = first_tokens(split_tokens(run, "validation", vocabulary), validation_tokens)
-    recipe = train_loop.Recipe(
-        update=train_loop.compiled_update(model, adafactor, seed),
-        rows=batches(packed, batch_size=batch_size, seed=seed),
-        validate=_validation(model, one_pass(pack(held_out, sequence_length), batch_size=batch_size) if held_out else []),
-        schedule=schedule,
-        steps=steps,
-        checkpoint_steps=checkpoint_steps,
-    )
+    validation = one_pass(pack(held_out, sequence_length), batch_size=batch_size) if held_out else []
+    sums = train_loop.compiled_sums(model)
     with _local(run) as (here, saved):
         directory = here / "checkpoints"
         save_config(directory, model, vocabulary.sha256)
         with checkpoint_manager(directory) as manager:
-            state = train_loop.restore_or_init(manager, model, adafactor, seed)
-            train_loop.loop(recipe, state, here / "metrics", functools.partial(_save, manager, saved))
+
+            def save(state: train_loop.State) -> None:
+                save_checkpoint(manager, state.step, train_loop.to_train_state(state.parameters, state.optimizer, state.step))
+                saved()
+
+            train_loop.loop(
+                train_loop.restore_or_init(manager, model, adafactor, seed),
+                update=train_loop.compiled_update(model, adafactor, seed),
+                rows=batches(packed, batch_size=batch_size, seed=seed),
+                steps=steps,
+                schedule=schedule,
+                checkpoint_steps=checkpoint_steps,
+                validate=lambda parameters: train_loop.means([sums(parameters, batch) for batch in validation]) if validation else {},
+                save=save,
+                folder=here / "metrics",
+            )
         return {"fingerprint": load_model(directory).fingerprint}
-
-
-def _save(manager: Any, saved: Callable[[], None], state: train_loop.State) -> None:
-    save_checkpoint(manager, state.step, train_loop.to_train_state(state.parameters, state.optimizer, state.step))
-    saved()
-
-
-def _validation(model: ModelConfig, rows: list[Batch]) -> Callable[[Any], dict[str, float]]:
-    """Return a function that maps parameters to loss and accuracy on `rows`."""
-    sums = train_loop.compiled_sums(model)
-    return lambda parameters: train_loop.means([sums(parameters, batch) for batch in rows]) if rows else {}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Train with T5X's numerics: cross-entropy with z-loss, Adafactor, a data-parallel step, and the loop over steps."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ with epy.lazy_imports():
     from resmem_lm.model import decoder
 
 Z_LOSS = 1e-4
+MOMENTS = ("v", "v_row", "v_col")  # Adafactor's second moments, with the same names in Optax and T5X
 
 
 class State(NamedTuple):
@@ -33,17 +33,6 @@ class State(NamedTuple):
     step: int
     parameters: Any
     optimizer: Any
-
-
-class Recipe(NamedTuple):
-    """The functions, data and numbers that the training loop uses."""
-
-    update: Any  # the result of `compiled_update`
-    rows: Any  # the batch of each step
-    validate: Callable[[Any], dict[str, float]]  # returns scalars for parameters, or {} without validation tokens
-    schedule: "optax.Schedule"
-    steps: int
-    checkpoint_steps: int
 
 
 def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: int, cooldown_steps: int = 0) -> "optax.Schedule":
@@ -58,15 +47,7 @@ def learning_rate_schedule(*, learning_rate: float, constant_steps: int, steps: 
 
 def optimizer(schedule: "optax.Schedule") -> "optax.GradientTransformation":
     """Return Adafactor (Shazeer and Stern 2018) with T5X's constants."""
-    return optax.adafactor(
-        schedule,
-        min_dim_size_to_factor=128,
-        decay_rate=0.8,
-        multiply_by_parameter_scale=True,
-        clipping_threshold=1.0,
-        momentum=None,
-        eps=1e-30,
-    )
+    return optax.adafactor(schedule, min_dim_size_to_factor=128, decay_rate=0.8, clipping_threshold=1.0, eps=1e-30)
 
 
 def loss_and_metrics(
@@ -93,19 +74,15 @@ def loss_and_metrics(
 
 def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int | Array) -> dict[str, Any]:
     """Return T5X's checkpoint tree: the parameters, and Adafactor's second moments with the same names."""
-    moments = {name: optax.tree_utils.tree_get(optimizer_state, name) for name in ("v", "v_row", "v_col")}
-
-    def param_state(v: Array, v_row: Array, v_col: Array) -> dict[str, Any]:
-        return {"v": v, "v_row": v_row, "v_col": v_col, "m": jnp.zeros(1)}  # no momentum
-
-    param_states = jax.tree.map(param_state, moments["v"], moments["v_row"], moments["v_col"])
+    moments = [optax.tree_utils.tree_get(optimizer_state, name) for name in MOMENTS]
+    param_states = jax.tree.map(lambda *values: {**dict(zip(MOMENTS, values, strict=True)), "m": jnp.zeros(1)}, *moments)  # no momentum
     return {"target": parameters, "state": {"step": jnp.asarray(step, jnp.int32), "param_states": param_states}}
 
 
 def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:
     """Return the parameters and the optimizer state in T5X's checkpoint tree, in the structure of `optimizer_state`."""
     parameters, state = train_state["target"], train_state["state"]
-    moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in ("v", "v_row", "v_col")}
+    moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in MOMENTS}
     optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
     # `tree_set` gives several counts the same array. Copy it, because donating an array twice crashes the process.
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
@@ -155,62 +132,58 @@ def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int)
     begin = manager.latest_step()
     if begin is None:
         return State(0, parameters, state)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(to_train_state, parameters, state, begin)
-    )
+    shapes = jax.eval_shape(to_train_state, parameters, state, begin)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
     arguments = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
     train_state = manager.restore(begin, args=ocp.args.Composite(**{STATE: arguments}))[STATE]
     return State(begin, *from_train_state(train_state, state))
 
 
-class _Stopwatch:
-    """Measure the seconds since the last reading, without pauses."""
+def loop(
+    state: State,
+    *,
+    update: Any,
+    rows: Any,
+    steps: int,
+    schedule: "optax.Schedule",
+    checkpoint_steps: int,
+    validate: Callable[[Any], dict[str, float]],
+    save: Callable[[State], None],
+    folder: Path,
+) -> None:
+    """Train from `state`, whose arrays are donated, to the last step; write metrics to `folder` and call `save` at each checkpoint.
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def read(self) -> float:
-        start, self._start = self._start, time.monotonic()
-        return self._start - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._start += time.monotonic() - began
-
-
-def loop(recipe: Recipe, state: State, folder: Path, save: Callable[[State], None]) -> None:
-    """Train from `state`, whose arrays are donated, to the last step; write metrics to `folder` and call `save` at each checkpoint."""
-    log_steps = max(1, min(50, recipe.steps // 10))
+    `update` is the result of `compiled_update`, and `rows[step]` is the batch of a step. `validate` returns scalars for parameters.
+    """
+    log_steps = max(1, min(50, steps // 10))
     recent: list[Any] = []
     validation = ""
-    with (
-        metrics(folder, begin=state.step) as write,
-        progress("train", total=recipe.steps, done=state.step, unit="steps") as bar,
-    ):
-        stopwatch = _Stopwatch()
-        while state.step < recipe.steps:
-            parameters, moments, sums = recipe.update(state.parameters, state.optimizer, recipe.rows[state.step], np.int32(state.step))
+    with metrics(folder, begin=state.step) as write, progress("train", total=steps, done=state.step, unit="steps") as bar:
+        start = time.monotonic()  # moved forward by the seconds of validation and saving
+        while state.step < steps:
+            parameters, moments, sums = update(state.parameters, state.optimizer, rows[state.step], np.int32(state.step))
             state = State(state.step + 1, parameters, moments)
             recent.append(sums)
-            last = state.step == recipe.steps
-            checkpoint = last or state.step % recipe.checkpoint_steps == 0
+            checkpoint = state.step == steps or state.step % checkpoint_steps == 0
             if checkpoint:
                 jax.block_until_ready(state.parameters)
-                with stopwatch.paused():
-                    scalars = recipe.validate(state.parameters)
+                pause = time.monotonic()
+                scalars = validate(state.parameters)
+                start += time.monotonic() - pause
                 if scalars:
                     write(state.step, {f"validation/{name}": value for name, value in scalars.items()})
                     validation = f"; validation loss {scalars['loss']:.3f} at step {state.step:,}"
-            if last or state.step % log_steps == 0:
+            if state.step == steps or state.step % log_steps == 0:
                 scalars = means(recent)
-                scalars["tokens_per_second"] = scalars.pop("tokens") / stopwatch.read()
-                scalars["learning_rate"] = float(recipe.schedule(state.step - 1))
+                now = time.monotonic()
+                scalars["tokens_per_second"] = scalars.pop("tokens") / (now - start)
+                scalars["learning_rate"] = float(schedule(state.step - 1))
                 write(state.step, {f"train/{name}": value for name, value in scalars.items()})
                 detail = f"loss {scalars['loss']:.3f}, accuracy {scalars['accuracy']:.1%}, {scalars['tokens_per_second']:,.0f} tokens/s"
                 bar.update(state.step, detail + validation)
                 recent.clear()
+                start = now
             if checkpoint:
-                with stopwatch.paused():
-                    save(state)
+                pause = time.monotonic()
+                save(state)
+                start += time.monotonic() - pause
