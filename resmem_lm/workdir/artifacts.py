@@ -79,8 +79,7 @@ def record_path(parent: AnyPath, record: Record) -> AnyPath:
 
 def name_of(record: Record) -> str:
     """Return the name of an artifact."""
-    name: str = record["folder"].rpartition(".")[0]
-    return name
+    return record["folder"].rpartition(".")[0]
 
 
 def require_record(parent: AnyPath, name: str, provenance: Record) -> Record:

@@ -53,13 +53,11 @@ def _file_lock(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(workdir / ".lock", blocking=False)
     try:
-        lock.acquire()
+        acquired = lock.acquire()
     except filelock.Timeout:
         raise _refusal(workdir, "") from None
-    try:
+    with acquired:
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -51,7 +51,6 @@ class Run:
         self.documents = self.path / "documents"
         self.vocabulary = self.path / "vocabulary"
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics"
         self.datastore = self.path / "datastore"
         self.index = self.path / "index"
         self.neighbors = self.path / "neighbors"

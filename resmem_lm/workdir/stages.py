@@ -111,8 +111,7 @@ class Stage:
             if self.policy != "redo":
                 raise UserError(f"{output} is missing although {path} records it as finished: delete {path} and run the stage again")
             return None
-        result: Record = record["result"]
-        return result
+        return record["result"]
 
     def _run(self, run: Run, settings: Record, inputs: Record, kwargs: Record) -> Record:
         path = run.record_path(self.name)

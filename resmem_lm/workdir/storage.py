@@ -66,21 +66,21 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _text(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def with_checksum(value: dict[str, Any]) -> bytes:
+def with_checksum(value: Record) -> bytes:
     """Return a JSON object with its checksum as bytes."""
-    return _text(value | {CHECKSUM: hashlib.sha256(_text(value).encode()).hexdigest()}).encode()
+
+    def text(fields: Record) -> bytes:
+        return json.dumps(fields, indent=2).encode() + b"\n"
+
+    return text(value | {CHECKSUM: hashlib.sha256(text(value)).hexdigest()})
 
 
-def write_json(path: AnyPath, value: dict[str, Any]) -> None:
+def write_json(path: AnyPath, value: Record) -> None:
     """Write a JSON object atomically with a checksum, so that `read_json` detects any changed byte."""
     write_bytes(path, with_checksum(value))
 
 
-def read_json(path: AnyPath) -> dict[str, Any]:
+def read_json(path: AnyPath) -> Record:
     """Return a JSON object that `write_json` wrote.
 
     Raises:
@@ -88,10 +88,9 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         UserError: the file cannot be read.
     """
     try:
-        text = path.read_bytes().decode()
-        with_checksum = json.loads(text)
-        value = {name: content for name, content in with_checksum.items() if name != CHECKSUM}
-        whole = with_checksum.get(CHECKSUM) == hashlib.sha256(_text(value).encode()).hexdigest() and text == _text(with_checksum)
+        content = path.read_bytes()
+        value = {name: field for name, field in json.loads(content.decode()).items() if name != CHECKSUM}
+        whole = content == with_checksum(value)
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: run the stage that writes it again") from None
     except OSError as error:
