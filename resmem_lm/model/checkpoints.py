@@ -63,9 +63,9 @@ class Model:
         return jax.numpy.asarray(logits)
 
 
-def checkpoint_manager(directory: Path, *, keep: int = 2) -> Any:
+def checkpoint_manager(directory: Path) -> Any:
     """Return an Orbax CheckpointManager for `directory` that uses T5X's names."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, step_prefix="checkpoint")
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, step_prefix="checkpoint")
     return ocp.CheckpointManager(directory.absolute(), options=options, item_names=(STATE,))
 
 
@@ -124,9 +124,8 @@ def read_parameters(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_shapes(checkpoint: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    if missing or unexpected:
-        parts = [f"{what} {len(names)} such as {names[0]}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
+    differences = {"lacks": sorted(wanted.keys() - stored.keys()), "also has": sorted(stored.keys() - wanted.keys())}
+    if parts := [f"{what} {len(names)} such as {names[0]}" for what, names in differences.items() if names]:
         raise UserError(
             f"{checkpoint} has other parameters than ModelConfig: it {' and '.join(parts)}: "
             "set ModelConfig's num_layers, mlp_activations and logits_via_embedding as in training (gin/models/*.gin), "
@@ -144,11 +143,8 @@ def _read_orbax(checkpoint: Path) -> dict[str, Any]:
     folder = (checkpoint / STATE).absolute()
     handler = ocp.PyTreeCheckpointHandler()
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-        "target": jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), handler.metadata(folder).tree["target"]
-        )
-    }
+    stored = {"target": handler.metadata(folder).tree["target"]}
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
     arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
     flat: dict[str, Any] = traverse_util.flatten_dict(handler.restore(folder, args=arguments)["target"], sep="/")
     return flat
