@@ -162,14 +162,11 @@ def glob(pattern: str) -> list[AnyPath]:
 
 
 def upload(folder: Path, target: AnyPath, *, last: str = "") -> None:
-    """Copy the files of a local folder to `target`. Files named `last` are copied after the others."""
+    """Copy the files of a local folder to `target` in object storage. Files named `last` are copied after the others."""
     for file in sorted(files_below(folder), key=lambda file: file.name == last):
         place = target / inside(file, folder)
-        if isinstance(place, Path):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(str(file), place)
-        else:
-            place.fs.put_file(str(file), place.path)
+        assert isinstance(place, UPath)
+        place.fs.put_file(str(file), place.path)
 
 
 def download(folder: UPath, target: Path) -> None:
