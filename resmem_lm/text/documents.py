@@ -109,12 +109,11 @@ def _distinct(documents: Iterable[Document], threshold: float, counts: dict[str,
 def _write_shards(folder: AnyPath, splits: Iterable[tuple[str, Document]], train_shards: int, counts: dict[str, int]) -> None:
     """Write each document to the next shard of its split, in turn, and count it in `counts`."""
     shards_of = {split: train_shards if split == "train" else 1 for split in SPLITS}
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, progress("documents", total=None, unit="documents") as bar:
         files = {
             split: [stack.enter_context((folder / shard_name(split, i, shards)).open("w", encoding="utf-8")) for i in range(shards)]
             for split, shards in shards_of.items()
         }
-        bar = stack.enter_context(progress("documents", total=None, unit="documents"))
         for split, document in splits:
             bar.update(sum(counts.values()))
             files[split][counts[split] % len(files[split])].write(shard_content([document]))

@@ -35,11 +35,10 @@ def split_tokens(run: Run, split: str, vocabulary: Vocabulary) -> Iterator[Int[n
 def first_tokens(documents: Iterable[Int[np.ndarray, "_"]], tokens: int) -> list[Int[np.ndarray, "_"]]:
     """Return the first documents with `tokens` tokens in total. The last one may be cut."""
     found, room = [], tokens
-    remaining = iter(documents)
+    remaining = filter(len, documents)
     while room and (document := next(remaining, None)) is not None:
-        if len(document):
-            found.append(document[:room])
-            room -= len(found[-1])
+        found.append(document[:room])
+        room -= len(found[-1])
     return found
 
 

@@ -45,7 +45,11 @@ def read_documents(text: Source, *, duplicate_threshold: float, group: str | Non
         yield from (Document(*pair) for pair in descriptions.documents())
     else:
         for path in text_files(text):
-            yield from read_file(path, group=group)
+            field = group if _kind(path) == "lines" else None
+            for place, record in read_records(path):
+                if field:
+                    _check_text(record, field, place, "prepare_documents.group names a field of every line")
+                yield Document(place, record["text"], record[field] if field else None)
 
 
 def text_files(text: Source) -> list[AnyPath]:
@@ -78,14 +82,6 @@ def _matches(pattern: str) -> list[AnyPath]:
 def _kind(path: AnyPath) -> str | None:
     unpacked = path.with_suffix("") if path.suffix.lower() in _OPENERS else path
     return _KINDS.get(unpacked.suffix.lower())
-
-
-def read_file(path: AnyPath, *, group: str | None = None) -> Iterator[Document]:
-    """Yield the documents of one file, including empty ones."""
-    for place, record in read_records(path):
-        if group and _kind(path) == "lines":
-            _check_text(record, group, place, "prepare_documents.group names a field of every line")
-        yield Document(place, record["text"], record.get(group) if group else None)
 
 
 def read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from resmem_lm.errors import UserError
 from resmem_lm.text.documents import assign_splits, prepare_documents
 from resmem_lm.text.shards import SPLITS, position, read_shard, shard_paths
-from resmem_lm.text.sources import Document, read_documents, read_file
+from resmem_lm.text.sources import Document, read_documents
 from resmem_lm.workdir.run import Run
 
 COMPRESS = {
@@ -26,6 +26,10 @@ COMPRESS = {
     ".zst": zstd.compress,
 }
 COMPRESSED = pytest.mark.parametrize("suffix", COMPRESS)
+
+
+def documents_of(source):
+    return list(read_documents(str(source), duplicate_threshold=0.7))
 
 
 def texts(source):
@@ -66,14 +70,14 @@ def message(call, *args, **kwargs):
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
 def test_a_text_file_is_one_document(tmp_path, name):
     path = write(tmp_path / name, "Two lines,\none document.\n")
-    assert list(read_file(path)) == [Document(str(path), "Two lines,\none document.\n")]
+    assert documents_of(path) == [Document(str(path), "Two lines,\none document.\n")]
 
 
 @pytest.mark.parametrize("name", ["c4.jsonl", "c4-train.00000-of-01024.json"])
 def test_a_line_with_a_text_is_one_document_and_its_other_fields_are_ignored(tmp_path, name):
     record = {"text": "From C4.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.com/"}
     path = write(tmp_path / name, lines(record) + "\n" + lines({"text": "ü\u2028\n", "meta": None}))
-    assert list(read_file(path)) == [Document(f"{path}#1", "From C4."), Document(f"{path}#3", "ü\u2028\n")]
+    assert documents_of(path) == [Document(f"{path}#1", "From C4."), Document(f"{path}#3", "ü\u2028\n")]
 
 
 @COMPRESSED
@@ -138,7 +142,7 @@ def test_a_file_name_that_is_not_utf_8_becomes_an_id_that_is(tmp_path):
         write(path, "text")
     except OSError:
         pytest.skip("this file system takes no such name")
-    assert [document.id for document in read_file(path)] == [f"{tmp_path}/caf\N{REPLACEMENT CHARACTER}.txt"]
+    assert [document.id for document in documents_of(path)] == [f"{tmp_path}/caf\N{REPLACEMENT CHARACTER}.txt"]
 
 
 # Text that cannot be read
