@@ -224,6 +224,13 @@ class Decoder(nn.Module):
         """Return ResMem's keys phi(x) and the input of `logits`, without dropout."""
         return self.decoder.hidden(inputs, segment_ids, None, True)
 
+    def keys_and_logits(
+        self, inputs: Tokens, segment_ids: Tokens, *, enable_dropout: bool
+    ) -> tuple[Hidden, Float[Array, "batch length vocab"]]:
+        """Return ResMem's keys phi(x) and the logits f(x) at every position."""
+        key, hidden = self.decoder.hidden(inputs, segment_ids, None, not enable_dropout)
+        return key, self.decoder.logits(hidden)
+
     def logits(self, hidden: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
         """Return DeepNet's logits f(x)."""
         return self.decoder.logits(hidden)

@@ -1,6 +1,7 @@
 """Pretrain DeepNet on packed documents, from initial parameters or from the newest checkpoint."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,14 @@ def check_vocabulary(vocabulary: Vocabulary, model: ModelConfig) -> None:
         )
 
 
+def _check_memory_loss(weight: float, memory_steps: int, steps: int) -> None:
+    check_least("train", 0, memory_loss_weight=weight, memory_steps=memory_steps)
+    if not math.isfinite(weight):
+        raise UserError(f"train.memory_loss_weight = {weight}: take a finite number")
+    if weight > 0 and not 1 <= memory_steps <= steps:
+        raise UserError(f"train.memory_steps = {memory_steps}: with a train.memory_loss_weight, take 1 to train.steps = {steps}")
+
+
 @stage(name="train", after=("documents", "vocabulary"), free=("checkpoint_steps", "validation_tokens"))
 def train(
     run: Run,
@@ -42,11 +51,13 @@ def train(
     cooldown_steps: int = 0,
     checkpoint_steps: int = 1000,
     validation_tokens: int = 30_000,
+    memory_loss_weight: float = 0.0,
+    memory_steps: int = 0,
     seed: int = 0,
 ) -> Record:
     """Train DeepNet on the train split, data parallel over the local devices, and write WORKDIR/checkpoints and WORKDIR/metrics.
 
-    A resumed run ends with the same parameters as an uninterrupted run, because the batch and the dropout depend only on the step.
+    A resumed run ends with the same parameters as an uninterrupted run, because everything random depends only on the step.
 
     Args:
         model: shape of the model.
@@ -58,7 +69,10 @@ def train(
         cooldown_steps: number of final steps in which the learning rate falls linearly to 0; 0 for none.
         checkpoint_steps: steps between checkpoints. Each checkpoint reports loss and accuracy on the validation tokens.
         validation_tokens: number of validation tokens, from the first documents of the validation split; 0 for none.
-        seed: seed of the initialization, the order of the rows and dropout.
+        memory_loss_weight: weight of the memory loss: the cross-entropy of the logits plus lambda times the mean residual of the nearest
+            tokens of the batch (paper, section 6; Zhong et al. 2022). lambda is learned and is not part of the trained model. 0 for none.
+        memory_steps: number of final steps with the memory loss.
+        seed: seed of the initialization, the order of the rows, dropout and the memory loss.
 
     Returns:
         The fingerprint of the trained model.
@@ -73,6 +87,7 @@ def train(
     check_least("train", 0, cooldown_steps=cooldown_steps, validation_tokens=validation_tokens, seed=seed)
     if batch_size % (devices := len(jax.local_devices())):
         raise UserError(f"train.batch_size = {batch_size} cannot be shared by {devices} devices: take a multiple of {devices}")
+    _check_memory_loss(memory_loss_weight, memory_steps, steps)
     schedule = train_loop.learning_rate_schedule(
         learning_rate=learning_rate, constant_steps=constant_steps, steps=steps, cooldown_steps=cooldown_steps
     )
@@ -91,8 +106,8 @@ def train(
                 saved()
 
             train_loop.loop(
-                train_loop.restore_or_init(manager, model, adafactor, seed),
-                update=train_loop.compiled_update(model, adafactor, seed),
+                train_loop.restore_or_init(manager, model, adafactor, seed, joint=memory_loss_weight > 0),
+                update=train_loop.joint_update(model, adafactor, seed, memory_loss_weight, steps - memory_steps),
                 rows=batches(packed, batch_size=batch_size, seed=seed),
                 steps=steps,
                 schedule=schedule,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from resmem_lm.model.checkpoints import STATE
 from resmem_lm.model.config import ModelConfig
+from resmem_lm.model.memory_loss import memory_loss
 from resmem_lm.model.metrics import metrics
 from resmem_lm.text.packing import Batch
 from resmem_lm.workdir.progress import progress
@@ -25,6 +26,7 @@ with epy.lazy_imports():
 
 Z_LOSS = 1e-4
 MOMENTS = ("v", "v_row", "v_col")  # Adafactor's second moments, with the same names in Optax and T5X
+MEMORY = "memory"  # the name of the parameters of the memory loss, which are not DeepNet's
 
 
 class State(NamedTuple):
@@ -50,18 +52,45 @@ def optimizer(schedule: "optax.Schedule") -> "optax.GradientTransformation":
     return optax.adafactor(schedule, min_dim_size_to_factor=128, decay_rate=0.8, clipping_threshold=1.0, eps=1e-30)
 
 
+def deepnet(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of DeepNet, without those of the memory loss."""
+    return {name: value for name, value in parameters.items() if name != MEMORY}
+
+
 def loss_and_metrics(
     config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return T5X's loss (the sum over tokens of cross-entropy + 1e-4 log(Z)^2) and the sums from which `means` computes metrics."""
     logits: Any = decoder.Decoder(config).apply(
-        {"params": parameters},
+        {"params": deepnet(parameters)},
         batch["decoder_input_tokens"],
         batch["decoder_target_tokens"],
         decoder_segment_ids=batch["decoder_segment_ids"],
         enable_dropout=dropout_key is not None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
+    return _loss_of_logits(logits, batch)
+
+
+def joint_loss_and_metrics(
+    config: ModelConfig, parameters: dict[str, Any], batch: Batch, dropout_key: Array | None, memory_key: Array, weight: float
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return the loss of `loss_and_metrics` + weight * `memory_loss`, and the sums of `loss_and_metrics`."""
+    targets, segment_ids = jnp.asarray(batch["decoder_target_tokens"]), jnp.asarray(batch["decoder_segment_ids"])
+    outputs: Any = decoder.Decoder(config).apply(
+        {"params": deepnet(parameters)},
+        batch["decoder_input_tokens"],
+        segment_ids,
+        enable_dropout=dropout_key is not None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="keys_and_logits",
+    )
+    keys, logits = outputs
+    loss, sums = _loss_of_logits(logits, batch)
+    return loss + weight * memory_loss(logits, keys, targets, segment_ids, parameters[MEMORY]["lambda"], memory_key), sums
+
+
+def _loss_of_logits(logits: Float[Array, "batch length vocab"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
     targets, weights = batch["decoder_target_tokens"], batch["decoder_segment_ids"] > 0
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -73,17 +102,26 @@ def loss_and_metrics(
 
 
 def to_train_state(parameters: dict[str, Any], optimizer_state: Any, step: int | Array) -> dict[str, Any]:
-    """Return T5X's checkpoint tree: the parameters, and Adafactor's second moments with the same names."""
+    """Return T5X's checkpoint tree: the parameters, and Adafactor's second moments with the same names.
+
+    The parameters of the memory loss are beside this tree, under `MEMORY`, so that the checkpoint is read as DeepNet alone.
+    """
     moments = [optax.tree_utils.tree_get(optimizer_state, name) for name in MOMENTS]
     param_states = jax.tree.map(lambda *values: {**dict(zip(MOMENTS, values, strict=True)), "m": jnp.zeros(1)}, *moments)  # no momentum
-    return {"target": parameters, "state": {"step": jnp.asarray(step, jnp.int32), "param_states": param_states}}
+    tree = {"target": deepnet(parameters), "state": {"step": jnp.asarray(step, jnp.int32), "param_states": deepnet(param_states)}}
+    if MEMORY in parameters:
+        tree[MEMORY] = {"target": parameters[MEMORY], "param_states": param_states[MEMORY]}
+    return tree
 
 
 def from_train_state(train_state: dict[str, Any], optimizer_state: Any) -> tuple[dict[str, Any], Any]:
     """Return the parameters and the optimizer state in T5X's checkpoint tree, in the structure of `optimizer_state`."""
-    parameters, state = train_state["target"], train_state["state"]
-    moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, state["param_states"]) for name in MOMENTS}
-    optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=state["step"], **moments)
+    parameters, param_states = train_state["target"], train_state["state"]["param_states"]
+    if MEMORY in train_state:
+        parameters = parameters | {MEMORY: train_state[MEMORY]["target"]}
+        param_states = param_states | {MEMORY: train_state[MEMORY]["param_states"]}
+    moments = {name: jax.tree.map(lambda _, s, name=name: s[name], parameters, param_states) for name in MOMENTS}
+    optimizer_state = optax.tree_utils.tree_set(optimizer_state, count=train_state["state"]["step"], **moments)
     # `tree_set` gives several counts the same array. Copy it, because donating an array twice crashes the process.
     return parameters, jax.tree.map(jnp.copy, optimizer_state)
 
@@ -95,18 +133,38 @@ def shardings() -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
     return replicated, by_row
 
 
-def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation", seed: int) -> Any:
-    """Return the compiled, data-parallel training step: (parameters, optimizer state, batch, step) to (parameters, state, sums)."""
+def compiled_update(model: ModelConfig, adafactor: "optax.GradientTransformation", seed: int, memory_weight: float = 0.0) -> Any:
+    """Return the compiled, data-parallel training step: (parameters, optimizer state, batch, step) to (parameters, state, sums).
+
+    With a `memory_weight` the step minimizes the joint loss.
+    """
     replicated, by_row = shardings()
     dropout_key = jax.random.fold_in(jax.random.key(seed), 1) if model.dropout_rate > 0 else None
+    memory_key = jax.random.fold_in(jax.random.key(seed), 2)
 
     def update(parameters: Any, state: Any, batch: Batch, step: Array) -> Any:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, step)
-        gradients, metrics = jax.grad(lambda p: loss_and_metrics(model, p, batch, key), has_aux=True)(parameters)
+
+        def loss(p: Any) -> Any:
+            if not memory_weight:
+                return loss_and_metrics(model, p, batch, key)
+            return joint_loss_and_metrics(model, p, batch, key, jax.random.fold_in(memory_key, step), memory_weight)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(parameters)
         updates, state = adafactor.update(gradients, state, parameters)
         return optax.apply_updates(parameters, updates), state, metrics
 
     return jax.jit(update, donate_argnums=(0, 1), in_shardings=(replicated, replicated, by_row, replicated))
+
+
+def joint_update(model: ModelConfig, adafactor: "optax.GradientTransformation", seed: int, memory_weight: float, begin: int) -> Any:
+    """Return a training step that minimizes the plain loss before step `begin`, and the joint loss from then on."""
+    plain, joint = compiled_update(model, adafactor, seed), compiled_update(model, adafactor, seed, memory_weight)
+
+    def update(parameters: Any, state: Any, batch: Batch, step: Any) -> Any:
+        return (plain if step < begin else joint)(parameters, state, batch, step)
+
+    return update
 
 
 def compiled_sums(model: ModelConfig) -> Any:
@@ -120,11 +178,11 @@ def means(sums: list[dict[str, Array]]) -> dict[str, float]:
     return {"loss": total["cross_entropy"] / total["tokens"], "accuracy": total["correct"] / total["tokens"], "tokens": total["tokens"]}
 
 
-def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int) -> State:
-    """Return the state of the newest checkpoint, or the initial state if there is none."""
+def restore_or_init(manager: Any, model: ModelConfig, adafactor: Any, seed: int, *, joint: bool = False) -> State:
+    """Return the state of the newest checkpoint, or the initial state if there is none. `joint` adds the parameter of the memory loss."""
 
     def init() -> tuple[Any, Any]:
-        parameters = decoder.init_parameters(model, seed)
+        parameters = decoder.init_parameters(model, seed) | ({MEMORY: {"lambda": jnp.ones(())}} if joint else {})
         return parameters, adafactor.init(parameters)
 
     sharding, _ = shardings()

@@ -169,7 +169,8 @@ def _small_run(folder: Path, stages: StageSettings, texts: list[str], size: int,
     wanted = {"train": rows, "validation": int(queries * validation), "test": int(queries * (1 - validation))}
     file.write_text(shard_content(_draw(texts, vocabulary, wanted)), encoding="utf-8")
     if "train" in stages:
-        stages = stages | {"train": stages["train"] | {"steps": 2 * size, "checkpoint_steps": 2 * size}}
+        joint = -(-2 * size * stages["train"].get("memory_steps", 0) // stages["train"]["steps"])  # the same share of the steps
+        stages = stages | {"train": stages["train"] | {"steps": 2 * size, "checkpoint_steps": 2 * size, "memory_steps": joint}}
     stages = stages | {"prepare_documents": stages["prepare_documents"] | {"text": str(file)}}
     memory = {}
     model = train if "train" in stages else take_checkpoint

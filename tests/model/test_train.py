@@ -13,7 +13,7 @@ import pytest
 
 from resmem_lm.errors import UserError
 from resmem_lm.model import train_loop
-from resmem_lm.model.checkpoints import load_model
+from resmem_lm.model.checkpoints import load_model, read_parameters
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.decoder import init_parameters
 from resmem_lm.model.train import train
@@ -53,8 +53,13 @@ def trained(tiny_run, tmp_path_factory):
     return workdir
 
 
-def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, trained, monkeypatch):
-    whole = train(trained, **SETTINGS)
+JOINT = SETTINGS | {"memory_loss_weight": 0.5, "memory_steps": 5}
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, JOINT], ids=["plain", "joint"])
+def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, tiny_run, trained, tmp_path_factory, monkeypatch, settings):
+    """The checkpoint at step 3 is in the middle of the steps with the memory loss, if there are any."""
+    whole = train(trained if settings is SETTINGS else copy_text(tiny_run, tmp_path_factory.mktemp("joint")), **settings)
 
     class KilledError(Exception):
         pass
@@ -66,11 +71,21 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_parameters(workdir, t
     with monkeypatch.context() as patch:
         patch.setattr(Reporter, "update", killed)
         with pytest.raises(KilledError):
-            train(workdir, **SETTINGS)
+            train(workdir, **settings)
     assert not read_json(workdir / "stages/train.json")["finished"]
     assert (workdir / "checkpoints/checkpoint_3").exists()
-    assert train(workdir, **SETTINGS) == whole
+    assert train(workdir, **settings) == whole
     assert load_model(workdir / "checkpoints").fingerprint == whole["fingerprint"]
+
+
+def test_the_memory_loss_changes_only_the_last_steps(workdir, trained):
+    assert train(workdir, **SETTINGS, memory_loss_weight=0.5, memory_steps=1) != train(trained, **SETTINGS)
+    first, plain = (read_parameters(run / "checkpoints/checkpoint_6", MODEL) for run in (workdir, trained))
+    jax.tree.map(np.testing.assert_array_equal, first, plain)
+
+
+def test_a_memory_loss_of_weight_0_gives_the_plain_model(workdir, trained):
+    assert train(workdir, **SETTINGS, memory_loss_weight=0.0, memory_steps=5) == train(trained, **SETTINGS)
 
 
 def written(workdir, tag):
@@ -174,6 +189,12 @@ def test_adafactor_is_scaled_by_the_parameter():
         ({"cooldown_steps": -1}, "train.cooldown_steps = -1: take 0 or more"),
         ({"validation_tokens": -1}, "train.validation_tokens = -1: take 0 or more"),
         ({"seed": -1}, "train.seed = -1: take 0 or more"),
+        ({"memory_loss_weight": -0.1}, "train.memory_loss_weight = -0.1: take 0 or more"),
+        ({"memory_loss_weight": float("nan")}, "train.memory_loss_weight = nan: take 0 or more"),
+        ({"memory_loss_weight": float("inf")}, "train.memory_loss_weight = inf: take a finite number"),
+        ({"memory_steps": -1}, "train.memory_steps = -1: take 0 or more"),
+        ({"memory_loss_weight": 1.0}, r"train.memory_steps = 0: with a train.memory_loss_weight, take 1 to train.steps = 7"),
+        ({"memory_loss_weight": 1.0, "memory_steps": 8}, "train.memory_steps = 8"),
     ],
 )
 def test_settings_out_of_their_range_are_refused(workdir, change, message):
@@ -188,7 +209,7 @@ def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path_facto
         "from resmem_lm.model.config import ModelConfig\n"
         "def write(step, scalars): print(*(repr(v) for k, v in scalars.items() if k.endswith('/loss')))\n"
         "train_loop.metrics = lambda *a, **k: contextlib.nullcontext(write)\n"
-        f"train(sys.argv[1], **{SETTINGS!r})"
+        f"train(sys.argv[1], **{JOINT!r})"
     )
     processes = {}
     for devices in (1, 4):
@@ -201,7 +222,7 @@ def test_losses_are_the_same_on_one_two_and_four_devices(workdir, tmp_path_facto
         losses[2] += [value for name, value in scalars.items() if name.endswith("/loss")]
 
     monkeypatch.setattr(train_loop, "metrics", lambda *_, **__: contextlib.nullcontext(write))
-    train(workdir, **SETTINGS)
+    train(workdir, **JOINT)
     for devices, process in processes.items():
         losses[devices] = [float(line) for line in process.communicate()[0].split()]
         assert process.returncode == 0
