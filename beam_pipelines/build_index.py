@@ -1,4 +1,4 @@
-"""Build the index from the datastore, as a Beam pipeline.
+"""Build the index of the keys and the suffix index of the tokens from the datastore, in two Beam pipelines.
 
 An index shard covers as many consecutive shards of the datastore as a worker's memory holds.
 """
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from beam_pipelines.runner import count, run_units
 from resmem_lm.errors import UserError
+from resmem_lm.memory import suffix_index
 from resmem_lm.memory.datastore import Datastore, open_datastore
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_memory, largest_index, library
 from resmem_lm.memory.schema import KEY_FILES
@@ -21,15 +22,16 @@ from resmem_lm.workdir.artifacts import find_record, folder_of, publish, remove_
 from resmem_lm.workdir.lock import assert_held
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors, stage
-from resmem_lm.workdir.storage import Record, drop_copy, write_json
+from resmem_lm.workdir.storage import AnyPath, Record, drop_copy, write_json
 
 
 class IndexJob(NamedTuple):
-    """Consecutive shards of the datastore, and the name of their index shard."""
+    """Consecutive shards of the datastore, and the name and provenance of the artifact that is built from them."""
 
     first: int
     shards: int
     name: str
+    provenance: Record
 
 
 class OneAtATime:
@@ -55,11 +57,10 @@ class BuildShard:
         """Yield the shard's name once it is published."""
         folder = self.run.index
         part = Datastore(self.run.datastore, self.manifest).part(unit.first, unit.shards)
-        provenance = provenance_of(part, self.settings)
         with process.lock:
-            if not find_record(folder, unit.name, provenance):
+            if not find_record(folder, unit.name, unit.provenance):
                 part.check_files(*KEY_FILES)
-                with disk_errors(folder), publish(folder, unit.name, provenance) as attempt:
+                with disk_errors(folder), publish(folder, unit.name, unit.provenance) as attempt:
                     if self.settings["kind"] != "exact":
                         attempt.facts |= library(self.settings["kind"]).build(part, attempt.folder, self.settings)
                     attempt.facts["rows"] = part.rows
@@ -70,9 +71,28 @@ class BuildShard:
         yield unit.name
 
 
-def provenance_of(part: Datastore, settings: Record) -> Record:
-    """Return the provenance of an index shard."""
-    return {**settings, "folders": [shard["folder"] for shard in part.shards]}
+@dataclasses.dataclass(frozen=True)
+class BuildSuffixes:
+    """Build a shard of the suffix index from live rows, and publish it."""
+
+    run: Run
+    manifest: Record
+
+    def setup(self) -> OneAtATime:
+        """Return the process's lock."""
+        return OneAtATime()
+
+    def process(self, unit: IndexJob, process: OneAtATime) -> Iterator[str]:
+        """Yield the shard's name once it is published."""
+        folder = self.run.index
+        part = Datastore(self.run.datastore, self.manifest).part(unit.first, unit.shards)
+        with process.lock:
+            if not find_record(folder, unit.name, unit.provenance):
+                part.check_files("tokens.npy")
+                with disk_errors(folder), publish(folder, unit.name, unit.provenance, suffix_index.FILES) as attempt:
+                    suffix_index.save_suffixes(attempt.folder, suffix_index.build_suffixes(suffix_index.live_tokens(part)))
+                count("suffix_rows", part.live_rows)
+        yield unit.name
 
 
 @stage(name="index", after=("build",), policy="extend", free=("pipeline_options", "memory_gib"))
@@ -86,7 +106,9 @@ def build_index(
     memory_gib: float = 8.0,
     pipeline_options: str = "",
 ) -> Record:
-    """Write WORKDIR/index. If shards of the datastore are added or changed, only their index shards are rebuilt.
+    """Write WORKDIR/index: an index of the keys, and a suffix index of the tokens.
+
+    If shards of the datastore are added or changed, only their index shards are rebuilt.
 
     Args:
         kind: "faiss"; "scann", as in the paper (pip install 'resmem_lm[scann]'); or "exact", which compares a query with every key.
@@ -98,7 +120,7 @@ def build_index(
         pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 
     Returns:
-        The kind and its parameters, and the rows and the provenance of each index shard.
+        The kind and its parameters, the rows and the provenance of each index shard, and the provenance of each shard of the suffix index.
 
     Raises:
         UserError: ScaNN cannot be imported, the datastore is damaged, or the memory is too small for one of its shards.
@@ -106,18 +128,35 @@ def build_index(
     datastore = open_datastore(run.datastore)
     settings: Record = {"kind": kind, "candidates": candidates, "training_rows": training_rows, "threads": threads}
     emb = datastore.binding.key_dimensions or load_config(run.checkpoints).emb_dim
-    jobs, provenances = _jobs(datastore, settings, _most_rows(datastore, settings, emb, memory_gib))
+    groups = group_shards([shard["rows"] for shard in datastore.shards], _most_rows(datastore, settings, emb, memory_gib))
+    jobs = [_job("shard", datastore, group, settings) for group in groups]
+    suffix_jobs = [_job("suffixes", datastore, group, suffix_index.deleted_of(datastore.part(*group))) for group in groups]
     folder = run.index
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs if find_record(folder, job.name, provenances[job.name]) is None]
-    work = BuildShard(run, datastore.manifest, settings)
-    run_units("Index", todo, work, pipeline_options, published=folder, names=list(provenances))
-    records = [require_record(folder, name, provenance) for name, provenance in provenances.items()]
+    records = _published(folder, "Index", jobs, BuildShard(run, datastore.manifest, settings), pipeline_options)
+    suffixes = _published(folder, "Index suffixes", suffix_jobs, BuildSuffixes(run, datastore.manifest), pipeline_options)
     assert_held(run.path)
     facts: Record = {"kind": kind, "candidates": candidates}
-    write_json(folder / "index.json", facts | {"shards": records})
-    remove_orphans(folder, records)
-    return facts | {"shards": [{"rows": record["rows"], "provenance": record["provenance"]} for record in records]}
+    write_json(folder / "index.json", facts | {"shards": records, "suffixes": suffixes})
+    remove_orphans(folder, records + suffixes)
+    shards = [{"rows": record["rows"], "provenance": record["provenance"]} for record in records]
+    return facts | {"shards": shards, "suffixes": [record["provenance"] for record in suffixes]}
+
+
+def _job(kind: str, datastore: Datastore, group: tuple[int, int], facts: Record) -> IndexJob:
+    """Return the job that builds an artifact from a group of datastore shards, given as the first shard and the number of shards."""
+    provenance = {**facts, "folders": [shard["folder"] for shard in datastore.part(*group).shards]}
+    name = f"{kind}-{hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]}"
+    return IndexJob(*group, name, provenance)
+
+
+def _published(
+    folder: AnyPath, title: str, jobs: list[IndexJob], work: "BuildShard | BuildSuffixes", pipeline_options: str
+) -> list[Record]:
+    """Run the jobs whose artifacts are missing, and return the records of all."""
+    todo = [job for job in jobs if find_record(folder, job.name, job.provenance) is None]
+    run_units(title, todo, work, pipeline_options, published=folder, names=[job.name for job in jobs])
+    return [require_record(folder, job.name, job.provenance) for job in jobs]
 
 
 def _most_rows(datastore: Datastore, settings: Record, emb: int, memory_gib: float) -> int:
@@ -134,14 +173,3 @@ def _most_rows(datastore: Datastore, settings: Record, emb: int, memory_gib: flo
             f"{needed + 0.05:.1f} (--index_memory_gib), or more shards of documents"
         )
     return most
-
-
-def _jobs(datastore: Datastore, settings: Record, most_rows: int) -> tuple[list[IndexJob], dict[str, Record]]:
-    """Return the index shards, and the provenance of each by name."""
-    jobs, provenances = [], {}
-    for first, shards in group_shards([shard["rows"] for shard in datastore.shards], most_rows):
-        provenance = provenance_of(datastore.part(first, shards), settings)
-        name = f"shard-{hashlib.sha256(json.dumps(provenance).encode()).hexdigest()[:12]}"
-        jobs.append(IndexJob(first, shards, name))
-        provenances[name] = provenance
-    return jobs, provenances

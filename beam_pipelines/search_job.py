@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 from resmem_lm.memory.datastore import Datastore
+from resmem_lm.memory.document_memory import document_head
 from resmem_lm.memory.encode_documents import EncodingWorker
-from resmem_lm.memory.encoder import query_head
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, Record, read_json
 
@@ -44,6 +44,7 @@ class SearchJob:
     documents_checksum: str  # of the queries' documents
     index: Record  # its manifest
     neighbors: int
+    document_neighbors: int
     recall_queries: int
 
     @property
@@ -61,8 +62,9 @@ class SearchJob:
         return Datastore(self.run.datastore, self.datastore)
 
     def encoding_worker(self) -> EncodingWorker:
-        """Load the model with an encoder of queries."""
-        return EncodingWorker(self.run, self.open_datastore().binding, query_head)
+        """Load the model with an encoder of queries and of their rows in the memory of their document."""
+        binding = self.open_datastore().binding
+        return EncodingWorker(self.run, binding, lambda model: document_head(model, binding.entries, binding.temperatures))
 
     def sample(self, query: QueryShard) -> Int[np.ndarray, " sample"]:
         """Return the queries of a shard to compare with exact search, evenly spaced over the split; none for an exact index."""
@@ -74,7 +76,10 @@ class SearchJob:
 
     def encoded_provenance(self) -> Record:
         """Return the provenance of the encoded queries of any shard."""
-        binding = {name: self.datastore[name] for name in ("model", "vocabulary", "window", "key_dimensions", "projection")}
+        binding = {
+            name: self.datastore[name]
+            for name in ("model", "vocabulary", "window", "key_dimensions", "projection", "entries", "temperatures")
+        }
         return {"documents": self.documents_checksum, **binding}
 
     def part_provenance(self, query: QueryShard, index_shards: tuple[int, ...]) -> Record:
@@ -88,7 +93,9 @@ class SearchJob:
             "datastore": self.datastore_checksum,
             "kind": [self.index["kind"], self.index["candidates"]],
             "index": [shard["folder"] for shard in self.index["shards"]],
+            "suffixes": [shard["folder"] for shard in self.index["suffixes"]],
             "neighbors": self.neighbors,
+            "document_neighbors": self.document_neighbors,
             "recall_queries": self.recall_queries,
             "tokens": [query.first, query.tokens, query.split_tokens],
         }

@@ -2,7 +2,8 @@
 
 1. Encode each shard of the queries' documents.
 2. Look each shard up in each group of index shards. A process holds one index shard at a time.
-3. Merge the neighbors that the groups found, and add DeepNet's logits of the tokens that can win.
+3. Merge the neighbors that the groups found. Add the neighbors in the query's own document, the exact matches in the suffix index, and
+   DeepNet's logits of the tokens that can win.
 """
 
 import contextlib
@@ -16,14 +17,18 @@ from beam_pipelines.build_index import OneAtATime
 from beam_pipelines.runner import count, run_units
 from beam_pipelines.search_job import Lookup, QueryShard, SearchJob, part_name, query_shards
 from resmem_lm.errors import UserError
-from resmem_lm.evaluation.neighbors import Queries, common, deepnet_arrays
-from resmem_lm.memory.datastore import open_datastore
+from resmem_lm.evaluation.neighbors import Queries, common
+from resmem_lm.evaluation.sources import document_arrays, memory_arrays
+from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.index import Index, Nearest
 from resmem_lm.memory.nearest import add_neighbors, merge_parts, no_neighbors
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.memory.schema import KEY_FILES
+from resmem_lm.memory.suffix_index import Suffixes, open_suffixes
+from resmem_lm.model.checkpoints import Model, load_model
 from resmem_lm.text.shards import QUERY_SPLITS, checksum_of_queries, group_numbers, read_shard, shard_paths
 from resmem_lm.workdir.arrays import array_files, publish_arrays, published_arrays
 from resmem_lm.workdir.artifacts import find_record, folder_of, publish, remove_orphans, require_record
@@ -33,7 +38,7 @@ from resmem_lm.workdir.stages import disk_errors, stage
 from resmem_lm.workdir.storage import Record, drop_copy, remove, sha256, write_json
 
 DOCUMENT_ARRAYS = ("document_lengths", "document_groups")
-ENCODED = array_files("keys", "hidden", "tokens", *DOCUMENT_ARRAYS)
+ENCODED = array_files(*DocumentRows._fields, "tokens", *DOCUMENT_ARRAYS)
 PART = ("rows", "distances", "exact_rows", "exact_distances")
 
 
@@ -144,17 +149,28 @@ class SearchShards:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergeWorker:
+    """The memory and the model, which a worker process opens once for all of its shards."""
+
+    datastore: Datastore
+    suffixes: list[Suffixes]
+    model: Model
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeNeighbors:
     """Merge the parts of a query shard, add DeepNet's logits, and publish the result."""
 
     job: SearchJob
 
-    def setup(self) -> EncodingWorker:
-        """Check the tokens of the datastore, and load the model."""
-        self.job.open_datastore().check_files("tokens.npy")
-        return self.job.encoding_worker()
+    def setup(self) -> MergeWorker:
+        """Check the tokens of the datastore, open the suffix index, and load the model."""
+        job = self.job
+        datastore = job.open_datastore()
+        datastore.check_files("tokens.npy")
+        return MergeWorker(datastore, open_suffixes(job.run, datastore, job.index), load_model(job.run.checkpoints))
 
-    def process(self, query: QueryShard, worker: EncodingWorker) -> Iterator[str]:
+    def process(self, query: QueryShard, worker: MergeWorker) -> Iterator[str]:
         """Yield the shard's name once it is published."""
         folder, provenance = self.job.run.neighbors, self.job.provenance(query)
         if not find_record(folder, query.name, provenance):
@@ -176,23 +192,24 @@ class MergeNeighbors:
                 parts.append((part_rows, part_distances))
             return merge_parts(parts, job.neighbors)
 
-    def _arrays(self, query: QueryShard, nearest: Nearest, worker: EncodingWorker) -> dict[str, np.ndarray]:
+    def _arrays(self, query: QueryShard, nearest: Nearest, worker: MergeWorker) -> dict[str, np.ndarray]:
         """Return the arrays of `Queries`."""
-        names = ("tokens", "hidden", *DOCUMENT_ARRAYS)
+        names = (*DocumentRows._fields, "tokens", *DOCUMENT_ARRAYS)
         with published_arrays(self.job.encoded, query.name, self.job.encoded_provenance(), *names) as encoded:
             arrays = {name: np.asarray(array) for name, array in zip(names, encoded, strict=True)}
-        datastore = self.job.open_datastore()
-        arrays["rows"], arrays["distances"] = nearest
-        arrays["neighbor_tokens"] = datastore.take("tokens", np.maximum(nearest[0], 0))
-        return arrays | deepnet_arrays(worker.model, datastore, arrays["hidden"], arrays["tokens"], arrays["neighbor_tokens"])
+        arrays |= document_arrays(arrays, self.job.document_neighbors)
+        return arrays | memory_arrays(worker.model, worker.datastore, worker.suffixes, nearest, arrays)
 
 
 @stage(name="search", after=("build", "index"), policy="extend", free=("pipeline_options",))
-def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline_options: str = "") -> Record:
-    """Write WORKDIR/neighbors: the nearest neighbors of every validation and test token.
+def search(run: Run, *, neighbors: int = 50, document_neighbors: int = 16, recall_queries: int = 500, pipeline_options: str = "") -> Record:
+    """Write WORKDIR/neighbors: for every validation and test token, what the memory and its own document know.
+
+    These are its nearest neighbors, the exact matches of the tokens before it, and its nearest neighbors among these tokens.
 
     Args:
         neighbors: neighbors of each query, the largest k that can be chosen later (paper: 50).
+        document_neighbors: neighbors of each query among the earlier tokens of its own document; 0 for none.
         recall_queries: number of evenly spaced queries of each split that measure the recall of the index.
         pipeline_options: Beam's options, such as "--runner=..."; without a runner, Beam's in-process runner.
 
@@ -202,7 +219,7 @@ def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline
     Raises:
         UserError: more neighbors than rows, no query to compare, or a checkpoint that the datastore was not built with.
     """
-    job = _job(run, neighbors, recall_queries)
+    job = _job(run, neighbors, document_neighbors, recall_queries)
     for folder in (run.neighbors, job.encoded, job.parts):
         folder.mkdir(parents=True, exist_ok=True)
     names = {split: [path.name.removesuffix(".jsonl") for path in shard_paths(run, split)] for split in QUERY_SPLITS}
@@ -223,7 +240,7 @@ def search(run: Run, *, neighbors: int = 50, recall_queries: int = 500, pipeline
     return _write_manifest(job, queries)
 
 
-def _job(run: Run, neighbors: int, recall_queries: int) -> SearchJob:
+def _job(run: Run, neighbors: int, document_neighbors: int, recall_queries: int) -> SearchJob:
     if recall_queries < 1:
         raise UserError(f"search.recall_queries = {recall_queries}: take 1 or more, to measure the recall of the index")
     datastore = open_datastore(run.datastore)
@@ -231,8 +248,10 @@ def _job(run: Run, neighbors: int, recall_queries: int) -> SearchJob:
         raise UserError(
             f"search.neighbors = {neighbors}, but the datastore has {datastore.live_rows} rows: take 1 to {datastore.live_rows}"
         )
+    if document_neighbors < 0:
+        raise UserError(f"search.document_neighbors = {document_neighbors}: take 1 or more, or 0 for none")
     checksums = sha256(run.datastore / "manifest.json"), checksum_of_queries(run)
-    return SearchJob(run, datastore.manifest, *checksums, index_manifest(run, datastore), neighbors, recall_queries)
+    return SearchJob(run, datastore.manifest, *checksums, index_manifest(run, datastore), neighbors, document_neighbors, recall_queries)
 
 
 def _write_manifest(job: SearchJob, queries: dict[str, list[QueryShard]]) -> Record:

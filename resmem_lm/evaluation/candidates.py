@@ -1,8 +1,9 @@
 """Score only the few tokens that can win, so that a sweep of hyperparameters needs no pass over the vocabulary.
 
-The candidates are the tokens of DeepNet's largest logits and the neighbors' tokens. A neighbor's residual is positive only at its own
-token. With lambda >= 0, any other token scores at most DeepNet's probability at the next-largest logit. If the best candidate reaches this
-bound, the prediction is certified: the formula over the whole vocabulary, with the residuals as stored, gives the same prediction.
+The candidates are the tokens of DeepNet's largest logits, the continuations of the longest exact match, the tokens of the nearest rows of
+the document, and the neighbors' tokens. A row's residual is positive only at its own token. With lambda >= 0, any other token scores at
+most DeepNet's probability at the next-largest logit. If the best candidate reaches this bound, the prediction is certified: the formula
+over the whole vocabulary, with the residuals as stored, gives the same prediction.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -14,12 +15,13 @@ from etils import epy
 from jaxtyping import Array, Float, Int, Integer, UInt8
 
 from resmem_lm.memory.quantization import dequantize_powers
+from resmem_lm.memory.suffix_index import CONTINUATIONS
 from resmem_lm.resmem import at_temperature, largest, neighbor_weights
 
 with epy.lazy_imports():
     from resmem_lm.memory import kernels
 
-Formula = Literal["resmem", "knnlm", "boosted", "clipped"]
+Formula = Literal["resmem", "knnlm", "boosted", "clipped", "confident"]
 
 
 class Setting(NamedTuple):
@@ -45,7 +47,7 @@ DEEPNET = Setting("resmem", 1, 1.0, 1.0, 0.0)
 
 
 class Candidates(NamedTuple):
-    """For each query: the tokens of DeepNet's largest logits, then the neighbors' tokens. A token may occur twice."""
+    """For each query: the tokens that DeepNet, the exact matches, the document and the neighbors propose. A token may occur twice."""
 
     ids: Int[Array, "queries candidates"]
     logits: Float[Array, "queries candidates"]
@@ -54,13 +56,21 @@ class Candidates(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """The neighbors of each query, nearest first."""
+    """The nearest rows of each query in the datastore or in its own document, nearest first."""
 
     distances: Float[Array, "queries k"]
     tokens: Int[Array, "queries k"]
+    matches: UInt8[Array, "queries k"]  # the number of equal tokens before the row and the query
     quantized: UInt8[Array, "queries k candidates"]  # the row's stored probability of each candidate, or 0
     target_log_probability: Float[Array, "queries k"]
     log_power_sums: Float[Array, "queries k temperatures"]
+
+
+class Exact(NamedTuple):
+    """Probabilities by the counts of the datastore's tokens, and the longest match of each query (see `memory.suffix_index`)."""
+
+    log_probability: Float[Array, "queries candidates"]
+    match: Float[Array, "queries 3"]  # its length, its occurrences, and the distinct tokens that follow
 
 
 class Block(NamedTuple):
@@ -68,8 +78,20 @@ class Block(NamedTuple):
 
     candidates: Candidates
     neighbors: Neighbors
+    document: Neighbors
+    exact: Exact
     targets: Int[Array, " queries"]  # the true tokens; -1 for padding
     target_base: Float[Array, "queries temperatures"]  # DeepNet's probability of the target
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return the number of candidates that each source proposes, in their order."""
+        proposed = {
+            "exact": CONTINUATIONS,
+            "document": self.document.tokens.shape[1],
+            "neighbors": self.neighbors.tokens.shape[1],
+        }
+        return {"deepnet": self.candidates.ids.shape[1] - sum(proposed.values()), **proposed}
 
 
 class Scores(NamedTuple):
@@ -82,12 +104,15 @@ class Scores(NamedTuple):
 
 
 def choose_candidates(
-    logits: Float[Array, "queries vocab"], neighbor_tokens: Int[Array, "queries k"], base: int
+    logits: Float[Array, "queries vocab"], proposed: Int[Array, "queries proposed"], base: int
 ) -> tuple[Int[Array, "queries candidates"], Float[Array, "queries candidates"], Float[Array, " queries"]]:
-    """Return ids and logits of the candidates, and the largest logit below the `base` largest."""
+    """Return ids and logits of the candidates, and the largest logit below the `base` largest.
+
+    The memory's candidates are `proposed`; where one is missing (-1), DeepNet's first candidate takes its place.
+    """
     base = min(base, logits.shape[1] - 1)
     top, ids = largest(logits, base + 1)
-    ids = jnp.concatenate([ids[:, :base], neighbor_tokens.astype(ids.dtype)], axis=1)
+    ids = jnp.concatenate([ids[:, :base], jnp.where(proposed < 0, ids[:, :1], proposed)], axis=1)
     return ids, jnp.take_along_axis(logits, ids, axis=1), top[:, base]
 
 

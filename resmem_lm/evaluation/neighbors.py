@@ -1,29 +1,22 @@
 """Read the cached neighbors of every validation and test token. A sweep of hyperparameters needs no new search.
 
 `WORKDIR/neighbors/` has a folder of row-aligned .npy files for each shard of the queries' documents. They hold the neighbors (`rows`,
-`distances`, nearest first), the query's token, and DeepNet's logits of the candidates (see `resmem_lm.evaluation.candidates`).
+`distances`, nearest first), the nearest rows of the query's own document, the query's token and its row for later queries of the document,
+DeepNet's logits of the candidates (see `resmem_lm.evaluation.candidates`), and their probabilities by exact matches.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Int
 
 from resmem_lm.errors import UserError
-from resmem_lm.evaluation.candidates import choose_candidates
-from resmem_lm.memory.datastore import Datastore
-from resmem_lm.memory.encoder import TOKENS, log_partition
-from resmem_lm.model.checkpoints import Model
 from resmem_lm.workdir.arrays import ShardedArray, load_array
 from resmem_lm.workdir.artifacts import damaged_files, folder_of
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, sha256
 
-BASE_CANDIDATES = 32
-DEEPNET_ARRAYS = ("target_logits", "candidate_ids", "candidate_logits", "bound", "log_partition")
+BY_NEIGHBOR = ("rows", "distances", "neighbor_tokens", "matches", "candidate_ids", "candidate_logits", "exact_log_probability")
 
 
 class Queries(NamedTuple):
@@ -33,11 +26,21 @@ class Queries(NamedTuple):
     distances: ShardedArray  # Float[queries k]
     tokens: Int[np.ndarray, " queries"]
     neighbor_tokens: ShardedArray  # Integer[queries k]
+    matches: ShardedArray  # UInt8[queries k]
+    document_back: ShardedArray  # Int[queries rows], how many tokens before the query; 0 if missing
+    document_distances: ShardedArray  # Float[queries rows]
+    document_matches: ShardedArray  # UInt8[queries rows]
+    residual_ids: ShardedArray  # UInt[queries others], as in the datastore; without columns if the document is not used
+    quantized_residuals: ShardedArray  # UInt8[queries others]
+    target_log_probability: ShardedArray  # Float[queries]
+    log_power_sums: ShardedArray  # Float[queries temperatures]
     target_logits: ShardedArray  # Float[queries]
     candidate_ids: ShardedArray  # Int[queries candidates]
     candidate_logits: ShardedArray  # Float[queries candidates]
     bound: ShardedArray  # Float[queries]
     log_partition: ShardedArray  # Float[queries temperatures]
+    exact_log_probability: ShardedArray  # Float[queries candidates]
+    exact_match: ShardedArray  # Float[queries 3]
     document_lengths: Int[np.ndarray, " documents"]
     document_groups: Int[np.ndarray, " documents"]  # equal for documents with equal `prepare_documents.group`
 
@@ -75,11 +78,11 @@ def truncate_neighbors(queries: Queries, k: int) -> Queries:
         raise UserError(f"k = {k}: {searched} neighbors were searched; choose from 1 to {searched}")
 
     def cut(*names: str) -> dict[str, Any]:
-        """Drop the last columns, which belong to the farthest neighbors. Columns of DeepNet's own candidates come first."""
+        """Drop the last columns, which belong to the farthest neighbors. The other candidates come first."""
         drop = k - searched or None
         return {name: ShardedArray([part[:, :drop] for part in getattr(queries, name).parts]) for name in names}
 
-    return queries._replace(**cut("rows", "distances", "neighbor_tokens", "candidate_ids", "candidate_logits"))
+    return queries._replace(**cut(*BY_NEIGHBOR))
 
 
 def common(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> int:
@@ -90,39 +93,3 @@ def common(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries 
 def recall(found: Int[np.ndarray, "queries k"], exact: Int[np.ndarray, "queries k"]) -> float:
     """Return the share of the exact k nearest that were found."""
     return common(found, exact) / max(1, int((exact >= 0).sum()))
-
-
-# The model's method is a static argument and compares equal for the same model, so JAX compiles once per model.
-@functools.partial(jax.jit, static_argnames=("logits_of", "temperatures"))
-def _outputs(
-    parameters: dict[str, Any],
-    hidden: Array,
-    targets: Array,
-    tokens: Array,
-    *,
-    logits_of: Callable[[dict[str, Any], Array], Array],
-    temperatures: tuple[float, ...],
-) -> tuple[Array, ...]:
-    logits = logits_of(parameters, hidden)
-    target_logits = jax.numpy.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return target_logits, *choose_candidates(logits, tokens, BASE_CANDIDATES), log_partition(logits, temperatures)
-
-
-def deepnet_arrays(
-    model: Model,
-    datastore: Datastore,
-    hidden: Float[np.ndarray, "queries emb"],
-    targets: Int[np.ndarray, " queries"],
-    neighbor_tokens: Integer[np.ndarray, "queries k"],
-) -> dict[str, np.ndarray]:
-    """Compute `DEEPNET_ARRAYS`, the arrays of `Queries` that come from DeepNet, from the last hidden states."""
-    blocks = []
-    for start in range(0, max(1, len(targets)), TOKENS):  # without queries, one block gives the arrays' widths
-        count = min(TOKENS, len(targets) - start)
-        some = [
-            np.pad(array[start : start + count], [(0, TOKENS - count)] + [(0, 0)] * (array.ndim - 1))
-            for array in (hidden, targets, neighbor_tokens.astype(np.int32))
-        ]
-        parts = _outputs(model.parameters, *some, logits_of=model.logits, temperatures=datastore.binding.temperatures)
-        blocks.append([np.asarray(part)[:count] for part in parts])
-    return {name: np.concatenate(parts) for name, parts in zip(DEEPNET_ARRAYS, zip(*blocks, strict=True), strict=True)}

@@ -15,7 +15,7 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors
 from resmem_lm.workdir.storage import AnyPath, Record, children, remove, write_bytes, write_json
 
-DERIVED_PATHS = ("neighbors", "results.json", "report.html", "studies", "derived")
+DERIVED_PATHS = ("neighbors", "gates.npz", "results.json", "report.html", "studies", "derived")
 DERIVED_STAGES = ("search", "evaluate", "report", "study-*")
 DELETABLE_SPLITS = ("train", "added")
 

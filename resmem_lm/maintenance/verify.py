@@ -227,7 +227,8 @@ def _token_problems(run: Run, part: Datastore, vocabulary: Vocabulary) -> Iterat
 
 
 def _check_index(run: Run, listed: set[str]) -> Iterator[str]:
-    records = read_json(run.index / "index.json")["shards"]
+    manifest = read_json(run.index / "index.json")
+    records = manifest["shards"] + manifest.get("suffixes", [])
     _list_published(listed, "index", records)
     for record in records:
         for problem in damaged_files(run.index, record, checksums=True):

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from resmem_lm.errors import UserError
 from resmem_lm.memory.encoder import Encoder, Head, residual_head
 from resmem_lm.memory.projection import projection_of
 from resmem_lm.memory.schema import COUNTERS, Binding
-from resmem_lm.model.checkpoints import load_model
+from resmem_lm.model.checkpoints import Model, load_model
 from resmem_lm.text.vocabulary import Vocabulary, load_vocabulary
 from resmem_lm.workdir.run import Run
 
@@ -18,12 +19,12 @@ from resmem_lm.workdir.run import Run
 class EncodingWorker:
     """The model, the vocabulary and the encoder, which a worker process loads once for all of its shards."""
 
-    def __init__(self, run: Run, binding: Binding, head: Head | None = None) -> None:
+    def __init__(self, run: Run, binding: Binding, head_of: Callable[[Model], Head] | None = None) -> None:
         self.vocabulary: Vocabulary = load_vocabulary(run)
         self.model = load_model(run.checkpoints)
         if (self.model.fingerprint, self.vocabulary.sha256) != (binding.model, binding.vocabulary):
             raise UserError(f"{run}: the checkpoint or the vocabulary changed during the command: run `resmem build` again")
-        head = head or residual_head(self.model, binding.entries, binding.temperatures)
+        head = head_of(self.model) if head_of else residual_head(self.model, binding.entries, binding.temperatures)
         self.encoder = Encoder(self.model, binding.window, head, projection_of(run.datastore, binding))
 
 

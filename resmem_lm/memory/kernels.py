@@ -19,7 +19,8 @@ LINE = 64  # bytes of a cache line
 FLOAT16 = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)  # Numba has no float16 on a CPU
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function with Numba."""
     # `unwrap` removes the shape checks of tests, which Numba cannot compile. `reassoc` lets sums vectorize and respects NaN and infinity.
     compiled: Callable[..., Any] = numba.njit(nogil=True, fastmath={"contract", "reassoc"})(inspect.unwrap(function))
     with contextlib.suppress(RuntimeError):  # no folder for the cache is writable
@@ -41,7 +42,7 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
     return numba.types.void(numba.types.intp), generate
 
 
-@_compiled
+@compiled
 def distances(
     queries: Float[np.ndarray, "queries emb"],
     quantized_keys: Sequence[Int8[np.ndarray, "_ emb"]],
@@ -80,7 +81,7 @@ def distances(
     return found
 
 
-@_compiled
+@compiled
 def quantized_at(
     candidates: Int[np.ndarray, "queries candidates"],
     ids: Integer[np.ndarray, "queries k others"],

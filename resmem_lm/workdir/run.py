@@ -32,7 +32,7 @@ OUTPUTS = {
     "build": Output(("datastore",), manifest="manifest.json"),
     "index": Output(("index",), manifest="index.json"),
     "search": Output(("neighbors",), manifest="neighbors.json"),
-    "evaluate": Output(("results.json",)),
+    "evaluate": Output(("results.json", "gates.npz")),
     "report": Output(("report.html",)),
 }
 
@@ -55,6 +55,7 @@ class Run:
         self.index = self.path / "index"
         self.neighbors = self.path / "neighbors"
         self.results = self.path / "results.json"
+        self.gates = self.path / "gates.npz"
         self.report = self.path / "report.html"
         self.studies = self.path / "studies"
         self.derived = self.path / "derived"

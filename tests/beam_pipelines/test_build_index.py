@@ -8,8 +8,10 @@ import pytest
 from beam_pipelines.build_index import build_index
 from resmem_lm.errors import UserError
 from resmem_lm.maintenance.append import append
+from resmem_lm.maintenance.delete import delete
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.open_index import index_manifest, open_index
+from resmem_lm.memory.suffix_index import open_suffixes
 from resmem_lm.workdir.run import Run
 from tests.tiny import index_memory_gib, shard_folder, write_corpus
 
@@ -100,3 +102,29 @@ def test_altered_keys_are_refused(unindexed):
 def test_an_impossible_memory_is_refused(unindexed, memory_gib):
     with pytest.raises(UserError, match=r"memory_gib = .*: take a number above 0"):
         build_index(unindexed, memory_gib=memory_gib)
+
+
+def test_the_suffix_index_has_the_tokens_of_live_rows_and_is_rebuilt_after_a_deletion(tiny_copy):
+    run = Run(tiny_copy)
+    datastore = open_datastore(run.datastore)
+    (suffixes,) = open_suffixes(run, datastore, index_manifest(run, datastore))
+    np.testing.assert_array_equal(suffixes.tokens, np.concatenate(datastore.shard_arrays("tokens")))
+    assert sorted(suffixes.ends.tolist()) == list(range(datastore.rows - 1))
+
+    delete(run, document=datastore.documents(0)[0]["id"])
+    datastore = open_datastore(run.datastore)
+    with pytest.raises(UserError, match="was built before documents were deleted: run `resmem index`"):
+        open_suffixes(run, datastore, index_manifest(run, datastore))
+    keys = {path.name for path in run.index.glob("shard-*")}
+    build_index(run)
+    (suffixes,) = open_suffixes(run, datastore, index_manifest(run, datastore))
+    assert len(suffixes.tokens) == datastore.live_rows < datastore.rows
+    assert {path.name for path in run.index.glob("shard-*")} == keys  # the index of the keys is kept
+
+
+def test_an_index_without_a_suffix_index_is_refused(tiny_copy):
+    run = Run(tiny_copy)
+    datastore = open_datastore(run.datastore)
+    manifest = {name: value for name, value in index_manifest(run, datastore).items() if name != "suffixes"}
+    with pytest.raises(UserError, match=r"has no suffix index, because another version built it: delete .*index"):
+        open_suffixes(run, datastore, manifest)
