@@ -86,7 +86,7 @@ def test_parsing_clears_earlier_settings():
 
 def test_settings_that_are_not_set_have_their_defaults():
     config.parse([], [])
-    assert config.parameters(search) == {"neighbors": 50, "recall_queries": 500, "pipeline_options": ""}
+    assert config.parameters(search) == {"neighbors": 50, "document_neighbors": 16, "recall_queries": 500, "pipeline_options": ""}
 
 
 @pytest.mark.parametrize("value", ["'notes/*.txt'", "['a.txt', 'b']", "('a.txt',)", "'docstrings'"])

@@ -6,16 +6,23 @@
 `boosted` is a step of gradient boosting in logit space (Friedman 2001): the residual onehot(y) - p is the negative gradient of the
 cross-entropy with respect to the logits. `clipped` is the paper's score with a floor. Both use r_kNN at the candidates only (see
 `resmem_lm.evaluation.candidates`); all other tokens keep DeepNet's probability. Division by the sum over the vocabulary gives q.
+
+    confident:  q = w p_kNN + (1 - w) p        with w = 1 / (1 + exp((d_1 / d_k - MIDDLE) / WIDTH))
+
+`confident` is kNN-LM with a weight for each token that needs no validation text: NEST's relative retrieval confidence (Li et al. 2024),
+from the L2 distances of the nearest and the k-th neighbor. The nearer the nearest is to the query, compared with the k-th, the larger w.
 """
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 SimplexFormula = Literal["knnlm", "boosted", "clipped"]
 FLOOR = 0.1  # lowest score of a token, as a share of DeepNet's probability
+MIDDLE, WIDTH = 0.5, 0.2  # of the ratio of distances, which is from 0 to 1
 BINS = 15  # for the calibration error, as in Guo et al. (2017)
 
 
@@ -53,6 +60,16 @@ def on_simplex(
     if formula == "boosted":
         return normalized(base, base * jnp.exp(lambda_ * residual), first)
     return normalized(base, jnp.maximum(base + lambda_ * residual, FLOOR * base), first)
+
+
+def confident(
+    base: Float[Array, "queries candidates"], knn: Float[Array, "queries candidates"], distances: Float[Array, "queries k"]
+) -> Distribution:
+    """Return the distribution of kNN-LM with NEST's relative retrieval confidence (Li et al. 2024, section 3.1)."""
+    found = jnp.isfinite(distances)
+    farthest = jnp.max(jnp.where(found, distances, 0), axis=1)
+    weight = jax.nn.sigmoid((MIDDLE - distances[:, 0] / jnp.maximum(farthest, 1e-6)) / WIDTH)
+    return Distribution((1 - weight)[:, None] * base + weight[:, None] * knn, 1 - weight)
 
 
 def target_probability(

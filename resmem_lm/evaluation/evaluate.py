@@ -4,53 +4,49 @@ import contextlib
 import importlib.metadata
 import itertools
 import platform
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
 
 from resmem_lm.errors import UserError
-from resmem_lm.evaluation.adaptive import Gate
+from resmem_lm.evaluation.adaptive import Adaptive
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
-from resmem_lm.evaluation.examples import corrected_tokens
+from resmem_lm.evaluation.document_methods import DocumentMethods, fit_document_methods, predict_with_document
+from resmem_lm.evaluation.examples import EXAMPLES, corrected_tokens, draw_tokens
 from resmem_lm.evaluation.neighbors import open_queries
-from resmem_lm.evaluation.scorer import Predictions, SplitScorer
-from resmem_lm.evaluation.statistics import accuracy_metrics, bootstrap_interval, probability_metrics
-from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
+from resmem_lm.evaluation.saved_gates import save_gates
+from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.statistics import Found, accuracy_metrics, bootstrap_interval, probability_metrics
+from resmem_lm.evaluation.tuning import Grid, calibrate, fit_gate, grid_of, simplex_grid, tune
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.text.shards import QUERY_SPLITS
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import stage
 from resmem_lm.workdir.storage import Record, read_json, sha256, write_json
 
-ON_SIMPLEX = ("deepnet", "knnlm", "knnlm_perplexity", "resmem_calibrated")
+ON_SIMPLEX = ("deepnet", "knnlm", "knnlm_perplexity", "knnlm_confident", "resmem_calibrated")
 IN_CURVES = ("knnlm", "resmem_lambda1", "resmem")
-DIFFERENCES = (("resmem_adaptive", "resmem"), ("resmem_adaptive", "knnlm"), ("resmem", "knnlm"))
+DIFFERENCES = (
+    ("resmem_adaptive", "resmem"),
+    ("resmem_adaptive", "knnlm"),
+    ("resmem", "knnlm"),
+    ("resmem_adaptive_document", "resmem_adaptive"),
+    ("resmem_adaptive_document", "knnlm_cache"),
+)
 SCORED_FILES = ("residual_ids.npy", "quantized_residuals.npy", "target_log_probability.npy", "log_power_sums.npy")
 STAGES = ("documents", "vocabulary", "train", "build", "index", "search")
 PACKAGES = ("resmem_lm", "jax", "flax", "optax", "apache-beam", "faiss-cpu", "scann", "sentencepiece", "numpy")
 
 
-class Grid(NamedTuple):
-    """Hyperparameters to try."""
-
-    ks: list[int]
-    sigmas: list[float]
-    temperatures: list[float]
-    lambdas: list[float]
-
-
 Curves = dict[tuple[str, str], list[Setting]]  # (axis, method) -> settings
-Found = dict[Setting, tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]  # predictions, certified
 
 
-class Outputs(NamedTuple):
-    """Predictions for a split by all methods."""
+class Methods(NamedTuple):
+    """The settings of the methods without a gate, Adaptive ResMem, and the methods that use the document, if it is a memory."""
 
-    found: Found
-    on_simplex: dict[Setting, Predictions]
-    adaptive: Predictions
+    settings: dict[str, Setting]
+    adaptive: Adaptive
+    document: DocumentMethods | None
 
 
 @stage(name="evaluate", after=("search", "build", "train"), policy="redo")
@@ -62,7 +58,7 @@ def evaluate(
     temperatures: tuple[float, ...] | list[float] = (0.7, 1.0, 1.4),
     lambdas: tuple[float, ...] | list[float] = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5),
 ) -> Record:
-    """Choose hyperparameters on validation, evaluate on test, and write WORKDIR/results.json.
+    """Choose hyperparameters on validation, evaluate on test, and write WORKDIR/results.json and the gates of Adaptive ResMem.
 
     Args:
         ks: numbers of neighbors to try; those above the searched number are skipped.
@@ -78,18 +74,14 @@ def evaluate(
     test = scorers["test"]
     grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test)
     methods = _choose(scorers["validation"], grid)
-    gate = fit_gate(scorers["validation"], methods["resmem"].sigma)
-    curves = _curve_settings(methods, grid)
-    outputs = {
-        "validation": _predict(scorers["validation"], methods, gate),
-        "test": _predict(test, methods, gate, itertools.chain(*curves.values())),
-    }
-    found, resmem, index = outputs["test"].found, methods["resmem"], read_json(run.index / "index.json")
-    searched = read_json(run.neighbors / "neighbors.json")
+    found = {split: _predict(scorer, methods) for split, scorer in scorers.items()}
+    curves = _curve_settings(methods.settings, grid)
+    with_document = {"resmem_adaptive_document": methods.document.adaptive} if methods.document else {}
+    index, searched = read_json(run.index / "index.json"), read_json(run.neighbors / "neighbors.json")
     results = {
-        "splits": {split: _describe_split(searched[split], scorers[split], methods, outputs[split]) for split in scorers},
-        "curves": _describe_curves(curves, grid, found, np.asarray(test.queries.tokens)),
-        "examples": corrected_tokens(run, test.queries, datastore, resmem, found[DEEPNET][0], found[resmem][0]),
+        "splits": {split: _describe_split(searched[split], scorers[split], methods, found[split]) for split in scorers},
+        "curves": _describe_curves(curves, grid, test),
+        "examples": _examples(run, test, methods, found["test"]),
         "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
         "index": {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])},
         "model": read_json(run.checkpoints / "model.json")["config"],
@@ -97,8 +89,9 @@ def evaluate(
         "seconds": {name: run.record(name)["seconds"] for name in STAGES},
         "versions": _versions(),
     }
+    save_gates(run, {"resmem_adaptive": methods.adaptive} | with_document)
     write_json(run.results, results)
-    return {"sha256": sha256(run.results)}
+    return {"sha256": sha256(run.results), "gates": sha256(run.gates)}
 
 
 def _usable_grid(grid: Grid, scorer: SplitScorer) -> Grid:
@@ -118,21 +111,28 @@ def _usable_grid(grid: Grid, scorer: SplitScorer) -> Grid:
     return grid._replace(ks=usable)
 
 
-def _choose(validation: SplitScorer, grid: Grid) -> dict[str, Setting]:
-    """Return the settings of all methods except Adaptive ResMem."""
+def _choose(validation: SplitScorer, grid: Grid) -> Methods:
+    """Choose the hyperparameters of all methods, and fit the gates."""
     ks, sigmas, temperatures, lambdas = grid
     tuned = tune(validation.count_correct(ks, sigmas, temperatures, grid_of(lambdas)))
     calibrated = calibrate(validation.log_losses(sigmas, temperatures, simplex_grid(lambdas)))
-    return {
+    k = min(50, validation.queries.rows.shape[1])
+    settings = {
         "deepnet": DEEPNET,
         "knn": tuned["knn"],
         "knnlm": tuned["knnlm"],
         "knnlm_perplexity": calibrated["knnlm_perplexity"],
-        "resmem_paper": Setting("resmem", min(50, validation.queries.rows.shape[1]), 1.0, 1.0, 1.0),
+        "knnlm_confident": Setting("confident", k, 1.0, 1.0, 1.0),
+        "resmem_paper": Setting("resmem", k, 1.0, 1.0, 1.0),
         "resmem_lambda1": tuned["resmem_lambda1"],
         "resmem": tuned["resmem"],
         "resmem_calibrated": calibrated["resmem_calibrated"],
     }
+    sigma = settings["resmem"].sigma
+    document = None
+    if validation.queries.document_back.shape[1]:
+        document = fit_document_methods(validation, grid, settings["knnlm"], sigma)
+    return Methods(settings, fit_gate(validation, sigma), document)
 
 
 def _curve_settings(methods: dict[str, Setting], grid: Grid) -> Curves:
@@ -141,50 +141,62 @@ def _curve_settings(methods: dict[str, Setting], grid: Grid) -> Curves:
     return by_k | {("sigma", name): [methods[name]._replace(sigma=sigma) for sigma in grid.sigmas] for name in IN_CURVES}
 
 
-def _predict(scorer: SplitScorer, methods: dict[str, Setting], gate: Gate, others: Iterable[Setting] = ()) -> Outputs:
-    """Predict with all methods, and with `others` besides."""
-    wanted = {setting for setting in methods.values() if setting.formula in ("resmem", "knnlm")}
-    return Outputs(
-        scorer.predict(sorted(wanted | set(others))),
-        scorer.distributions([methods[name] for name in ON_SIMPLEX]),
-        scorer.adaptive(gate, methods["resmem"].sigma),
-    )
-
-
-def _describe_split(searched: Record, scorer: SplitScorer, methods: dict[str, Setting], outputs: Outputs) -> Record:
-    queries, targets = scorer.queries, np.asarray(scorer.queries.tokens)
-    groups, deepnet = queries.groups, outputs.found[DEEPNET][0]
-    methods_found = {
-        name: (outputs.found.get(setting) or outputs.on_simplex[setting][:2], outputs.on_simplex.get(setting), setting.hyperparameters())
-        for name, setting in methods.items()
+def _predict(scorer: SplitScorer, methods: Methods) -> dict[str, Found]:
+    """Predict with all methods."""
+    settings = methods.settings
+    on_simplex = scorer.distributions([settings[name] for name in ON_SIMPLEX])
+    found = scorer.predict(sorted({setting for setting in settings.values() if setting.formula in ("resmem", "knnlm")}))
+    by_name = {
+        name: Found(found.get(setting) or on_simplex[setting][:2], on_simplex.get(setting), setting.hyperparameters())
+        for name, setting in settings.items()
     }
-    gate_settings = {"k": queries.rows.shape[1], "sigma": methods["resmem"].sigma}
-    methods_found["resmem_adaptive"] = outputs.adaptive[:2], outputs.adaptive, gate_settings
+    by_name["deepnet"] = by_name["deepnet"]._replace(hyperparameters={})
+    adaptive = scorer.adaptive(methods.adaptive)
+    by_name["resmem_adaptive"] = Found(adaptive[:2], adaptive, scorer.gate_hyperparameters(methods.adaptive))
+    return by_name | (predict_with_document(scorer, methods.document) if methods.document else {})
+
+
+def _describe_split(searched: Record, scorer: SplitScorer, methods: Methods, found: dict[str, Found]) -> Record:
+    targets, groups = np.asarray(scorer.queries.tokens), scorer.queries.groups
+    deepnet = found["deepnet"].predictions[0]
     described: Record = {}
-    for name, (predictions, probabilities, hyperparameters) in methods_found.items():
+    for name, (predictions, probabilities, hyperparameters) in found.items():
         described[name] = accuracy_metrics(predictions, deepnet, targets, groups) | {"hyperparameters": hyperparameters}
         if probabilities:  # other scores are not probabilities, or are 0 for most tokens
             described[name] |= probability_metrics(probabilities, targets)
-    described["deepnet"]["hyperparameters"] = {}
-    described["resmem_calibrated"]["form"] = methods["resmem_calibrated"].formula
-    right = {name: predictions == targets for name, ((predictions, _), *_) in methods_found.items()}
+    described["resmem_calibrated"]["form"] = methods.settings["resmem_calibrated"].formula
+    right = {name: method.predictions[0] == targets for name, method in found.items()}
     differences = []
     for one, other in DIFFERENCES:
-        difference = right[one].astype(np.float64) - right[other]
-        interval = bootstrap_interval(difference, groups)
-        differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
+        if one in right:
+            difference = right[one].astype(np.float64) - right[other]
+            interval = bootstrap_interval(difference, groups)
+            differences.append({"method": one, "over": other, "accuracy": float(difference.mean()), "accuracy_ci95": interval})
     shown = {name: searched[name] for name in ("tokens", "documents", "recall_at_k")} | {"groups": int(groups.max()) + 1}
     return shown | {"methods": described, "differences": differences}
 
 
-def _describe_curves(curves: Curves, grid: Grid, found: Found, targets: Int[np.ndarray, " tokens"]) -> Record:
+def _describe_curves(curves: Curves, grid: Grid, test: SplitScorer) -> Record:
     """Return test accuracy for every setting of the curves."""
+    targets = np.asarray(test.queries.tokens)
+    found = test.predict(sorted(set(itertools.chain(*curves.values()))))
     accuracy = {setting: float(np.mean(predictions == targets)) for setting, (predictions, _) in found.items()}
 
     def of_axis(axis: str) -> dict[str, list[float]]:
         return {name: [accuracy[setting] for setting in curves[axis, name]] for name in IN_CURVES}
 
     return {"k": {"values": grid.ks, "accuracy": of_axis("k")}, "sigma": {"values": grid.sigmas, "accuracy": of_axis("sigma")}}
+
+
+def _examples(run: Run, test: SplitScorer, methods: Methods, found: dict[str, Found]) -> list[Record]:
+    """Describe test tokens that ResMem corrects, with what each source adds to Adaptive ResMem's probability of the true token."""
+    targets = np.asarray(test.queries.tokens)
+    deepnet, corrected = (found[name].predictions[0] for name in ("deepnet", "resmem"))
+    chosen = draw_tokens(np.flatnonzero((deepnet != targets) & (corrected == targets)), EXAMPLES)
+    examples = corrected_tokens(run, test.queries, test.datastore, methods.settings["resmem"], deepnet, corrected, chosen)
+    adaptive = methods.document.adaptive if methods.document else methods.adaptive
+    influence = test.influence(adaptive, chosen, targets[chosen])
+    return [example | {"influence": changes} for example, changes in zip(examples, influence, strict=True)]
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Compute accuracy, TPR, FPR, gain, perplexity and calibration error of predictions, with 95% intervals over documents."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -8,6 +10,16 @@ from resmem_lm.evaluation.scorer import Predictions
 from resmem_lm.workdir.storage import Record
 
 BOOTSTRAP_SAMPLES = 2000
+
+Certified = tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]  # predictions, and whether each is certified
+
+
+class Found(NamedTuple):
+    """A method's predictions for a split, their probabilities if its scores are probabilities, and its hyperparameters."""
+
+    predictions: Certified
+    probabilities: Predictions | None
+    hyperparameters: dict[str, int | float]
 
 
 def bootstrap_interval(values: Float[np.ndarray, " tokens"], groups: Int[np.ndarray, " tokens"]) -> tuple[float, float] | None:

@@ -1,14 +1,25 @@
 """Choose hyperparameters on validation."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from resmem_lm.evaluation import adaptive
+from resmem_lm.evaluation.adaptive import Adaptive, fit
 from resmem_lm.evaluation.calibrated import SimplexFormula
 from resmem_lm.evaluation.candidates import Formula, Setting
+from resmem_lm.evaluation.features import MEMORY, Source
 from resmem_lm.evaluation.scorer import SplitScorer
 
 BOOSTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # lambdas of "boosted", where r_kNN changes logits
 FIT_TOKENS = 2**16  # validation tokens that fit the gate
+
+
+class Grid(NamedTuple):
+    """Hyperparameters to try."""
+
+    ks: list[int]
+    sigmas: list[float]
+    temperatures: list[float]
+    lambdas: list[float]
 
 
 def tune(counts: dict[Setting, int]) -> dict[str, Setting]:
@@ -45,6 +56,12 @@ def simplex_grid(lambdas: Sequence[float]) -> dict[SimplexFormula, list[float]]:
     return {"knnlm": [value for value in lambdas if value < 1], "boosted": list(BOOSTS), "clipped": list(lambdas)}
 
 
-def fit_gate(validation: SplitScorer, sigma: float) -> adaptive.Gate:
+def best_resmem(validation: SplitScorer, grid: Grid) -> Setting:
+    """Return ResMem's most accurate setting."""
+    counts = validation.count_correct(grid.ks, grid.sigmas, grid.temperatures, {"resmem": grid.lambdas})
+    return max(counts, key=counts.__getitem__)
+
+
+def fit_gate(validation: SplitScorer, sigma: float, sources: tuple[Source, ...] = MEMORY) -> Adaptive:
     """Fit Adaptive ResMem's gate on validation tokens with all of their neighbors."""
-    return adaptive.fit(*validation.gate_features(sigma, FIT_TOKENS))
+    return Adaptive(fit(*validation.gate_inputs(sigma, sources, FIT_TOKENS)), sigma, sources)

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epy
 
 from resmem_lm.errors import UserError
+from resmem_lm.report.inspect import format_influence
 from resmem_lm.report.plots import INK, INKS, Figure, legend_above, line, log_ticks, to_svg
 from resmem_lm.report.tables import HEADER, METHOD_TITLES, differences, percent, rows, study_rows
 from resmem_lm.workdir.run import Run
@@ -97,7 +98,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "piece": _piece}
+    environment.filters |= {"percent": percent, "piece": _piece, "influence": format_influence}
     return environment.get_template("report.html")
 
 

@@ -13,11 +13,15 @@ METHOD_TITLES = {
     "knn": "kNN",
     "knnlm": "kNN-LM",
     "knnlm_perplexity": "kNN-LM (for perplexity)",
+    "knnlm_confident": "kNN-LM (NEST's confidence, nothing fitted)",
     "resmem_paper": "ResMem (paper's k, sigma, T, lambda)",
     "resmem_lambda1": "ResMem (lambda 1)",
     "resmem": "ResMem",
     "resmem_calibrated": "Calibrated ResMem",
     "resmem_adaptive": "Adaptive ResMem",
+    "knnlm_cache": "kNN-LM with a cache of the document",
+    "resmem_document": "ResMem with the document",
+    "resmem_adaptive_document": "Adaptive ResMem with the document",
 }
 HEADER = ["test tokens, %", "accuracy", "95%", "TPR", "FPR", "gain", "95%", "perplexity", "ECE", "hyperparameters"]
 
@@ -34,15 +38,17 @@ def interval(values: Sequence[float] | None) -> str:
 
 def hyperparameters(values: dict[str, int | float]) -> str:
     """Return hyperparameters as "k 50, sigma 1, T 1, lambda 1"."""
-    names = {"k": "k", "sigma": "sigma", "temperature": "T", "lambda": "lambda"}
+    names = {"k": "k", "sigma": "sigma", "temperature": "T", "lambda": "lambda", "cache_sigma": "cache sigma", "cache_weight": "mu"}
     return ", ".join(f"{names[key]} {value:g}" for key, value in values.items())
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """Return one row per method, with the columns of `HEADER`."""
-    found = []
+    found, methods = [], results["splits"]["test"]["methods"]
     for name, title in METHOD_TITLES.items():
-        m = results["splits"]["test"]["methods"][name]
+        if name not in methods:  # the document is not used
+            continue
+        m = methods[name]
         simplex = [f"{m['perplexity']:.1f}", percent(m["calibration_error"])] if "perplexity" in m else ["-", "-"]
         shares = [percent(m["tpr"]), percent(m["fpr"]), percent(m["gain"]), interval(m["gain_ci95"])]
         shares = ["-"] * 4 if name == "deepnet" else shares

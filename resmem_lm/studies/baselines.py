@@ -67,7 +67,7 @@ def _memory_methods(run: Run, scorers: dict[str, SplitScorer]) -> dict[str, Mask
     found = test.predict(sorted(set(settings.values())))
     correct = {METHOD_TITLES[name]: found[setting][0] == test.queries.tokens for name, setting in settings.items()}
     sigma = settings["resmem"].sigma
-    adaptive = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)
+    adaptive = test.adaptive(fit_gate(scorers["validation"], sigma))
     return correct | {METHOD_TITLES["resmem_adaptive"]: adaptive.predictions == np.asarray(test.queries.tokens)}
 
 

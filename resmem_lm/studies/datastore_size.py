@@ -14,8 +14,9 @@ from jaxtyping import Bool, Int
 from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.evaluate import Grid
-from resmem_lm.evaluation.neighbors import Queries, deepnet_arrays, open_queries, recall
+from resmem_lm.evaluation.neighbors import Queries, open_queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.sources import memory_arrays
 from resmem_lm.evaluation.statistics import accuracy_metrics
 from resmem_lm.evaluation.tuning import calibrate, fit_gate, grid_of, simplex_grid, tune
 from resmem_lm.memory.datastore import Datastore, open_datastore
@@ -23,6 +24,7 @@ from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
 from resmem_lm.memory.encoder import query_head
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.open_index import search_shards
+from resmem_lm.memory.suffix_index import build_suffixes, live_tokens
 from resmem_lm.report.plots import Figure, line
 from resmem_lm.report.tables import hyperparameters, interval
 from resmem_lm.studies.study import check_values, study, usable_grid, write_study
@@ -115,7 +117,7 @@ class FractionSearch:
     @functools.cached_property
     def worker(self) -> EncodingWorker:
         """Load the model, the vocabulary and the encoder."""
-        return EncodingWorker(self.run, self.datastore.binding, query_head)
+        return EncodingWorker(self.run, self.datastore.binding, lambda _: query_head)
 
     @functools.cached_property
     def encoded(self) -> dict[str, dict[str, ShardedArray]]:
@@ -141,9 +143,10 @@ class FractionSearch:
         """Return a split's queries with their neighbors in a part of the datastore."""
         queries, encoded = self.queries[split], self.encoded[split]
         rows, distances = search_shards(self.run, part, np.asarray(encoded["keys"]), self.neighbors)
-        neighbor_tokens = part.take("tokens", np.maximum(rows, 0))
-        arrays = {"rows": rows, "distances": distances, "neighbor_tokens": neighbor_tokens}
-        arrays |= deepnet_arrays(self.worker.model, part, np.asarray(encoded["hidden"]), queries.tokens, neighbor_tokens)
+        arrays = {name: np.asarray(getattr(queries, name)) for name in ("tokens", "document_lengths", "document_back")}
+        arrays["hidden"] = np.asarray(encoded["hidden"])
+        suffixes = [build_suffixes(live_tokens(part))]
+        arrays = memory_arrays(self.worker.model, part, suffixes, (rows, distances), arrays)
         found: dict[str, Any] = {name: ShardedArray([array]) for name, array in arrays.items()}
         return queries._replace(**found)
 
@@ -202,7 +205,7 @@ def _predict(scorers: dict[str, SplitScorer], chosen: dict[str, Setting], paper_
     found = test.predict(sorted(set(settings.values())))
     predicted = {method: found[setting] for method, setting in settings.items()}
     predicted["Calibrated ResMem"] = test.distributions([calibrated])[calibrated][:2]
-    predicted["Adaptive ResMem"] = test.adaptive(fit_gate(scorers["validation"], sigma), sigma)[:2]
+    predicted["Adaptive ResMem"] = test.adaptive(fit_gate(scorers["validation"], sigma))[:2]
     return predicted
 
 

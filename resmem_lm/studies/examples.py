@@ -8,8 +8,9 @@ from jaxtyping import Int
 from resmem_lm.errors import UserError, check_least
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.examples import corrected_tokens, draw_tokens
-from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, open_queries
+from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.sources import BASE_CANDIDATES
 from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.studies.study import study, write_study
 from resmem_lm.workdir.run import Run

@@ -109,7 +109,7 @@ def _vary_adaptive(queries: dict[str, Queries], datastore: Datastore, sigma: flo
     @functools.cache
     def predict(k: int, sigma: float) -> Int[np.ndarray, " queries"]:
         validation, test = (SplitScorer(f"{split}, k {k}", truncate_neighbors(queries[split], k), datastore) for split in QUERY_SPLITS)
-        return test.adaptive(fit_gate(validation, sigma), sigma).predictions
+        return test.adaptive(fit_gate(validation, sigma)).predictions
 
     searched = queries["test"].rows.shape[1]
     by_k: Found = {("k", k): predict(int(k), sigma) for k in varied["k"]}

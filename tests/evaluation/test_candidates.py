@@ -45,6 +45,7 @@ def problem(seed, shape, spread, entries, base):
     neighbors = c.Neighbors(
         jnp.asarray(np.sort(rng.gamma(2.0, size=(queries, k)), axis=1).astype(np.float32)),
         jnp.asarray(tokens),
+        jnp.zeros(tokens.shape, jnp.uint8),
         jnp.asarray(c.quantized_at(np.asarray(found[0]), ids, stored)),
         jnp.asarray(np.take_along_axis(logits, tokens[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))),
         jnp.asarray(log_z(logits) - log_z(logits)[..., 1:2] / np.array(TEMPERATURES, np.float32)),

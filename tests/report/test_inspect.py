@@ -5,7 +5,7 @@ from resmem_lm.cli import main
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.report.inspect import format_tokens, inspect
+from resmem_lm.report.inspect import format_influence, format_tokens, inspect
 from resmem_lm.text.shards import read_shard, shard_paths
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json
@@ -40,7 +40,7 @@ def test_where_the_predictions_differ_the_neighbors_that_weigh_most_are_shown(ti
 def test_the_command_prints_a_line_for_each_token(tiny_run, capsys):
     assert main(["inspect", f"--workdir={tiny_run}", "The array reads the shard."]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split() == ["token", "DeepNet", "ResMem"]
+    assert printed.splitlines()[0].split() == ["token", "DeepNet", "ResMem", "Adaptive", "ResMem"]
     assert "␣array" in printed
     assert format_tokens(inspect(Run(tiny_run), "The array reads the shard.")) + "\n" == printed
     assert read_json(tiny_run / "results.json")["splits"]["test"]["methods"]["resmem"]["hyperparameters"]["k"] > 0
@@ -53,3 +53,9 @@ def test_an_empty_text_and_an_unfinished_run_are_errors(tiny_run, tmp_path):
         inspect(Run(tiny_run), "caf\udce9")
     with pytest.raises(UserError, match="the stage index has not finished"):
         inspect(Run(tmp_path), "text")
+
+
+def test_the_sources_of_a_prediction_are_printed_in_points():
+    influence = {"probability": 0.823, "neighbors": 0.001, "exact": 0.312, "document": -0.04}
+    assert format_influence(influence) == "82 (exact match +31, document -4)"
+    assert format_influence({"probability": 0.5, "neighbors": 0.0}) == "50"
