@@ -9,11 +9,16 @@ from benchmarks.encode import fast_argmax
 from benchmarks.inputs import our_index
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
-from resmem_lm.evaluation.neighbors import Queries, deepnet_arrays
-from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.neighbors import Queries
+from resmem_lm.evaluation.saved_gates import load_gate
+from resmem_lm.evaluation.scorer import Predictions, SplitScorer
+from resmem_lm.evaluation.sources import document_arrays, memory_arrays
 from resmem_lm.evaluation.tuning import grid_of
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.memory.encoder import Encoder, query_head
+from resmem_lm.memory.document_memory import document_head
+from resmem_lm.memory.encoder import Encoder
+from resmem_lm.memory.open_index import index_manifest
+from resmem_lm.memory.suffix_index import open_suffixes
 from resmem_lm.model.checkpoints import load_model
 from resmem_lm.text.packing import first_tokens
 from resmem_lm.text.shards import query_documents
@@ -21,7 +26,7 @@ from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.arrays import ShardedArray
 from resmem_lm.workdir.run import Run
 
-TOKENS, K = 8000, 50
+TOKENS, K, DOCUMENT_ROWS = 8000, 50, 16
 
 
 def run(run: Run) -> None:
@@ -33,7 +38,9 @@ def run(run: Run) -> None:
     targets = np.concatenate(documents)
     setting = Setting("resmem", K, 1.0, 1.0, 1.0)
     spec = datastore.binding.window
-    encoder = Encoder(model, spec, query_head, datastore.projection)
+    head = document_head(model, datastore.binding.entries, datastore.binding.temperatures)
+    encoder = Encoder(model, spec, head, datastore.projection)
+    suffixes = open_suffixes(run, datastore, index_manifest(run, datastore))
     alone = Encoder(model, spec, lambda parameters, keys, hidden, targets: fast_argmax(model.logits(parameters, hidden)))
 
     def deepnet() -> Int[np.ndarray, " tokens"]:
@@ -43,26 +50,27 @@ def run(run: Run) -> None:
         return found
 
     def scorer() -> SplitScorer:
-        keys, hidden = (
-            np.empty((len(targets), index.datastore.array("quantized_keys").shape[1]), np.float32),
-            np.empty((len(targets), model.config.emb_dim), np.float32),
-        )
-        for positions, rows in encoder(documents):
-            keys[positions], hidden[positions] = rows
-        rows, distances = index.search(keys, K)
-        tokens = index.datastore.take("tokens", np.maximum(rows, 0))
-        arrays = {"rows": rows, "distances": distances, "neighbor_tokens": tokens}
-        arrays |= deepnet_arrays(model, datastore, hidden, targets, tokens)
-        sharded: dict[str, Any] = {name: ShardedArray([array]) for name, array in arrays.items()}
         lengths = np.array([len(document) for document in documents])
-        queries = Queries(tokens=targets, document_lengths=lengths, document_groups=np.arange(len(lengths)), **sharded)
+        arrays: dict[str, np.ndarray] = {"tokens": targets, "document_lengths": lengths, "document_groups": np.arange(len(lengths))}
+        for positions, rows in encoder(documents):
+            for name, values in rows._asdict().items():
+                arrays.setdefault(name, np.empty((len(targets), *values.shape[1:]), values.dtype))[positions] = values
+        arrays |= document_arrays(arrays, DOCUMENT_ROWS)
+        arrays |= memory_arrays(model, datastore, suffixes, index.search(arrays["keys"], K), arrays)
+        sharded: dict[str, Any] = {name: ShardedArray([arrays[name]]) for name in Queries._fields}
+        queries = Queries(**sharded | {name: arrays[name] for name in ("tokens", "document_lengths", "document_groups")})
         return SplitScorer("test", queries, index.datastore)
 
     def resmem() -> dict[Setting, tuple[np.ndarray, np.ndarray]]:
         return scorer().predict([DEEPNET, setting])
 
+    gate = load_gate(run, "resmem_adaptive_document")
+
+    def adaptive() -> Predictions:
+        return scorer().adaptive(gate)
+
     assert np.mean(resmem()[DEEPNET][0] == deepnet()) > 0.999
-    times = interleaved({"DeepNet alone": deepnet, "ResMem": resmem}, rounds=3)
+    times = interleaved({"DeepNet alone": deepnet, "ResMem": resmem, "Adaptive ResMem with all sources": adaptive}, rounds=3)
     table(
         f"Evaluation ({len(targets):,} tokens, {index.datastore.rows:,} rows, emb {model.config.emb_dim})",
         ("way", "tokens/s", "share of DeepNet's tokens/s"),

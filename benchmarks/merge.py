@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from benchmarks.inputs import train_documents
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.evaluation.candidates import Candidates, Neighbors, best, choose_candidates, quantized_at, score
-from resmem_lm.evaluation.neighbors import BASE_CANDIDATES
 from resmem_lm.evaluation.scorer import BLOCK
+from resmem_lm.evaluation.sources import BASE_CANDIDATES
 from resmem_lm.memory.encoder import Encoder, query_head, residual_head
 from resmem_lm.memory.quantization import dequantize_probabilities
 from resmem_lm.model.checkpoints import Model, load_model
@@ -53,7 +53,7 @@ def _compare(model: Model, documents: list[Int[np.ndarray, "_"]], entries: int) 
     @jax.jit
     def merged(block: tuple[Array, ...], codes: Array) -> Array:
         candidates, (distances, tokens, own) = Candidates(*block[:4]), block[4:]
-        neighbors = Neighbors(distances, tokens, codes, own, jnp.zeros((*tokens.shape, 1)))
+        neighbors = Neighbors(distances, tokens, jnp.zeros(tokens.shape, jnp.uint8), codes, own, jnp.zeros((*tokens.shape, 1)))
         return best(_total(candidates, neighbors), candidates.ids)[0]
 
     def ours() -> Int[np.ndarray, " queries"]:

@@ -17,14 +17,17 @@ from jaxtyping import Float
 from benchmarks.inputs import query_keys
 from benchmarks.measure import table
 from resmem_lm.evaluation.candidates import Setting
-from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries, recall
+from resmem_lm.evaluation.neighbors import Queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
+from resmem_lm.evaluation.sources import BASE_CANDIDATES
 from resmem_lm.memory.datastore import Datastore, open_datastore
+from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.faiss_index import Searcher, build
 from resmem_lm.memory.index import ApproximateIndex
 from resmem_lm.memory.quantization import quantize_keys
 from resmem_lm.memory.schema import ARRAYS
+from resmem_lm.memory.suffix_index import CONTINUATIONS
 from resmem_lm.planning.machine import least
 from resmem_lm.workdir.arrays import ShardedArray
 from resmem_lm.workdir.run import Run
@@ -55,10 +58,10 @@ def grown(source: Datastore, rows: int, folder: Path) -> Datastore:
 
 
 def random_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb"], logits: Float[np.ndarray, "queries base"]) -> Queries:
-    """Return cached neighbors as `resmem evaluate` has them. DeepNet's candidates are random, which costs the same."""
+    """Return cached neighbors as `resmem evaluate` has them, without the document. Other candidates are random, which costs the same."""
     rows, distances = index.search(keys, K)
     neighbor_tokens = index.datastore.take("tokens", rows)
-    base = np.random.default_rng(0).integers(0, 30_000, logits.shape).astype(np.int32)
+    base = np.random.default_rng(0).integers(0, 30_000, (len(rows), logits.shape[1] + CONTINUATIONS)).astype(np.int32)
     ids = np.concatenate([base, neighbor_tokens.astype(np.int32)], axis=1)
     ones = np.ones((len(rows), len(index.datastore.binding.temperatures)), np.float32)
     zeros = np.zeros(len(rows), np.float32)
@@ -66,10 +69,15 @@ def random_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb
         "rows": rows,
         "distances": distances,
         "neighbor_tokens": neighbor_tokens,
+        "matches": np.zeros(rows.shape, np.uint8),
+        **dict.fromkeys(("document_back", "document_distances", "document_matches"), np.zeros((len(rows), 0), np.int32)),
+        **{name: index.datastore.take(name, np.arange(len(rows))) for name in DocumentRows._fields[2:]},
         "target_logits": zeros,
         "candidate_ids": ids,
         "candidate_logits": np.zeros(ids.shape, np.float32),
         "bound": zeros,
+        "exact_log_probability": np.zeros(ids.shape, np.float16),
+        "exact_match": np.zeros((len(rows), 3), np.float32),
         "log_partition": 10 * ones,
     }
     sharded = {name: ShardedArray([array]) for name, array in arrays.items()}

@@ -36,6 +36,7 @@ STUDIES = {
     "examples": "Tokens that ResMem corrects where DeepNet is close but wrong (paper: Figure 2).",
     "model-size": "DeepNet and ResMem for models of growing size (paper: Figure 3b and Table 1).",
     "shift": "A memory of another text, compared with fine-tuning on it (paper: section 6).",
+    "sources": "Adaptive ResMem with each source of the memory alone, and with all but one.",
     "theory": "Linear regression with a memory (paper: section 5).",
 }
 PLAN_OPTIONS = {

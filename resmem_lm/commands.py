@@ -31,6 +31,7 @@ from resmem_lm.studies.model_size import study_model_size
 from resmem_lm.studies.residual_size import study_residual_size
 from resmem_lm.studies.sensitivity import study_sensitivity
 from resmem_lm.studies.shift import study_shift
+from resmem_lm.studies.sources import study_sources
 from resmem_lm.studies.theory import study_theory
 from resmem_lm.text.documents import prepare_documents
 from resmem_lm.text.vocabulary import make_vocabulary
@@ -50,6 +51,7 @@ STUDIES: dict[str, Stage] = {
         study_residual_size,
         study_sensitivity,
         study_shift,
+        study_sources,
         study_theory,
     )
 }

@@ -17,10 +17,13 @@ from etils import epy
 from beam_pipelines.search_job import GROUPS
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.candidates import choose_candidates
-from resmem_lm.evaluation.neighbors import BASE_CANDIDATES, Queries
+from resmem_lm.evaluation.neighbors import Queries
+from resmem_lm.evaluation.sources import BASE_CANDIDATES
+from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.encoder import ROWS, residual_head
 from resmem_lm.memory.index_kinds import index_bytes
 from resmem_lm.memory.schema import ARRAYS, COUNTERS, Binding, document_line, shard_name, token_dtype
+from resmem_lm.memory.suffix_index import CONTINUATIONS
 from resmem_lm.model.checkpoints import Model, checkpoint_manager, save_checkpoint, save_config
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.train_loop import optimizer, to_train_state
@@ -191,15 +194,23 @@ def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] 
 
 def query_bytes(settings: StageSettings) -> dict[str, int]:
     """Return the bytes of one query in each array of WORKDIR/neighbors, without the arrays of documents."""
-    vocabulary, k = model_of(settings).vocab_size, settings["search"]["neighbors"]
-    logits, tokens = jax.ShapeDtypeStruct((1, vocabulary), jnp.float32), jax.ShapeDtypeStruct((1, k), jnp.int32)
+    vocabulary, build, search = model_of(settings).vocab_size, settings["build_datastore"], settings["search"]
+    k, document = search["neighbors"], search["document_neighbors"]
+    proposed = CONTINUATIONS + document + k
+    logits, tokens = jax.ShapeDtypeStruct((1, vocabulary), jnp.float32), jax.ShapeDtypeStruct((1, proposed), jnp.int32)
     ids, _, _ = jax.eval_shape(lambda logits, tokens: choose_candidates(logits, tokens, BASE_CANDIDATES), logits, tokens)
-    width, per_neighbor = ids.shape[1], {"rows": 8, "distances": 4, "neighbor_tokens": token_dtype(vocabulary).itemsize}
+    width, row = ids.shape[1], row_bytes(model_of(settings), build["entries"], build["temperatures"], key_dimensions(settings))
+    per_neighbor = {"rows": 8, "distances": 4, "neighbor_tokens": token_dtype(vocabulary).itemsize, "matches": 1}
+    per_document_row = {"document_back": 4, "document_distances": 4, "document_matches": 1}
     return {
         **{name: k * size for name, size in per_neighbor.items()},
+        **{name: document * size for name, size in per_document_row.items()},
+        **{name: row[name] for name in DocumentRows._fields[2:]},
         **dict.fromkeys(("tokens", "target_logits", "bound"), 4),
         **dict.fromkeys(("candidate_ids", "candidate_logits"), 4 * width),
-        "log_partition": 4 * len(settings["build_datastore"]["temperatures"]),
+        "exact_log_probability": 2 * width,
+        "exact_match": 12,
+        "log_partition": 4 * len(build["temperatures"]),
     }
 
 
@@ -219,7 +230,8 @@ def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[i
         files[f"datastore/{name}.npy"] = counts.rows * row[name] + NPY_HEADER * len(counts.shards)
     files["datastore/documents.jsonl"] = sum(shard.record_bytes for shard in counts.shards)
     files["datastore/*.json"] = sum(_datastore_records(settings, counts, row))
-    files["index"] = sum(index_bytes(settings["build_index"]["kind"], rows, dimensions) for rows in index_rows)
+    suffixes = counts.rows * (4 + row["tokens"]) + 2 * NPY_HEADER * len(index_rows)
+    files["index"] = suffixes + sum(index_bytes(settings["build_index"]["kind"], rows, dimensions) for rows in index_rows)
     of_documents = 8 * sum(split.documents for split in counts.queries.values())
     for name in Queries._fields:
         content = counts.all_queries * query[name] if name in query else of_documents
@@ -230,7 +242,10 @@ def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[i
 def searching_bytes(settings: StageSettings, counts: Counts, index_shards: int) -> int:
     """Return the bytes that only the search needs: keys and hidden states of queries, and neighbors in each group of index shards."""
     found = min(index_shards, GROUPS) * settings["search"]["neighbors"] * (8 + 4)
-    return counts.all_queries * (4 * (model_of(settings).emb_dim + key_dimensions(settings)) + 4 + found)
+    build, model, dimensions = settings["build_datastore"], model_of(settings), key_dimensions(settings)
+    row = row_bytes(model, build["entries"], build["temperatures"], dimensions)
+    residual = sum(row[name] for name in DocumentRows._fields[2:])
+    return counts.all_queries * (4 * (model.emb_dim + dimensions) + residual + 4 + found)
 
 
 def _datastore_records(settings: StageSettings, counts: Counts, row: dict[str, int]) -> Iterator[int]:

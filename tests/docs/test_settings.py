@@ -24,7 +24,7 @@ def hooks() -> ModuleType:
 def test_every_stage_and_study_is_on_the_page_once(hooks: ModuleType) -> None:
     stages = [value for value in vars(commands).values() if isinstance(value, commands.Stage)]
     names = {stage.__name__ for stage in stages} | {"ModelConfig"}
-    assert len(stages) == 19
+    assert len(stages) == 20
     found = [entry.name for entry in hooks.configurables()]
     assert names <= set(found)
     page = hooks.settings_page()

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from resmem_lm.cli import main
 from resmem_lm.errors import UserError
+from resmem_lm.evaluation import adaptive
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
+from resmem_lm.evaluation.features import MEMORY
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.maintenance.verify import verify
@@ -17,6 +19,7 @@ from resmem_lm.memory.schema import ARRAYS
 from resmem_lm.studies.decomposition import choose, study_decomposition
 from resmem_lm.studies.residual_size import largest_dropped, predict_with, study_residual_size
 from resmem_lm.studies.sensitivity import LINES, study_sensitivity
+from resmem_lm.studies.sources import TITLES, selections, study_sources
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import read_json, write_json
 
@@ -100,6 +103,24 @@ def test_each_rule_chooses_the_best_allowed_setting(counts, most_fpr):
     assert (bounded is None) == (not allowed)
     assert bounded is None or settings[bounded][0] == max(settings[s][0] for s in allowed)
     assert bounded is None or bounded in allowed
+
+
+def test_the_gates_of_all_sources_are_those_of_the_results(tiny_copy, monkeypatch):
+    monkeypatch.setattr(adaptive, "STEPS", adaptive.CHECK_STEPS)
+    study_sources(tiny_copy)
+    rows = {row["sources"]: row for row in rows_of(tiny_copy, "sources")}
+    assert len(rows) == 4 + 4 + 1
+    assert rows["neighbors"]["over the neighbors alone"] == 0
+    assert {"the memory", "the memory and the document", "the memory and the document without exact matches"} <= set(rows)
+    assert all(0 < row["accuracy, %"] < 100 and row["perplexity"] > 1 for row in rows.values())
+
+
+def test_without_the_document_its_source_is_not_studied():
+    assert set(selections(MEMORY).values()) == {
+        *(TITLES[source] for source in MEMORY),
+        *(f"the memory without {TITLES[source]}" for source in MEMORY),
+        "the memory",
+    }
 
 
 def test_deepnet_is_resmem_without_memory(tiny_run):
