@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resmem_lm.workdir.run import Run
 
-PARTS = ("encode", "build", "search", "rows", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
+PARTS = ("encode", "build", "search", "suffixes", "rows", "knn_lm", "merge", "evaluation", "bytes_per_row", "training", "start")
 
 
 def main() -> None:
