@@ -4,7 +4,7 @@
     r_i  = sum_j w_ij (onehot(y_j) - softmax(f(x_j)))           the residuals are constants for the gradient
     loss = sum_i cross-entropy(f(x_i) + lambda r_i, y_i)        the gradient reaches f(x_i), z_i, z_j and lambda
 
-Token i sees the tokens of other rows. In a share `OWN_ROW` of the rows, which is drawn anew at each step, it also sees the earlier tokens
+Token i sees the tokens of other rows. In a share `OWN_ROW` of the rows, drawn at random at each step, it also sees the earlier tokens
 of its own row. Without this limit the model would learn to copy from the row, which attention does already. Padding is never seen.
 
 The product of weights and residuals is the main cost. Hence only every `STRIDE`-th token of a row has a loss, from a random first token.
