@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, Integer, UInt
 
 from resmem_lm.memory.kernels import compiled
+from resmem_lm.memory.matches import LONGEST
 
-LONGEST = 32  # tokens of a match; longer ones count as 32
 SAMPLE = 1024  # occurrences of an n-gram that are counted in a shard; evenly spaced if there are more
 
 
@@ -15,6 +15,18 @@ SAMPLE = 1024  # occurrences of an n-gram that are counted in a shard; evenly sp
 def _token_at(tokens: UInt[np.ndarray, " rows"], place: int) -> np.int64:
     """Return the token at a place, or -1 before the first one."""
     return np.int64(tokens[place]) if place >= 0 else np.int64(-1)
+
+
+@compiled
+def _first(tokens: UInt[np.ndarray, " rows"], ends: Int32[np.ndarray, " rows"], low: int, high: int, back: int, least: np.int64) -> int:
+    """Return the first place of `ends` from `low` to `high` whose token `back` places before is at least `least`; `high` if none is."""
+    while low < high:
+        middle = (low + high) // 2
+        if _token_at(tokens, ends[middle] - back) < least:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @compiled
@@ -34,21 +46,8 @@ def intervals(
         found[query, 0, 1] = high
         for back in range(min(LONGEST, positions[query])):
             wanted = np.int64(context[query - 1 - back])
-            first, last = low, high
-            while first < last:  # the first end whose token is not smaller
-                middle = (first + last) // 2
-                if _token_at(tokens, ends[middle] - back) < wanted:
-                    first = middle + 1
-                else:
-                    last = middle
-            low, last = first, high
-            while first < last:  # the first end whose token is larger
-                middle = (first + last) // 2
-                if _token_at(tokens, ends[middle] - back) <= wanted:
-                    first = middle + 1
-                else:
-                    last = middle
-            high = first
+            low = _first(tokens, ends, low, high, back, wanted)
+            high = _first(tokens, ends, low, high, back, wanted + 1)
             if low == high:
                 break
             found[query, back + 1, 0], found[query, back + 1, 1] = low, high
