@@ -9,7 +9,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from beam_pipelines.runner import count, run_units
 from resmem_lm.errors import UserError
@@ -18,7 +18,7 @@ from resmem_lm.memory.datastore import Datastore, open_datastore
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_memory, largest_index, library
 from resmem_lm.memory.schema import KEY_FILES
 from resmem_lm.model.checkpoints import load_config
-from resmem_lm.workdir.artifacts import find_record, folder_of, publish, remove_orphans, require_record
+from resmem_lm.workdir.artifacts import Attempt, find_record, folder_of, publish, remove_orphans, require_record
 from resmem_lm.workdir.lock import assert_held
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.stages import disk_errors, stage
@@ -42,57 +42,59 @@ class OneAtATime:
 
 
 @dataclasses.dataclass(frozen=True)
-class BuildShard:
-    """Build an index shard and publish it."""
+class Build:
+    """Build an artifact from shards of the datastore, and publish it."""
 
     run: Run
     manifest: Record
-    settings: Record
+    inputs: ClassVar[tuple[str, ...]]  # the files of each shard that the build reads
 
     def setup(self) -> OneAtATime:
         """Return the process's lock."""
         return OneAtATime()
 
     def process(self, unit: IndexJob, process: OneAtATime) -> Iterator[str]:
-        """Yield the shard's name once it is published."""
+        """Yield the artifact's name once it is published."""
         folder = self.run.index
         part = Datastore(self.run.datastore, self.manifest).part(unit.first, unit.shards)
         with process.lock:
             if not find_record(folder, unit.name, unit.provenance):
-                part.check_files(*KEY_FILES)
+                part.check_files(*self.inputs)
                 with disk_errors(folder), publish(folder, unit.name, unit.provenance) as attempt:
-                    if self.settings["kind"] != "exact":
-                        attempt.facts |= library(self.settings["kind"]).build(part, attempt.folder, self.settings)
-                    attempt.facts["rows"] = part.rows
+                    self.write(part, attempt)
                 for shard in part.shards:
-                    for name in KEY_FILES:
+                    for name in self.inputs:
                         drop_copy(folder_of(part.folder, shard) / name)
-                count("indexed_rows", part.rows)
         yield unit.name
+
+    def write(self, part: Datastore, attempt: Attempt) -> None:
+        """Write the artifact's files and facts."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class BuildSuffixes:
-    """Build a shard of the suffix index from live rows, and publish it."""
+class BuildShard(Build):
+    """Build an index shard."""
 
-    run: Run
-    manifest: Record
+    settings: Record
+    inputs: ClassVar[tuple[str, ...]] = KEY_FILES
 
-    def setup(self) -> OneAtATime:
-        """Return the process's lock."""
-        return OneAtATime()
+    def write(self, part: Datastore, attempt: Attempt) -> None:
+        """Write the index of the keys."""
+        if self.settings["kind"] != "exact":
+            attempt.facts |= library(self.settings["kind"]).build(part, attempt.folder, self.settings)
+        attempt.facts["rows"] = part.rows
+        count("indexed_rows", part.rows)
 
-    def process(self, unit: IndexJob, process: OneAtATime) -> Iterator[str]:
-        """Yield the shard's name once it is published."""
-        folder = self.run.index
-        part = Datastore(self.run.datastore, self.manifest).part(unit.first, unit.shards)
-        with process.lock:
-            if not find_record(folder, unit.name, unit.provenance):
-                part.check_files("tokens.npy")
-                with disk_errors(folder), publish(folder, unit.name, unit.provenance, suffix_index.FILES) as attempt:
-                    suffix_index.save_suffixes(attempt.folder, suffix_index.build_suffixes(suffix_index.live_tokens(part)))
-                count("suffix_rows", part.live_rows)
-        yield unit.name
+
+class BuildSuffixes(Build):
+    """Build a shard of the suffix index from live rows."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("tokens.npy",)
+
+    def write(self, part: Datastore, attempt: Attempt) -> None:
+        """Write the tokens, and the rows in the order of the preceding tokens."""
+        suffix_index.save_suffixes(attempt.folder, suffix_index.build_suffixes(suffix_index.live_tokens(part)))
 
 
 @stage(name="index", after=("build",), policy="extend", free=("pipeline_options", "memory_gib"))
@@ -150,9 +152,7 @@ def _job(kind: str, datastore: Datastore, group: tuple[int, int], facts: Record)
     return IndexJob(*group, name, provenance)
 
 
-def _published(
-    folder: AnyPath, title: str, jobs: list[IndexJob], work: "BuildShard | BuildSuffixes", pipeline_options: str
-) -> list[Record]:
+def _published(folder: AnyPath, title: str, jobs: list[IndexJob], work: Build, pipeline_options: str) -> list[Record]:
     """Run the jobs whose artifacts are missing, and return the records of all."""
     todo = [job for job in jobs if find_record(folder, job.name, job.provenance) is None]
     run_units(title, todo, work, pipeline_options, published=folder, names=[job.name for job in jobs])
