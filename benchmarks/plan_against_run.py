@@ -24,8 +24,8 @@ def file_bytes(run: Run) -> dict[str, int]:
     for path in files_below(run.path):
         kind = inside(path, run.path).split("/")[0]
         if kind in ("datastore", "neighbors", "index"):
-            record, is_array = path.suffix == ".json" and path.parent == run.path / kind, kind != "index"
-            kind += "/*.json" if record else f"/{path.name}" if is_array else ""
+            record = path.suffix == ".json" and (path.parent == run.path / kind or path.name == "shard.json")
+            kind += "/*.json" if record else f"/{path.name}" if kind == "datastore" else ""
         found[kind] = found.get(kind, 0) + path.stat().st_size
     return found
 

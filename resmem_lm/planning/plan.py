@@ -17,9 +17,8 @@ from resmem_lm.memory.index import SMALL
 from resmem_lm.memory.index_kinds import PROCESS_BYTES, group_shards, index_bytes, index_memory, largest_index
 from resmem_lm.planning import sizes
 from resmem_lm.planning.machine import processor
-from resmem_lm.planning.rates import Costs, Rates, measure
+from resmem_lm.planning.rates import Costs, Rates, build_work, measure, query_work
 from resmem_lm.planning.sizes import Amounts, Counts, Number, StageSettings, check_numbers, key_dimensions
-from resmem_lm.planning.tree_costs import Cost
 from resmem_lm.report.tables import aligned
 from resmem_lm.text import docstrings
 from resmem_lm.text.shards import read_shard, shard_paths
@@ -137,12 +136,12 @@ def _index_rows(settings: StageSettings, counts: Counts, memory: int) -> list[in
     return [sum(rows[first : first + shards]) for first, shards in group_shards(rows, most)]
 
 
-def _costs(run: Run | None, settings: StageSettings, counts: Counts, rates: Rates) -> Costs:
-    """Measure the costs of all stages, unless every rate is given."""
+def _costs(run: Run | None, settings: StageSettings, counts: Counts, rates: Rates) -> Costs | None:
+    """Measure the costs of all stages, or return None if every rate is given."""
     missing = {name for name, rate in dataclasses.asdict(rates).items() if rate is None}
     training = "train" in settings and "train_tokens_per_second" in missing
     if not training and not missing - {"train_tokens_per_second"}:
-        return Costs({}, {}, 0.0, None)
+        return None
     if run:
         documents = (document for path in shard_paths(run, "train") for document in read_shard(path))
     else:
@@ -153,50 +152,57 @@ def _costs(run: Run | None, settings: StageSettings, counts: Counts, rates: Rate
 
 
 def _seconds(
-    settings: StageSettings, counts: Counts, index_rows: list[int], costs: Costs, rates: Rates
+    settings: StageSettings, counts: Counts, index_rows: list[int], costs: Costs | None, rates: Rates
 ) -> tuple[dict[str, float], dict[str, Rate]]:
     """Return the seconds of each stage on one worker, and the speeds behind them."""
     seconds: dict[str, float] = {}
     used: dict[str, Rate] = {}
 
-    def add(stage: str, name: str, units: int, measured: Cost | None) -> None:
+    def add(stage: str, name: str, units: int, measured: float) -> None:
         given = getattr(rates, name)
-        cost = Cost(0.0, 1 / given) if given is not None else measured or Cost(0.0, 0.0)
-        seconds[stage] = seconds.get(stage, 0.0) + cost.seconds(units)
-        used[name] = Rate(1 / max(cost.each, 1e-12), given is not None)
+        took = measured if given is None else units / given
+        seconds[stage] = seconds.get(stage, 0.0) + took
+        used[name] = Rate(units / max(took, 1e-12), given is not None)
 
-    index, search, queries = settings["build_index"], settings["search"], counts.all_queries
+    def stage_seconds(stage: str, units: int) -> float:
+        return costs.stages[stage].seconds(units) if costs and stage in costs.stages else 0.0
+
+    queries, computed = counts.all_queries, sum(shard.window_tokens for shard in counts.shards)
     if "train" in settings:
         tokens = math.prod(settings["train"][name] for name in ("steps", "batch_size", "sequence_length"))
-        add("train", "train_tokens_per_second", tokens, costs.stages.get("train"))
-    add("build", "tokens_per_second", sum(shard.window_tokens for shard in counts.shards), costs.stages.get("build"))
-    built = looked_up = 0.0
-    for rows in index_rows:
-        if costs.tree and rows >= SMALL:
-            built += costs.tree.build_seconds(rows, key_dimensions(settings), index["training_rows"])
-            looked_up += costs.tree.search_seconds(rows, key_dimensions(settings))
-        else:
-            looked_up += costs.compared_row * rows
-    seconds["index"] = costs.stages["index"].once if costs.stages and not built else 0.0
-    if index["kind"] != "exact":
-        add("index", "index_rows_per_second", counts.rows, Cost(0.0, built / counts.rows))
-    window_tokens = sum(split.window_tokens for split in counts.queries.values())
-    add("search", "query_tokens_per_second", window_tokens, costs.stages.get("search"))
-    add("search", "queries_per_second", queries * len(index_rows), Cost(0.0, looked_up / len(index_rows)))
-    if index["kind"] != "exact":
-        recalled = sum(min(search["recall_queries"], split.tokens) for split in counts.queries.values())
-        seconds["search"] += recalled * counts.rows * costs.compared_row
-    add("evaluate", "evaluated_queries_per_second", queries, costs.stages.get("evaluate"))
+        add("train", "train_tokens_per_second", tokens, stage_seconds("train", tokens))
+    add("build", "tokens_per_second", computed, stage_seconds("build", computed))
+    built, looked_up, recalled = _index_seconds(settings, counts, index_rows, costs) if costs else (0.0, 0.0, 0.0)
+    if settings["build_index"]["kind"] != "exact":
+        add("index", "index_rows_per_second", counts.rows, built)
+    searched = sum(split.window_tokens for split in counts.queries.values())
+    add("search", "query_tokens_per_second", searched, stage_seconds("search", searched))
+    add("search", "queries_per_second", queries * len(index_rows), looked_up)
+    seconds["search"] += recalled
+    add("evaluate", "evaluated_queries_per_second", queries, stage_seconds("evaluate", queries))
     return seconds, used
 
 
-def _memory(settings: StageSettings, counts: Counts, index_rows: list[int], costs: Costs) -> dict[str, int]:
+def _index_seconds(settings: StageSettings, counts: Counts, index_rows: list[int], costs: Costs) -> tuple[float, float, float]:
+    """Return the seconds to build the index, to look up all queries, and to measure the recall."""
+    kind, training_rows, dimensions = settings["build_index"]["kind"], settings["build_index"]["training_rows"], key_dimensions(settings)
+    built = sum(costs.index_build.seconds(build_work(kind, rows, dimensions, training_rows)) for rows in index_rows)
+
+    def lookup(rows: int) -> float:
+        exact = kind == "exact" or rows < SMALL
+        return costs.compared_row * rows if exact else costs.index_query.seconds(query_work(kind, rows, dimensions))
+
+    compared = 0 if kind == "exact" else sum(min(settings["search"]["recall_queries"], s.tokens) for s in counts.queries.values())
+    return built, counts.all_queries * sum(map(lookup, index_rows)), compared * counts.rows * costs.compared_row
+
+
+def _memory(settings: StageSettings, counts: Counts, index_rows: list[int], costs: Costs | None) -> dict[str, int]:
     """Return the peak memory of each stage in bytes: the process, and what grows with the text. Mapped files do not count."""
     kind, k, dimensions = settings["build_index"]["kind"], settings["search"]["neighbors"], key_dimensions(settings)
     most, largest = max(index_rows), max(split.tokens for split in counts.queries.values())
     query_shard = largest * len(counts.queries) // counts.query_shards
     documents = max(split.documents for split in counts.queries.values())
-    looked_up, merged = min(counts.all_queries, max(query_shard, LOOKUP_TOKENS)), sum(sizes.query_bytes(settings).values())
+    looked_up, merged = min(counts.all_queries, max(query_shard, LOOKUP_TOKENS)), sizes.query_bytes(settings)
     grows = {
         "train": 24 * counts.train_tokens,  # lists of tokens, then rows of tokens and of segments
         "build": 2 * 48 * max(shard.tokens for shard in counts.shards),  # two shards at a time: text, tokens and Python's numbers of them
@@ -205,7 +211,8 @@ def _memory(settings: StageSettings, counts: Counts, index_rows: list[int], cost
         "search": max(4 * query_shard * merged, 24 * k * looked_up + index_bytes(kind, most, dimensions)),
         "evaluate": largest * 5 * HELD_PREDICTIONS + 16 * BOOTSTRAP_SAMPLES * documents,
     }
-    return {stage: costs.memory.get(stage, PROCESS_BYTES) + size for stage, size in grows.items()}
+    measured = costs.memory if costs else {}
+    return {stage: measured.get(stage, PROCESS_BYTES) + size for stage, size in grows.items()}
 
 
 def duration(seconds: float) -> str:

@@ -26,12 +26,12 @@ from resmem_lm.memory.datastore import open_datastore
 from resmem_lm.memory.encoder import ROWS
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.index import QUERY_BLOCK, SMALL, Index
+from resmem_lm.memory.index_kinds import library
 from resmem_lm.memory.open_index import index_manifest, open_index
 from resmem_lm.model.take_checkpoint import take_checkpoint
 from resmem_lm.model.train import train
 from resmem_lm.planning.machine import least, peak_memory, reset_peak_memory
 from resmem_lm.planning.sizes import Number, StageSettings, check_numbers, count, key_dimensions, model_of, save_fresh_checkpoint, window_of
-from resmem_lm.planning.tree_costs import Cost, TreeCosts, build_work, line, query_work
 from resmem_lm.text.documents import prepare_documents
 from resmem_lm.text.shards import position, shard_content
 from resmem_lm.text.sources import Document
@@ -73,13 +73,25 @@ class Rates:
         check_numbers("Rates", 0, **dataclasses.asdict(self))
 
 
-class Costs(NamedTuple):
-    """Measured costs. The units of stages: tokens in `train`, window tokens in `build` and `search`, queries in `evaluate`."""
+class Cost(NamedTuple):
+    """Seconds of some work: once, and for each unit."""
 
-    stages: dict[str, Cost]  # `search` without the index
+    once: float
+    each: float
+
+    def seconds(self, units: int | float) -> float:
+        """Return the seconds of some units of work."""
+        return self.once + self.each * units
+
+
+class Costs(NamedTuple):
+    """Measured costs. The units of an index are in `build_work` and `query_work`."""
+
+    stages: dict[str, Cost]  # by tokens in `train`, window tokens in `build` and `search` (without the index), queries in `evaluate`
     memory: dict[str, int]  # peak of each stage in bytes
+    index_build: Cost
+    index_query: Cost
     compared_row: float  # seconds of one query and one row in exact search
-    tree: TreeCosts | None  # none for an exact index
 
 
 class _SmallRun(NamedTuple):
@@ -89,6 +101,20 @@ class _SmallRun(NamedTuple):
     units: dict[str, int]
     seconds: dict[str, float]
     memory: dict[str, int]
+
+
+def build_work(kind: str, rows: int, dimensions: int, training_rows: int) -> float:
+    """Return the multiplications of an index build: k-means compares a sample with all leaves, then each row is rotated and compared."""
+    if kind == "exact" or rows < SMALL:
+        return 0.0
+    tree = library(kind).tree(rows, dimensions, training_rows)
+    return float(dimensions * (tree.rounds * tree.sample * tree.leaves + rows * (dimensions + tree.leaves)))
+
+
+def query_work(kind: str, rows: int, dimensions: int) -> float:
+    """Return the comparisons of a query in an index with a tree: with all leaves, then with the rows in the probed leaves."""
+    tree = library(kind).tree(rows, dimensions, rows)
+    return float(tree.leaves + rows * tree.probed / tree.leaves)
 
 
 def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: Path | None, *, training: bool, validation: float) -> Costs:
@@ -104,7 +130,7 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
     stderr = sys.stderr
     with tempfile.TemporaryDirectory(prefix="resmem-plan-") as name, contextlib.redirect_stderr(io.StringIO()):
         folder, texts = Path(name), _pieces(documents)
-        save_fresh_checkpoint(folder / "checkpoints", model_of(settings), optimizer_state=False)
+        save_fresh_checkpoint(folder / "checkpoints", model_of(settings))
         stages = _small_settings(settings, folder, training)
         stages["make_vocabulary"] = {"model": str(vocabulary or _small_vocabulary(folder, texts, model_of(settings).vocab_size))}
 
@@ -113,17 +139,34 @@ def measure(settings: StageSettings, documents: Iterable[Document], vocabulary: 
             return _small_run(folder / f"run-{size}", stages, texts, size, min(0.8, max(0.2, validation)))
 
         first, small, large = map(run, SIZES)
-        costs = _stage_costs(first, small, large)
-        return Costs(costs, large.memory, _compared_row(large.run, stages), _tree_costs(small, large, stages))
+        costs, compared_row = _stage_costs(first, small, large), _compared_row(large.run, stages)
+        return Costs(costs, large.memory, *_index_costs(first, small, large, stages), compared_row)
+
+
+def _line(small: float, large: float, small_units: int | float, large_units: int | float) -> Cost:
+    """Return the cost that fits two measurements."""
+    each = max(large - small, 1e-9) / (large_units - small_units)
+    return Cost(max(0.0, small - each * small_units), each)
 
 
 def _stage_costs(first: _SmallRun, small: _SmallRun, large: _SmallRun) -> dict[str, Cost]:
     """Return each stage's cost: once from the first run, which warms up the process, and for each unit from the other two."""
     costs = {}
     for stage, units in first.units.items():
-        each = line(small.seconds[stage], large.seconds[stage], small.units[stage], large.units[stage]).each
+        each = _line(small.seconds[stage], large.seconds[stage], small.units[stage], large.units[stage]).each
         costs[stage] = Cost(max(0.0, first.seconds[stage] - units * each), each)
-    return costs | {"index": Cost(first.seconds["index"], 0.0)}  # without a tree
+    return costs
+
+
+def _index_costs(first: _SmallRun, small: _SmallRun, large: _SmallRun, stages: StageSettings) -> tuple[Cost, Cost]:
+    """Return the cost of a build, and of a query in an index with a tree."""
+    kind, training_rows, dimensions = stages["build_index"]["kind"], stages["build_index"]["training_rows"], key_dimensions(stages)
+    if kind == "exact":
+        return Cost(first.seconds["index"], 0.0), Cost(0.0, 0.0)
+    build, query = (
+        [work(kind, run.rows, dimensions, *rest) for run in (small, large)] for work, *rest in ((build_work, training_rows), (query_work,))
+    )
+    return _line(small.seconds["index"], large.seconds["index"], *build), _line(small.lookup, large.lookup, *query)
 
 
 def _pieces(documents: Iterable[Document]) -> list[str]:
@@ -217,12 +260,3 @@ def _compared_row(run: Run, stages: StageSettings) -> float:
     sample = keys[:RECALL_QUERIES]
     exact = ExactIndex(index.datastore)
     return least(lambda: exact.search(sample, stages["search"]["neighbors"])) / len(sample) / index.datastore.rows
-
-
-def _tree_costs(small: _SmallRun, large: _SmallRun, stages: StageSettings) -> TreeCosts | None:
-    kind, training_rows, dimensions = stages["build_index"]["kind"], stages["build_index"]["training_rows"], key_dimensions(stages)
-    if kind == "exact":
-        return None
-    runs = (small, large)
-    build = line(*(run.seconds["index"] for run in runs), *(build_work(kind, run.rows, dimensions, training_rows) for run in runs))
-    return TreeCosts(kind, build, line(*(run.lookup for run in runs), *(query_work(kind, run.rows, dimensions) for run in runs)))

@@ -4,34 +4,31 @@ import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epy
 
 from beam_pipelines.search_job import GROUPS
 from resmem_lm.errors import UserError
-from resmem_lm.evaluation.candidates import choose_candidates
 from resmem_lm.evaluation.neighbors import Queries
 from resmem_lm.evaluation.sources import BASE_CANDIDATES
 from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.encoder import ROWS, residual_head
 from resmem_lm.memory.index_kinds import index_bytes
-from resmem_lm.memory.schema import ARRAYS, COUNTERS, Binding, document_line, shard_name, token_dtype
+from resmem_lm.memory.schema import ARRAYS, document_line, token_dtype
 from resmem_lm.memory.suffix_index import CONTINUATIONS
-from resmem_lm.model.checkpoints import Model, checkpoint_manager, save_checkpoint, save_config
+from resmem_lm.model.checkpoints import Model, checkpoint_manager, save_checkpoint
 from resmem_lm.model.config import ModelConfig
-from resmem_lm.model.train_loop import optimizer, to_train_state
+from resmem_lm.model.train_loop import optimizer, restore_or_init, to_train_state
 from resmem_lm.text.shards import QUERY_SPLITS, read_shard, shard_paths
 from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.text.windows import WindowSpec, window_rows
 from resmem_lm.workdir.run import Run
-from resmem_lm.workdir.storage import AnyPath, files_below, with_checksum
+from resmem_lm.workdir.storage import AnyPath, files_below
 
 with epy.lazy_imports():
     from resmem_lm.model import decoder
@@ -183,39 +180,34 @@ def assume(settings: StageSettings, amounts: Amounts) -> Counts:
     )
 
 
-def row_bytes(model: ModelConfig, entries: int, temperatures: tuple[float, ...] | list[float], dimensions: int) -> dict[str, int]:
+def row_bytes(settings: StageSettings) -> dict[str, int]:
     """Return the bytes of one row in each array of the datastore."""
+    model, build = model_of(settings), settings["build_datastore"]
     parameters = jax.eval_shape(lambda: decoder.init_parameters(model, 0))
-    head = residual_head(Model(model, parameters), entries, tuple(temperatures))
-    key, hidden = (jax.ShapeDtypeStruct((1, width), jnp.float32) for width in (dimensions, model.emb_dim))
+    head = residual_head(Model(model, parameters), build["entries"], tuple(build["temperatures"]))
+    key, hidden = (jax.ShapeDtypeStruct((1, width), jnp.float32) for width in (key_dimensions(settings), model.emb_dim))
     row = jax.eval_shape(head, parameters, key, hidden, jax.ShapeDtypeStruct((1,), jnp.int32))
     return {name: math.prod(array.shape) * array.dtype.itemsize for name, array in row._asdict().items()}
 
 
-def query_bytes(settings: StageSettings) -> dict[str, int]:
-    """Return the bytes of one query in each array of WORKDIR/neighbors, without the arrays of documents."""
-    vocabulary, build, search = model_of(settings).vocab_size, settings["build_datastore"], settings["search"]
-    k, document = search["neighbors"], search["document_neighbors"]
-    proposed = CONTINUATIONS + document + k
-    logits, tokens = jax.ShapeDtypeStruct((1, vocabulary), jnp.float32), jax.ShapeDtypeStruct((1, proposed), jnp.int32)
-    ids, _, _ = jax.eval_shape(lambda logits, tokens: choose_candidates(logits, tokens, BASE_CANDIDATES), logits, tokens)
-    width, row = ids.shape[1], row_bytes(model_of(settings), build["entries"], build["temperatures"], key_dimensions(settings))
-    per_neighbor = {"rows": 8, "distances": 4, "neighbor_tokens": token_dtype(vocabulary).itemsize, "matches": 1}
-    per_document_row = {"document_back": 4, "document_distances": 4, "document_matches": 1}
-    return {
-        **{name: k * size for name, size in per_neighbor.items()},
-        **{name: document * size for name, size in per_document_row.items()},
-        **{name: row[name] for name in DocumentRows._fields[2:]},
-        **dict.fromkeys(("tokens", "target_logits", "bound"), 4),
-        **dict.fromkeys(("candidate_ids", "candidate_logits"), 4 * width),
-        "exact_log_probability": 2 * width,
-        "exact_match": 12,
-        "log_partition": 4 * len(build["temperatures"]),
-    }
+def query_bytes(settings: StageSettings) -> int:
+    """Return the bytes of one query in WORKDIR/neighbors."""
+    build, search, vocabulary = settings["build_datastore"], settings["search"], model_of(settings).vocab_size
+    k, document, temperatures = search["neighbors"], search["document_neighbors"], len(build["temperatures"])
+    candidates = min(BASE_CANDIDATES, vocabulary - 1) + CONTINUATIONS + document + k
+    neighbors = k * (8 + 4 + token_dtype(vocabulary).itemsize + 1) + document * (4 + 4 + 1)  # row, distance, token, match
+    # The token, the target's logit and the bound; id, logit and probability of each candidate; the longest match; the partition functions.
+    return neighbors + residual_bytes(settings) + 3 * 4 + (4 + 4 + 2) * candidates + 12 + 4 * temperatures
+
+
+def residual_bytes(settings: StageSettings) -> int:
+    """Return the bytes of a query's own residual, which later queries of its document use."""
+    row = row_bytes(settings)
+    return sum(row[name] for name in DocumentRows._fields[2:])
 
 
 def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
-    """Return the bytes of each kind of file of a work directory, without a few hundred kB of records, metrics and the report.
+    """Return the bytes of each kind of file of a work directory, without records (3 kB a shard), metrics and the report.
 
     Args:
         settings: of every stage.
@@ -223,72 +215,40 @@ def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[i
         index_rows: rows of each shard of the index.
         checkpoint: bytes of all checkpoints.
     """
-    build, dimensions = settings["build_datastore"], key_dimensions(settings)
-    row, query = row_bytes(model_of(settings), build["entries"], build["temperatures"], dimensions), query_bytes(settings)
+    row, kind, dimensions = row_bytes(settings), settings["build_index"]["kind"], key_dimensions(settings)
     files = {"documents": counts.document_bytes, "vocabulary": counts.vocabulary_bytes, "checkpoints": checkpoint}
-    for name in ARRAYS:
-        files[f"datastore/{name}.npy"] = counts.rows * row[name] + NPY_HEADER * len(counts.shards)
+    files |= {f"datastore/{name}.npy": counts.rows * row[name] + NPY_HEADER * len(counts.shards) for name in ARRAYS}
     files["datastore/documents.jsonl"] = sum(shard.record_bytes for shard in counts.shards)
-    files["datastore/*.json"] = sum(_datastore_records(settings, counts, row))
     suffixes = counts.rows * (4 + row["tokens"]) + 2 * NPY_HEADER * len(index_rows)
-    files["index"] = suffixes + sum(index_bytes(settings["build_index"]["kind"], rows, dimensions) for rows in index_rows)
-    of_documents = 8 * sum(split.documents for split in counts.queries.values())
-    for name in Queries._fields:
-        content = counts.all_queries * query[name] if name in query else of_documents
-        files[f"neighbors/{name}.npy"] = content + NPY_HEADER * counts.query_shards
+    files["index"] = suffixes + sum(index_bytes(kind, rows, dimensions) for rows in index_rows)
+    per_document = 2 * 8 * sum(split.documents for split in counts.queries.values())
+    headers = NPY_HEADER * counts.query_shards * len(Queries._fields)
+    files["neighbors"] = counts.all_queries * query_bytes(settings) + per_document + headers
     return files
 
 
 def searching_bytes(settings: StageSettings, counts: Counts, index_shards: int) -> int:
     """Return the bytes that only the search needs: keys and hidden states of queries, and neighbors in each group of index shards."""
     found = min(index_shards, GROUPS) * settings["search"]["neighbors"] * (8 + 4)
-    build, model, dimensions = settings["build_datastore"], model_of(settings), key_dimensions(settings)
-    row = row_bytes(model, build["entries"], build["temperatures"], dimensions)
-    residual = sum(row[name] for name in DocumentRows._fields[2:])
-    return counts.all_queries * (4 * (model.emb_dim + dimensions) + residual + 4 + found)
+    encoded = 4 * (model_of(settings).emb_dim + key_dimensions(settings)) + residual_bytes(settings) + 4
+    return counts.all_queries * (encoded + found)
 
 
-def _datastore_records(settings: StageSettings, counts: Counts, row: dict[str, int]) -> Iterator[int]:
-    """Yield the bytes of every shard's record and of the manifest."""
-    build, checksum = settings["build_datastore"], "0" * 64
-    binding = Binding(checksum, checksum, window_of(settings), tuple(float(t) for t in build["temperatures"]), build["entries"]).to_json()
-    shards = []
-    for number, shard in enumerate(counts.shards):
-        name = shard_name(number, len(counts.shards))
-        content = {f"{array}.npy": NPY_HEADER + shard.tokens * row[array] for array in ARRAYS} | {"documents.jsonl": shard.record_bytes}
-        files = {file: {"bytes": size, "sha256": checksum} for file, size in content.items()}
-        numbers = dict.fromkeys(COUNTERS, shard.tokens)
-        provenance = binding | {"documents": f"{name.replace('shard', 'train')}.jsonl"}
-        shards.append({"folder": f"{name}.{'0' * 8}", "provenance": provenance, "rows": shard.tokens, "counts": numbers, "files": files})
-        yield len(with_checksum(shards[-1]))
-    yield len(with_checksum(binding | {"rows": counts.rows, "shards": shards}))
-
-
-def save_fresh_checkpoint(directory: Path, model: ModelConfig, *, optimizer_state: bool) -> None:
-    """Write a checkpoint like `train`'s after its first step, or without the optimizer's state, like `take_checkpoint`'s."""
+def save_fresh_checkpoint(directory: Path, model: ModelConfig) -> None:
+    """Write a checkpoint like `train`'s after its first step."""
     adafactor = optimizer(lambda _: 0.0)
-
-    def state() -> dict[str, Any]:
-        parameters = decoder.init_parameters(model, 0)
-        # Moments of one step: zeros would be compressed to nothing.
-        moments = adafactor.update(parameters, adafactor.init(parameters), parameters)[1]
-        return to_train_state(parameters, moments, 1) if optimizer_state else {"target": parameters}
-
-    sharding: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if optimizer_state:
-        sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.local_devices()), ("data",)), jax.sharding.PartitionSpec())
-    content = jax.block_until_ready(jax.jit(state, out_shardings=sharding)())
     with checkpoint_manager(directory) as manager:
-        save_checkpoint(manager, 1, content)
+        fresh = restore_or_init(manager, model, adafactor, seed=0)
+        _, moments = jax.jit(adafactor.update)(fresh.parameters, fresh.optimizer, fresh.parameters)  # zeros would be compressed to nothing
+        save_checkpoint(manager, 1, to_train_state(fresh.parameters, moments, 1))
 
 
 def checkpoint_bytes(settings: StageSettings) -> int:
-    """Return the bytes of the checkpoints that are kept. Fresh parameters and moments compress as trained ones do."""
+    """Return the bytes of the checkpoints that are kept. Fresh parameters and moments compress as trained ones do.
+
+    A checkpoint that was not trained here has no moments. They are less than 1% of a model whose dimensions are multiples of 128.
+    """
     with tempfile.TemporaryDirectory(prefix="resmem-plan-") as folder:
-        taken = "take_checkpoint" in settings
-        directory = Path(folder) / "checkpoints"
-        save_fresh_checkpoint(directory, model_of(settings), optimizer_state=not taken)
-        one = bytes_of(directory)
-        save_config(directory, model_of(settings), "0" * 64)
-        saves = 1 if taken else -(-settings["train"]["steps"] // settings["train"]["checkpoint_steps"])
-        return one * min(saves, KEPT_CHECKPOINTS) + bytes_of(directory) - one
+        save_fresh_checkpoint(Path(folder), model_of(settings))
+        steps = settings["train"]["steps"] / settings["train"]["checkpoint_steps"] if "train" in settings else 1
+        return bytes_of(Path(folder)) * min(math.ceil(steps), KEPT_CHECKPOINTS)
