@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from resmem_lm.evaluation.candidates import DEEPNET, Formula, Setting
+from resmem_lm.evaluation.features import MEMORY
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.statistics import bootstrap_interval
 from resmem_lm.evaluation.tuning import fit_gate
@@ -15,6 +16,7 @@ from resmem_lm.report.plots import INK, Figure, legend_above, line
 from resmem_lm.report.tables import METHOD_TITLES, interval, percent
 from resmem_lm.studies import infinigram
 from resmem_lm.studies.infinigram import Continuations, Mixture
+from resmem_lm.studies.sources import ALONE
 from resmem_lm.studies.study import check_values, open_scorers, study, write_study
 from resmem_lm.text.shards import query_documents
 from resmem_lm.text.vocabulary import load_vocabulary
@@ -26,6 +28,7 @@ FREQUENCIES = (10, 100, 1000, 10_000, 100_000)
 CONFIDENCES = (0.1, 0.2, 0.4, 0.6, 0.8)
 QUANTILES = (0.2, 0.4, 0.6, 0.8)
 LINES = ("kNN-LM", "ResMem", "Adaptive ResMem")
+WITH_DEEPNET = "infini-gram with DeepNet"
 X_LABELS = {"frequency": "rows of the token", "distance": "distance of the nearest neighbor", "confidence": "DeepNet's confidence"}
 
 Mask = Bool[np.ndarray, " tokens"]
@@ -61,14 +64,15 @@ def study_baselines(
 
 
 def _memory_methods(run: Run, scorers: dict[str, SplitScorer]) -> dict[str, Mask]:
-    """Return the tokens that DeepNet and each method of results.json predict correctly, by method title."""
+    """Return the tokens that DeepNet, methods of results.json, and gates with a single source predict correctly, by method title."""
     test, methods = scorers["test"], read_json(run.results)["splits"]["test"]["methods"]
     settings = {"deepnet": DEEPNET} | {name: Setting.of(formula, methods[name]["hyperparameters"]) for name, formula in FORMULAS.items()}
     found = test.predict(sorted(set(settings.values())))
     correct = {METHOD_TITLES[name]: found[setting][0] == test.queries.tokens for name, setting in settings.items()}
-    sigma = settings["resmem"].sigma
-    adaptive = test.adaptive(fit_gate(scorers["validation"], sigma))
-    return correct | {METHOD_TITLES["resmem_adaptive"]: adaptive.predictions == np.asarray(test.queries.tokens)}
+    for title, sources in {METHOD_TITLES["resmem_adaptive"]: MEMORY, **ALONE}.items():
+        gate = fit_gate(scorers["validation"], settings["resmem"].sigma, sources)
+        correct[title] = test.adaptive(gate).predictions == np.asarray(test.queries.tokens)
+    return correct
 
 
 def _infinigram_methods(
@@ -85,9 +89,9 @@ def _infinigram_methods(
     targets = scorers["validation"].queries.tokens
     chosen = max(itertools.product(lambdas, lambdas), key=lambda pair: int((validation.predict(*pair) == targets).sum()))
     targets = scorers["test"].queries.tokens
-    correct = {"infini-gram": continuations.tokens[:, 0] == targets, "infini-gram with DeepNet": test.predict(*chosen) == targets}
+    correct = {"infini-gram": continuations.tokens[:, 0] == targets, WITH_DEEPNET: test.predict(*chosen) == targets}
     weights = f"lambda {chosen[0]:g}, and {chosen[1]:g} for contexts with a single continuation, chosen on validation"
-    return correct, f"infini-gram with DeepNet: {weights}."
+    return correct, f"{WITH_DEEPNET}: {weights}."
 
 
 def _infinigram_index(run: Run, datastore: Datastore) -> AnyPath:
@@ -156,11 +160,16 @@ def ranges(values: Float[np.ndarray, " tokens"], edges: Sequence[int | float]) -
 
 
 def _gains(correct: dict[str, Mask], test: SplitScorer) -> str:
-    """Format each method's gain over DeepNet."""
-    deepnet, shown = METHOD_TITLES["deepnet"], []
-    for method in (name for name in correct if name != deepnet):
-        gain = correct[method].astype(np.float64) - correct[deepnet]
-        shown.append(f"{method} {percent(float(gain.mean()))} {interval(bootstrap_interval(gain, test.queries.groups))}")
+    """Format each method's gain over DeepNet, and Adaptive ResMem's over the infinity-gram model with DeepNet."""
+
+    def gain(method: str, over: str) -> str:
+        difference = correct[method].astype(np.float64) - correct[over]
+        return f"{percent(float(difference.mean()))} {interval(bootstrap_interval(difference, test.queries.groups))}"
+
+    deepnet, adaptive = METHOD_TITLES["deepnet"], METHOD_TITLES["resmem_adaptive"]
+    shown = [f"{method} {gain(method, deepnet)}" for method in correct if method != deepnet]
+    if WITH_DEEPNET in correct:
+        shown.append(f"{adaptive} over {WITH_DEEPNET} {gain(adaptive, WITH_DEEPNET)}")
     return "; ".join(shown)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from resmem_lm.errors import DamagedError, UserError, check_least
 from resmem_lm.evaluation.candidates import DEEPNET, Setting
 from resmem_lm.evaluation.evaluate import Grid
+from resmem_lm.evaluation.features import MEMORY, Source
 from resmem_lm.evaluation.neighbors import Queries, open_queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.sources import memory_arrays
@@ -27,6 +28,7 @@ from resmem_lm.memory.open_index import search_shards
 from resmem_lm.memory.suffix_index import build_suffixes, live_tokens
 from resmem_lm.report.plots import Figure, line
 from resmem_lm.report.tables import hyperparameters, interval
+from resmem_lm.studies.sources import ALONE
 from resmem_lm.studies.study import check_values, study, usable_grid, write_study
 from resmem_lm.text.shards import QUERY_SPLITS, position, read_shard, shard_paths
 from resmem_lm.workdir.arrays import ShardedArray, load_array
@@ -34,7 +36,8 @@ from resmem_lm.workdir.artifacts import find_record, folder_of, publish
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json, remove, sha256, write_json
 
-METHODS = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", "Adaptive ResMem")
+GATES: dict[str, tuple[Source, ...]] = {"Adaptive ResMem": MEMORY, **ALONE}
+METHODS = ("ResMem (paper)", "ResMem", "kNN-LM", "Calibrated ResMem", *GATES)
 INPUTS = {"datastore": "datastore/manifest.json", "index": "index/index.json", "neighbors": "neighbors/neighbors.json"}
 ENCODED = ("keys.npy", "hidden.npy")
 Certified = tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]  # predictions, and certified flags
@@ -76,7 +79,7 @@ def study_datastore_size(
     remove(search.encoded_folder)
     text = (
         "Gain (TPR - FPR) on test with a part of the datastore's documents: ResMem with the paper's hyperparameters; ResMem, kNN-LM and "
-        "Calibrated ResMem with hyperparameters chosen on validation for each part; Adaptive ResMem with ResMem's sigma and a gate fitted "
+        "Calibrated ResMem with hyperparameters chosen on validation for each part; Adaptive ResMem with ResMem's sigma and gates fitted "
         f"on validation. Recall@k compares {min(recall_queries, search.tokens):,} test tokens with exact search in the same part."
     )
     return write_study(run, "datastore-size", title="Size of the datastore (Figure 3a)", text=text, rows=rows, draw=_draw)
@@ -205,13 +208,13 @@ def _predict(scorers: dict[str, SplitScorer], chosen: dict[str, Setting], paper_
     found = test.predict(sorted(set(settings.values())))
     predicted = {method: found[setting] for method, setting in settings.items()}
     predicted["Calibrated ResMem"] = test.distributions([calibrated])[calibrated][:2]
-    predicted["Adaptive ResMem"] = test.adaptive(fit_gate(scorers["validation"], sigma))[:2]
-    return predicted
+    gates = {title: fit_gate(scorers["validation"], sigma, sources) for title, sources in GATES.items()}
+    return predicted | {title: test.adaptive(gate)[:2] for title, gate in gates.items()}
 
 
 def _draw(figure: Figure, rows: list[Record]) -> None:
     axes = figure.subplots()
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(method for method in METHODS if method not in ALONE):
         line(axes, number, [row["rows"] for row in rows], [row[f"{method}, gain, %"] for row in rows], method)
     axes.set_xscale("log")
     axes.set_xlabel("rows of the datastore")

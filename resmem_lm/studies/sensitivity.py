@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from resmem_lm.evaluation.candidates import Setting
+from resmem_lm.evaluation.features import MEMORY, Source
 from resmem_lm.evaluation.neighbors import Queries, open_queries, truncate_neighbors
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.tuning import fit_gate
@@ -20,11 +21,12 @@ from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import Record, read_json
 
 AXES = {"k": "k", "sigma": "sigma", "T": "temperature", "lambda": "lambda_"}
-LINES = {  # by the method's name in results.json
+LINES = {  # by the method's name in results.json; the last is of this study alone
     "resmem_paper": "ResMem (paper)",
     "resmem": "ResMem",
     "resmem_calibrated": "Calibrated ResMem",
     "resmem_adaptive": "Adaptive ResMem",
+    "neighbors_alone": "Adaptive ResMem (neighbors alone)",
 }
 Values = dict[str, Sequence[int | float]]  # by hyperparameter, in ascending order
 Found = dict[tuple[str, int | float], Int[np.ndarray, " queries"]]  # predictions by hyperparameter and value
@@ -68,7 +70,9 @@ def study_sensitivity(
     boosted = methods["resmem_calibrated"]["form"] == "boosted"
     found = _vary_fixed(SplitScorer("test", queries["test"], datastore), methods, varied, sorted(boosts) if boosted else sorted(lambdas))
     gate_varied: Values = {"k": sorted({k for k in gate_ks if k <= searched}), "sigma": sorted(gate_sigmas)}
-    found["resmem_adaptive"] = _vary_adaptive(queries, datastore, methods["resmem_adaptive"]["hyperparameters"]["sigma"], gate_varied)
+    sigma = methods["resmem_adaptive"]["hyperparameters"]["sigma"]
+    found["resmem_adaptive"] = _vary_adaptive(queries, datastore, sigma, gate_varied, MEMORY)
+    found["neighbors_alone"] = _vary_adaptive(queries, datastore, sigma, gate_varied, ("neighbors",))
     rows = _rows(found, queries["test"].tokens)
     paper = hyperparameters(methods["resmem_paper"]["hyperparameters"])
     text = (
@@ -103,13 +107,13 @@ def _settings(middle: Setting, varied: Values) -> dict[tuple[str, int | float], 
     return {(axis, value): replace(axis, value) for axis in varied for value in varied[axis]}
 
 
-def _vary_adaptive(queries: dict[str, Queries], datastore: Datastore, sigma: float, varied: Values) -> Found:
-    """Vary k at the given sigma, and sigma with all searched neighbors, for Adaptive ResMem."""
+def _vary_adaptive(queries: dict[str, Queries], datastore: Datastore, sigma: float, varied: Values, sources: tuple[Source, ...]) -> Found:
+    """Vary k at the given sigma, and sigma with all searched neighbors, for Adaptive ResMem with some sources."""
 
     @functools.cache
     def predict(k: int, sigma: float) -> Int[np.ndarray, " queries"]:
         validation, test = (SplitScorer(f"{split}, k {k}", truncate_neighbors(queries[split], k), datastore) for split in QUERY_SPLITS)
-        return test.adaptive(fit_gate(validation, sigma)).predictions
+        return test.adaptive(fit_gate(validation, sigma, sources)).predictions
 
     searched = queries["test"].rows.shape[1]
     by_k: Found = {("k", k): predict(int(k), sigma) for k in varied["k"]}

@@ -13,6 +13,7 @@ from resmem_lm.workdir.storage import Record, read_json
 
 TITLES: dict[Source, str] = {"neighbors": "neighbors", "matches": "their matches", "exact": "exact matches", "document": "the document"}
 ALL = {MEMORY: "the memory", EVERY: "the memory and the document"}
+ALONE: dict[str, tuple[Source, ...]] = {f"Adaptive ResMem ({TITLES[source]} alone)": (source,) for source in MEMORY}
 
 
 @study(name="sources")
