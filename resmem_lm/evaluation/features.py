@@ -89,7 +89,8 @@ def without(block: Block, source: Source, unit: int) -> Block:
 
 
 def _none_of(rows: Neighbors) -> Neighbors:
-    return rows._replace(distances=jnp.full_like(rows.distances, jnp.inf), matches=jnp.zeros_like(rows.matches))
+    # XLA would fold a constant for seconds, so the distances depend on the rows.
+    return rows._replace(distances=rows.distances + jnp.inf, matches=jnp.zeros_like(rows.matches))
 
 
 def _deepnet_part(block: Block, columns: Int[np.ndarray, " columns"], unit: int) -> Part:
