@@ -13,7 +13,7 @@ METHOD_TITLES = {
     "knn": "kNN",
     "knnlm": "kNN-LM",
     "knnlm_perplexity": "kNN-LM (for perplexity)",
-    "knnlm_confident": "kNN-LM (NEST's confidence, nothing fitted)",
+    "knnlm_confident": "kNN-LM (NEST's confidence)",
     "resmem_paper": "ResMem (paper's k, sigma, T, lambda)",
     "resmem_lambda1": "ResMem (lambda 1)",
     "resmem": "ResMem",
