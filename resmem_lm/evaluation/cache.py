@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from resmem_lm.evaluation.block_scores import Predictions, Temperature
 from resmem_lm.evaluation.calibrated import Distribution, on_simplex, target_probability
 from resmem_lm.evaluation.candidates import Block, Setting, best, score
-from resmem_lm.evaluation.scorer import Predictions, SplitScorer, Temperature
+from resmem_lm.evaluation.scorer import SplitScorer
 
 SIGMAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # mu

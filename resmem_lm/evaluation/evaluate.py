@@ -74,13 +74,14 @@ def evaluate(
     test = scorers["test"]
     grid = _usable_grid(Grid(list(ks), list(sigmas), list(temperatures), list(lambdas)), test)
     methods = _choose(scorers["validation"], grid)
-    found = {split: _predict(scorer, methods) for split, scorer in scorers.items()}
     curves = _curve_settings(methods.settings, grid)
+    on_test, accuracy = _predict(test, methods, list(itertools.chain(*curves.values())))
+    found = {"validation": _predict(scorers["validation"], methods, [])[0], "test": on_test}
     with_document = {"resmem_adaptive_document": methods.document.adaptive} if methods.document else {}
     index, searched = read_json(run.index / "index.json"), read_json(run.neighbors / "neighbors.json")
     results = {
         "splits": {split: _describe_split(searched[split], scorers[split], methods, found[split]) for split in scorers},
-        "curves": _describe_curves(curves, grid, test),
+        "curves": _describe_curves(curves, grid, accuracy),
         "examples": _examples(run, test, methods, found["test"]),
         "datastore": {"rows": datastore.live_rows, "bytes_per_row": datastore.bytes / datastore.rows},
         "index": {"kind": index["kind"], "candidates": index["candidates"], "shards": len(index["shards"])},
@@ -141,11 +142,11 @@ def _curve_settings(methods: dict[str, Setting], grid: Grid) -> Curves:
     return by_k | {("sigma", name): [methods[name]._replace(sigma=sigma) for sigma in grid.sigmas] for name in IN_CURVES}
 
 
-def _predict(scorer: SplitScorer, methods: Methods) -> dict[str, Found]:
-    """Predict with all methods."""
-    settings = methods.settings
+def _predict(scorer: SplitScorer, methods: Methods, others: list[Setting]) -> tuple[dict[str, Found], dict[Setting, float]]:
+    """Predict with all methods, and return the accuracy of other settings too: one pass over the queries serves both."""
+    settings, targets = methods.settings, np.asarray(scorer.queries.tokens)
     on_simplex = scorer.distributions([settings[name] for name in ON_SIMPLEX])
-    found = scorer.predict(sorted({setting for setting in settings.values() if setting.formula in ("resmem", "knnlm")}))
+    found = scorer.predict(sorted({setting for setting in (*settings.values(), *others) if setting.formula in ("resmem", "knnlm")}))
     by_name = {
         name: Found(found.get(setting) or on_simplex[setting][:2], on_simplex.get(setting), setting.hyperparameters())
         for name, setting in settings.items()
@@ -153,7 +154,8 @@ def _predict(scorer: SplitScorer, methods: Methods) -> dict[str, Found]:
     by_name["deepnet"] = by_name["deepnet"]._replace(hyperparameters={})
     adaptive = scorer.adaptive(methods.adaptive)
     by_name["resmem_adaptive"] = Found(adaptive[:2], adaptive, scorer.gate_hyperparameters(methods.adaptive))
-    return by_name | (predict_with_document(scorer, methods.document) if methods.document else {})
+    accuracy = {setting: float(np.mean(found[setting][0] == targets)) for setting in others}
+    return by_name | (predict_with_document(scorer, methods.document) if methods.document else {}), accuracy
 
 
 def _describe_split(searched: Record, scorer: SplitScorer, methods: Methods, found: dict[str, Found]) -> Record:
@@ -176,11 +178,8 @@ def _describe_split(searched: Record, scorer: SplitScorer, methods: Methods, fou
     return shown | {"methods": described, "differences": differences}
 
 
-def _describe_curves(curves: Curves, grid: Grid, test: SplitScorer) -> Record:
+def _describe_curves(curves: Curves, grid: Grid, accuracy: dict[Setting, float]) -> Record:
     """Return test accuracy for every setting of the curves."""
-    targets = np.asarray(test.queries.tokens)
-    found = test.predict(sorted(set(itertools.chain(*curves.values()))))
-    accuracy = {setting: float(np.mean(predictions == targets)) for setting, (predictions, _) in found.items()}
 
     def of_axis(axis: str) -> dict[str, list[float]]:
         return {name: [accuracy[setting] for setting in curves[axis, name]] for name in IN_CURVES}

@@ -1,24 +1,21 @@
-"""Count right predictions, predict, and compute probabilities for many settings, block by block, from cached neighbors.
+"""Count right predictions, predict, and compute probabilities for many settings, block by block, from cached neighbors."""
 
-Two formulas run at every (k, sigma, T, lambda). ResMem is p_T + lambda r_kNN, and DeepNet at lambda = 0. kNN-LM is (1 - lambda) p_T +
-lambda p_kNN, and kNN alone at lambda = 1. Formulas on the simplex (`calibrated`, `adaptive`) also give probabilities.
-"""
-
-import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from resmem_lm.evaluation.adaptive import Adaptive, Gate, GateInputs, distribution, gate_inputs
-from resmem_lm.evaluation.calibrated import SimplexFormula, confident, is_first, on_simplex, target_probability
-from resmem_lm.evaluation.candidates import Block, Candidates, Exact, Formula, Neighbors, Scores, Setting, best, quantized_at, score
-from resmem_lm.evaluation.features import Source, columns_of, without
+from resmem_lm.evaluation import block_scores
+from resmem_lm.evaluation.adaptive import Adaptive, GateInputs
+from resmem_lm.evaluation.block_scores import Predictions, Temperature, Weightings
+from resmem_lm.evaluation.calibrated import SimplexFormula
+from resmem_lm.evaluation.candidates import Block, Candidates, Exact, Formula, Neighbors, Setting, quantized_at
+from resmem_lm.evaluation.features import Source
 from resmem_lm.evaluation.neighbors import Queries
 from resmem_lm.memory.datastore import Datastore
 from resmem_lm.workdir.progress import progress
@@ -28,169 +25,6 @@ with epy.lazy_imports():
 
 BLOCK = 256  # queries
 T = TypeVar("T", bound=Any)
-Temperature = tuple[Float[Array, ""], Int[Array, ""]]  # T, and its index among the datastore's temperatures
-
-
-class Weightings(NamedTuple):
-    """Settings at the same temperature, as arrays."""
-
-    ks: Int[Array, " weightings"]
-    sigmas: Float[Array, " weightings"]
-    lambdas: Float[Array, " weightings"]
-    is_resmem: Bool[Array, " weightings"]  # the others are kNN-LM
-
-    @classmethod
-    def of(cls, settings: list[Setting]) -> "Weightings":
-        """Make the arrays. The settings' temperatures are ignored."""
-        formulas, ks, sigmas, _, lambdas = zip(*settings, strict=True)
-        is_resmem = jnp.array([formula == "resmem" for formula in formulas])
-        return cls(jnp.array(ks, jnp.int32), jnp.array(sigmas, jnp.float32), jnp.array(lambdas, jnp.float32), is_resmem)
-
-
-class Predictions(NamedTuple):
-    """A method's prediction for every token, whether it is certified, its probability, and the true token's probability."""
-
-    predictions: Int[np.ndarray, " queries"]
-    certified: Bool[np.ndarray, " queries"]
-    confidence: Float[np.ndarray, " queries"]
-    target_probability: Float[np.ndarray, " queries"]
-
-
-def _nearest_of(neighbors: Neighbors, document: Neighbors) -> Neighbors:
-    """Return the k nearest of k neighbors and the rows of the document."""
-    order = jnp.argsort(jnp.concatenate([neighbors.distances, document.distances], axis=1), axis=1)[:, : neighbors.distances.shape[1]]
-
-    def nearest(one: Array, other: Array) -> Array:
-        both = jnp.concatenate([one, other], axis=1)
-        return jnp.take_along_axis(both, order.reshape(*order.shape, *[1] * (both.ndim - 2)), axis=1)
-
-    return Neighbors(*map(nearest, neighbors, document))
-
-
-def totals(
-    scores: Scores, is_resmem: Bool[Array, " weightings"], lambdas: Float[Array, " weightings"]
-) -> Float[Array, "weightings queries candidates"]:
-    """Return the scores of ResMem or kNN-LM. At lambda = 1, kNN-LM's are exactly p_kNN: rounding must not break its many ties."""
-    lambda_ = lambdas[:, None, None]
-    resmem, knn_lm = scores.base + lambda_ * scores.residual, (1 - lambda_) * scores.base + lambda_ * scores.knn
-    return jnp.where(is_resmem[:, None, None], resmem, knn_lm)
-
-
-@jax.jit
-def _count_correct(
-    block: Block, weightings: Weightings, lambdas: Float[Array, " lambdas"], temperature: Temperature
-) -> Int[Array, "weightings lambdas"]:
-    """Count right predictions for every lambda at once: scores are linear in lambda, so the target wins on one closed interval."""
-    candidates = block.candidates
-    scores = score(candidates, block.neighbors, weightings.ks, weightings.sigmas, *temperature)
-    slopes = jnp.where(weightings.is_resmem[:, None, None], scores.residual, scores.knn - scores.base)
-    is_target = candidates.ids == block.targets[:, None]
-    # A target that occurs twice must not lose to itself by rounding.
-    lead = jnp.where(is_target, 0, _at_target(scores.base, is_target) - scores.base)
-    slope = jnp.where(is_target, 0, _at_target(slopes, is_target) - slopes)
-    crossing = -lead / jnp.where(slope == 0, 1.0, slope)
-    low = jnp.max(jnp.where(slope > 0, crossing, -jnp.inf), axis=-1)
-    high = jnp.min(jnp.where(slope < 0, crossing, jnp.inf), axis=-1)
-    possible = jnp.any(is_target, axis=-1) & jnp.all((slope != 0) | (lead >= 0), axis=-1)
-    within = (low[:, None] <= lambdas[:, None]) & (lambdas[:, None] <= high[:, None])
-    return jnp.sum(within & possible[:, None], axis=-1)
-
-
-def _at_target(values: Float[Array, "... candidates"], is_target: Bool[Array, "queries candidates"]) -> Float[Array, "... 1"]:
-    return jnp.max(jnp.where(is_target, values, -jnp.inf), axis=-1, keepdims=True)
-
-
-@jax.jit
-def _count_correct_knn(block: Block, weightings: Weightings) -> Int[Array, "weightings 1"]:
-    """Count right predictions of p_kNN, which has no temperature. Ties go to the lowest id, as in `_predict`."""
-    knn = score(block.candidates, block.neighbors, weightings.ks, weightings.sigmas, 1.0, 0).knn
-    return jnp.sum(best(knn, block.candidates.ids)[0] == block.targets, axis=-1, keepdims=True)
-
-
-@jax.jit
-def _predict(
-    block: Block, weightings: Weightings, temperature: Temperature
-) -> tuple[Int[Array, "weightings queries"], Bool[Array, "weightings queries"]]:
-    ks, sigmas, lambdas, is_resmem = weightings
-    scores = score(block.candidates, block.neighbors, ks, sigmas, *temperature)
-    winners, top = best(totals(scores, is_resmem, lambdas), block.candidates.ids)
-    bound = jnp.where(is_resmem[:, None], scores.bound, (1 - lambdas[:, None]) * scores.bound)
-    return winners, top >= bound  # certified: no token outside of the candidates scores more
-
-
-@functools.partial(jax.jit, static_argnames="formulas")
-def _log_losses(
-    block: Block,
-    sigmas: Float[Array, " sigmas"],
-    lambdas: Float[Array, " lambdas"],
-    temperature: Temperature,
-    *,
-    formulas: tuple[SimplexFormula, ...],
-) -> Float[Array, "formulas lambdas sigmas"]:
-    candidates, neighbors, _, _, targets, target_base = block
-    ks = jnp.full(len(sigmas), neighbors.distances.shape[1])
-    scores = score(candidates, neighbors, ks, sigmas, *temperature)
-    first, base = is_first(candidates.ids), target_base[:, temperature[1]]
-
-    def losses(formula: SimplexFormula, lambda_: Float[Array, ""]) -> Float[Array, " sigmas"]:
-        q = on_simplex(formula, scores.base, scores.residual, scores.knn, first, lambda_)
-        log_p = jnp.log(target_probability(q, candidates.ids == targets[:, None], base) + 1e-12)
-        return -jnp.sum(jnp.where(targets >= 0, log_p, 0), axis=-1)
-
-    return jnp.stack([jax.lax.map(functools.partial(losses, formula), lambdas) for formula in formulas])
-
-
-@functools.partial(jax.jit, static_argnames="formula")
-def _predict_on_simplex(
-    block: Block, weighting: Weightings, temperature: Temperature, *, formula: SimplexFormula | Literal["confident"]
-) -> Predictions:
-    candidates, neighbors, _, _, targets, target_base = block
-    scores = score(candidates, neighbors, weighting.ks, weighting.sigmas, *temperature)
-    base, residual, knn = scores.base, scores.residual[0], scores.knn[0]
-    if formula == "confident":
-        q = confident(base, knn, neighbors.distances)
-    else:
-        q = on_simplex(formula, base, residual, knn, is_first(candidates.ids), weighting.lambdas[0])
-    winners, top = best(q.candidates, candidates.ids)
-    probability = target_probability(q, candidates.ids == targets[:, None], target_base[:, temperature[1]])
-    return Predictions(winners, top >= q.other * scores.bound, top, probability)  # type: ignore[arg-type]
-
-
-_gate_inputs = jax.jit(gate_inputs, static_argnames=("unit", "sources"))
-
-
-@functools.partial(jax.jit, static_argnames=("unit", "sources"))
-def _predict_adaptive(gate: Gate, block: Block, sigma: Float[Array, ""], *, unit: int, sources: tuple[Source, ...]) -> Predictions:
-    candidates, columns = block.candidates, columns_of(block, sources)
-    some = gate_inputs(block, sigma, unit, sources)
-    q, ids = distribution(gate, some), candidates.ids[:, columns]
-    log_z = candidates.log_partition[:, unit]
-    own = slice(block.widths["deepnet"])
-    own_ids, base = candidates.ids[:, own], jnp.exp(candidates.logits[:, own] - log_z[:, None])
-    # A token that both DeepNet and the memory propose counts once, as the memory's.
-    held = jnp.any(own_ids[:, :, None] == ids[:, None, :], axis=-1)
-    probabilities = jnp.concatenate([jnp.where(held, 0, q.other[:, None] * base), jnp.where(some.counted, q.candidates, 0)], axis=1)
-    winners, top = best(probabilities, jnp.concatenate([own_ids, ids], axis=1))
-    sure = top >= q.other * jnp.exp(candidates.bound - log_z)
-    return Predictions(winners, sure, top, target_probability(q, some.target, some.target_base))  # type: ignore[arg-type]
-
-
-@functools.partial(jax.jit, static_argnames=("unit", "sources"))
-def _influence(
-    gate: Gate, block: Block, sigma: Float[Array, ""], *, unit: int, sources: tuple[Source, ...]
-) -> Float[Array, "parts queries"]:
-    """Return the probability of each query's target, and what it loses without each source."""
-    candidates = block.candidates
-    is_target = candidates.ids == block.targets[:, None]
-    base = jnp.exp(candidates.logits - candidates.log_partition[:, unit, None])
-    target_base = jnp.max(jnp.where(is_target, base, 0), axis=1)
-
-    def probability(some: Block) -> Float[Array, " queries"]:
-        inputs = gate_inputs(some, sigma, unit, sources)
-        return target_probability(distribution(gate, inputs), inputs.target, target_base)
-
-    whole = probability(block)
-    return jnp.stack([whole, *(whole - probability(without(block, source, unit)) for source in sources)])
 
 
 class SplitScorer:
@@ -229,7 +63,7 @@ class SplitScorer:
         candidates = [array[padded] for array in (q.candidate_ids, q.candidate_logits, q.bound, q.log_partition)]
         neighbors, document = self._neighbors(padded, candidates[0]), self._document(padded, candidates[0])
         if self.document:
-            neighbors = _nearest_of(neighbors, document)
+            neighbors = block_scores.nearest_of(neighbors, document)
         exact = Exact(*(jnp.asarray(array[padded].astype(np.float32)) for array in (q.exact_log_probability, q.exact_match)))
         targets = np.pad(q.tokens[some].astype(np.int32), (0, padding), constant_values=-1)
         target_logits = q.target_logits[padded].astype(np.float64)[:, None] / np.array(self.temperatures)
@@ -306,9 +140,9 @@ class SplitScorer:
                 counted = np.pad(among[some], (0, BLOCK - (some.stop - some.start)))
                 block = block._replace(targets=jnp.where(counted, block.targets, -1))
             for number, temperature in enumerate(temperatures):
-                counts[number] += _count_correct(block, weightings, lambda_array, self.temperature(temperature))
+                counts[number] += block_scores.count_correct(block, weightings, lambda_array, self.temperature(temperature))
             if is_knn.any() and 1 in every_lambda:
-                knn_counts[is_knn] += _count_correct_knn(block, of_knn)
+                knn_counts[is_knn] += block_scores.count_correct_knn(block, of_knn)
         counts = np.where(is_knn[:, None] & (lambda_array == 1), knn_counts, counts)
         return {
             kind._replace(temperature=temperature, lambda_=lambda_): int(counts[t, number, every_lambda.index(lambda_)])
@@ -325,7 +159,7 @@ class SplitScorer:
         def compute(block: Block) -> dict[Setting, Any]:
             found: dict[Setting, Any] = {}
             for temperature, some in by_temperature.items():
-                arrays = map(np.asarray, _predict(block, Weightings.of(some), self.temperature(temperature)))
+                arrays = map(np.asarray, block_scores.predict(block, Weightings.of(some), self.temperature(temperature)))
                 found |= zip(some, zip(*arrays, strict=True), strict=True)
             return found
 
@@ -340,7 +174,7 @@ class SplitScorer:
         losses = np.zeros((len(temperatures), len(lambdas), len(every_lambda), len(sigmas)))
         for _, block in self.blocks("calibrate"):
             for number, temperature in enumerate(temperatures):
-                losses[number] += _log_losses(block, *arrays, self.temperature(temperature), formulas=tuple(lambdas))
+                losses[number] += block_scores.log_losses(block, *arrays, self.temperature(temperature), formulas=tuple(lambdas))
         return {
             Setting(formula, k, sigma, temperature, lambda_): float(losses[t, f, every_lambda.index(lambda_), s])
             for t, temperature in enumerate(temperatures)
@@ -354,20 +188,24 @@ class SplitScorer:
 
         def compute(block: Block, setting: Setting) -> Predictions:
             formula = "boosted" if setting.formula == "resmem" else setting.formula
-            return _predict_on_simplex(block, Weightings.of([setting]), self.temperature(setting.temperature), formula=formula)
+            return block_scores.predict_on_simplex(block, Weightings.of([setting]), self.temperature(setting.temperature), formula=formula)
 
         return self.collect("score", lambda block: {setting: compute(block, setting) for setting in settings})
 
     def gate_inputs(self, sigma: float, sources: tuple[Source, ...], most: int) -> tuple[GateInputs, Int[np.ndarray, " some"]]:
         """Return the adaptive gate's inputs for about `most` tokens, in evenly spaced blocks, and their `groups`."""
         every = -(-len(self.queries.tokens) // most)
-        inputs = self.collect("adapt", lambda block: _gate_inputs(block, sigma, unit=self.unit_number, sources=sources), every=every)
-        return inputs, self.queries.groups[self._in_blocks(every)]
+
+        def compute(block: Block) -> GateInputs:
+            return block_scores.compiled_gate_inputs(block, sigma, unit=self.unit_number, sources=sources)
+
+        return self.collect("adapt", compute, every=every), self.queries.groups[self._in_blocks(every)]
 
     def adaptive(self, method: Adaptive) -> Predictions:
         """Return Adaptive ResMem's predictions."""
         gate, sigma, sources = method
-        return self.collect("adapt", lambda block: _predict_adaptive(gate, block, sigma, unit=self.unit_number, sources=sources))
+        unit = self.unit_number
+        return self.collect("adapt", lambda block: block_scores.predict_adaptive(gate, block, sigma, unit=unit, sources=sources))
 
     def influence(self, method: Adaptive, queries: Int[np.ndarray, " some"], tokens: Int[np.ndarray, " some"]) -> list[dict[str, float]]:
         """Return Adaptive ResMem's probability of a candidate token of each query, and what it loses without each source.
@@ -382,7 +220,8 @@ class SplitScorer:
             targets = np.zeros(BLOCK, np.int32)
             targets[places] = tokens[chosen]
             block = self._load(start)[1]._replace(targets=jnp.asarray(targets))
-            parts[chosen] = np.asarray(_influence(gate, block, sigma, unit=self.unit_number, sources=sources)).T[places]
+            changes = block_scores.influence(gate, block, sigma, unit=self.unit_number, sources=sources)
+            parts[chosen] = np.asarray(changes).T[places]
         return [dict(zip(("probability", *sources), part, strict=True)) for part in parts.tolist()]
 
     def gate_hyperparameters(self, method: Adaptive) -> dict[str, int | float]:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from resmem_lm.evaluation.block_scores import Predictions
 from resmem_lm.evaluation.calibrated import calibration_error
-from resmem_lm.evaluation.scorer import Predictions
 from resmem_lm.workdir.storage import Record
 
 BOOTSTRAP_SAMPLES = 2000

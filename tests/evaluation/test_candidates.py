@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from resmem_lm import resmem
 from resmem_lm.evaluation import candidates as c
+from resmem_lm.evaluation.block_scores import totals
 from resmem_lm.evaluation.candidates import Setting
-from resmem_lm.evaluation.scorer import totals
 from resmem_lm.memory.quantization import dequantize_probabilities, quantize_probabilities
 
 TEMPERATURES = (0.5, 1.0, 2.0)
