@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm.estimators import ResMemClassifier
 
-DIMENSIONS, CLASSES, QUERIES, K = 64, 10, 1000, 10
+DIMENSIONS, CLASSES, QUERIES, K = 64, 10, 200, 10
 
 
 def data(examples: int) -> tuple[np.ndarray, np.ndarray]:

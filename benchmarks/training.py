@@ -12,7 +12,7 @@ from benchmarks.measure import interleaved, median, ratio, table
 from resmem_lm import config
 from resmem_lm.model.config import ModelConfig
 from resmem_lm.model.decoder import init_parameters
-from resmem_lm.model.train_loop import compiled_update, learning_rate_schedule, optimizer
+from resmem_lm.model.train_loop import MEMORY, compiled_update, learning_rate_schedule, optimizer
 from resmem_lm.text.packing import shift_right
 from resmem_lm.workdir.run import Run
 
@@ -38,12 +38,12 @@ def _model(name: str) -> ModelConfig:
     return model
 
 
-def _step(model: ModelConfig, rows: int, length: int) -> Callable[[], Any]:
-    """Return a function that trains one more step on random tokens."""
+def _step(model: ModelConfig, rows: int, length: int, memory_weight: float = 0.0) -> Callable[[], Any]:
+    """Return a function that trains one more step on random tokens, with the memory loss if it has a weight."""
     schedule = learning_rate_schedule(learning_rate=0.01, constant_steps=1000, steps=1000, cooldown_steps=0)
     adafactor = optimizer(schedule)
-    update = compiled_update(model, adafactor, seed=0)
-    parameters = init_parameters(model, 0)
+    update = compiled_update(model, adafactor, seed=0, memory_weight=memory_weight)
+    parameters = init_parameters(model, 0) | ({MEMORY: {"lambda": jnp.ones(())}} if memory_weight else {})
     state = [parameters, adafactor.init(parameters)]
     tokens = np.random.default_rng(0).integers(3, model.vocab_size, (rows, length)).astype(np.int32)
     segments = np.ones_like(tokens)
@@ -68,11 +68,12 @@ def run(_: Run) -> None:
     product = jax.jit(jnp.matmul)
     models = {name: _model(name) for name in SHAPES}
     steps = {name: _step(models[name], *SHAPES[name]) for name in SHAPES}
-    times = interleaved({"product": lambda: product(a, a).block_until_ready()} | steps, rounds=5)
+    with_memory = {f"{name} with the memory loss": _step(models[name], *SHAPES[name], memory_weight=1.0) for name in SHAPES}
+    times = interleaved({"product": lambda: product(a, a).block_until_ready()} | steps | with_memory, rounds=5)
     done = {"product": 2 * PRODUCT**3}
     done |= {name: operations_per_token(models[name], length) * rows * length for name, (rows, length) in SHAPES.items()}
     # Operations per second are compared by the seconds per operation.
-    even = {name: [seconds / done[name] for seconds in times[name]] for name in times}
+    even = {name: [seconds / done[name] for seconds in times[name]] for name in done}
     table(
         f"Training (steps of {', '.join(f'{name}: {rows} x {length}' for name, (rows, length) in SHAPES.items())} tokens, float32)",
         ("what", "share of the product's operations/s", "GFLOP/s", "tokens/s"),
@@ -83,6 +84,8 @@ def run(_: Run) -> None:
                 f"{done[name] / median(times, name) / 1e9:,.0f}",
                 f"{SHAPES[name][0] * SHAPES[name][1] / median(times, name):,.0f}" if name in SHAPES else "",
             )
-            for name in times
+            for name in done
         ),
     )
+    rows = [(name, ratio(times, f"{name} with the memory loss", name)) for name in SHAPES]
+    table("A step with the memory loss", ("model", "times a plain step"), rows)

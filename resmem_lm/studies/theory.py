@@ -20,8 +20,8 @@ T1.  On the sphere |theta| = L, to first order in the error D of the sample cova
 Distance.  A ball of radius r around an x in the interior has a share (r^2 / (d + 2))^(d/2) of the whole, so E|x' - x|^2 is
     (d + 2) Gamma(1 + 2/d) n^(-2/d) for large n. The exponent is twice that of Lemma D.1, which is therefore not tight.
 Nearest neighbor.  The error is <theta*, x' - x>. Rotation does not change the joint law of x and x', so the risk is E|x' - x|^2 / d.
-T2 and ResMem.  T2 is (1 - L)^2 times the risk of the nearest neighbor. T1 vanishes beside it if d > 2, and so do the products of the
-    terms, so this is ResMem's risk.
+T2 and ResMem.  T2 is (1 - L)^2 times the risk of the nearest neighbor. ResMem's error is <theta* - theta_n, x' - x>, so with theta_n =
+    L theta* its risk is T2: the errors at x and at x', whose squares are T1, nearly cancel.
 
 Within about n^(-1/d) of the surface, part of that ball is outside, so the neighbor is farther away and the risk is larger. About
 d n^(-1/d) of the points lie there; this share decreases slowly. So the measured risks of the nearest neighbor and of ResMem exceed the
