@@ -16,10 +16,11 @@ from resmem_lm.text.vocabulary import load_vocabulary
 from resmem_lm.workdir.run import Run
 
 QUERIES = 5000
+PARTS = (64, 16, 4, 1)  # of the rows
 
 
 def run(run: Run) -> None:
-    """Print the table."""
+    """Print the tables."""
     datastore, vocabulary = open_datastore(run.datastore), load_vocabulary(run)
     tokens = live_tokens(datastore)
     ends = np.flatnonzero(tokens == vocabulary.eos_id) + 1
@@ -57,5 +58,19 @@ def run(run: Run) -> None:
                 ratio(lookups, way, "ours"),
             )
             for way in times
+        ),
+    )
+    parts = {f"{len(tokens) // part:,}": tokens[: len(tokens) // part] for part in PARTS}
+    indexes = {rows: build_suffixes(some) for rows, some in parts.items()}
+    builds = interleaved({rows: lambda some=some: build_suffixes(some) for rows, some in parts.items()}, rounds=3)
+    finds = interleaved(
+        {rows: lambda index=index: find_matches([index], context, positions, vocabulary.size) for rows, index in indexes.items()}, rounds=3
+    )
+    table(
+        "Growth of the suffix index",
+        ("rows", "build, ns per row", "longest match, us per query"),
+        (
+            (rows, f"{1e9 * median(builds, rows) / len(parts[rows]):.0f}", f"{1e6 * median(finds, rows) / len(context):.2f}")
+            for rows in parts
         ),
     )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from resmem_lm.errors import UserError
 from resmem_lm.evaluation.features import EVERY, MEMORY, Source
 from resmem_lm.evaluation.statistics import bootstrap_interval, probability_metrics
 from resmem_lm.evaluation.tuning import fit_gate
@@ -17,33 +18,41 @@ ALONE: dict[str, tuple[Source, ...]] = {f"Adaptive ResMem ({TITLES[source]} alon
 
 
 @study(name="sources")
-def study_sources(run: Run) -> Record:
-    """Measure Adaptive ResMem on test with a gate for each selection of sources: each source alone, all, and all but one."""
+def study_sources(run: Run, *, rows: tuple[str, ...] | list[str] | None = None) -> Record:
+    """Measure Adaptive ResMem on test with a gate for each selection of sources: each source alone, all, and all but one.
+
+    Args:
+        rows: the rows to measure, such as ("neighbors", "the memory"); the differences are to the first. None measures all.
+    """
     scorers = open_scorers(run, open_datastore(run.datastore))
     test, sigma = scorers["test"], read_json(run.results)["splits"]["test"]["methods"]["resmem_adaptive"]["hyperparameters"]["sigma"]
     every = EVERY if test.queries.document_back.shape[1] else MEMORY
-    targets, rows = np.asarray(test.queries.tokens), []
+    targets, measured = np.asarray(test.queries.tokens), []
+    by_title = {title: sources for sources, title in selections(every).items()}
+    if unknown := set(rows or ()) - set(by_title):
+        raise UserError(f"study_sources.rows has no {sorted(unknown)}: take some of {list(by_title)}")
     reference = None
-    for sources, title in selections(every).items():
+    for title in rows or by_title:
+        sources = by_title[title]
         found = test.adaptive(fit_gate(scorers["validation"], sigma, sources))
         right = (found.predictions == targets).astype(np.float64)
         reference = right if reference is None else reference
         metrics = probability_metrics(found, targets)
-        rows.append(
+        measured.append(
             {
                 "sources": title,
                 "accuracy, %": 100 * float(right.mean()),
-                "over the neighbors alone": 100 * float((right - reference).mean()),
+                "over the first row": 100 * float((right - reference).mean()),
                 "95%": interval(bootstrap_interval(right - reference, test.queries.groups)),
                 "perplexity": metrics["perplexity"],
                 "ECE, %": 100 * metrics["calibration_error"],
             }
         )
     text = (
-        "Test accuracy of Adaptive ResMem, whose gate sees DeepNet and some sources. The third column is the difference to the gate that "
-        "sees the neighbors alone, in points, with its 95% interval."
+        "Test accuracy of Adaptive ResMem, whose gate sees DeepNet and some sources. The third column is the difference to the first "
+        "row, in points, with its 95% interval."
     )
-    return write_study(run, "sources", title="What each source adds", text=text, rows=rows)
+    return write_study(run, "sources", title="What each source adds", text=text, rows=measured)
 
 
 def selections(every: tuple[Source, ...]) -> dict[tuple[Source, ...], str]:

@@ -113,9 +113,13 @@ def test_the_gates_of_all_sources_are_those_of_the_results(tiny_copy, monkeypatc
     study_sources(tiny_copy)
     rows = {row["sources"]: row for row in rows_of(tiny_copy, "sources")}
     assert len(rows) == 4 + 4 + 1
-    assert rows["neighbors"]["over the neighbors alone"] == 0
+    assert rows["neighbors"]["over the first row"] == 0
     assert {"the memory", "the memory and the document", "the memory and the document without exact matches"} <= set(rows)
     assert all(0 < row["accuracy, %"] < 100 and row["perplexity"] > 1 for row in rows.values())
+    study_sources(tiny_copy, rows=("neighbors", "the memory"))
+    assert rows_of(tiny_copy, "sources") == [{**rows[title]} for title in ("neighbors", "the memory")]
+    with pytest.raises(UserError, match=r"study_sources.rows has no \['the past'\]: take some of \['neighbors'"):
+        study_sources(tiny_copy, rows=("the past",))
 
 
 def test_without_the_document_its_source_is_not_studied():
