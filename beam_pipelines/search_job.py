@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 from resmem_lm.memory.datastore import Datastore
-from resmem_lm.memory.document_memory import document_head
 from resmem_lm.memory.encode_documents import EncodingWorker
+from resmem_lm.memory.encoder import query_head
 from resmem_lm.workdir.run import Run
 from resmem_lm.workdir.storage import AnyPath, Record, read_json
 
@@ -62,9 +62,8 @@ class SearchJob:
         return Datastore(self.run.datastore, self.datastore)
 
     def encoding_worker(self) -> EncodingWorker:
-        """Load the model with an encoder of queries and of their rows in the memory of their document."""
-        binding = self.open_datastore().binding
-        return EncodingWorker(self.run, binding, lambda model: document_head(model, binding.entries, binding.temperatures))
+        """Load the model with an encoder of queries."""
+        return EncodingWorker(self.run, self.open_datastore().binding, lambda _: query_head)
 
     def sample(self, query: QueryShard) -> Int[np.ndarray, " sample"]:
         """Return the queries of a shard to compare with exact search, evenly spaced over the split; none for an exact index."""

@@ -20,8 +20,8 @@ from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import Queries, common
 from resmem_lm.evaluation.sources import document_arrays, memory_arrays
 from resmem_lm.memory.datastore import Datastore, open_datastore
-from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.encode_documents import EncodingWorker, write_arrays
+from resmem_lm.memory.encoder import QueryRows
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.index import Index, Nearest
 from resmem_lm.memory.nearest import add_neighbors, merge_parts, no_neighbors
@@ -38,7 +38,7 @@ from resmem_lm.workdir.stages import disk_errors, stage
 from resmem_lm.workdir.storage import Record, drop_copy, remove, sha256, write_json
 
 DOCUMENT_ARRAYS = ("document_lengths", "document_groups")
-ENCODED = array_files(*DocumentRows._fields, "tokens", *DOCUMENT_ARRAYS)
+ENCODED = array_files(*QueryRows._fields, "tokens", *DOCUMENT_ARRAYS)
 PART = ("rows", "distances", "exact_rows", "exact_distances")
 
 
@@ -194,7 +194,7 @@ class MergeNeighbors:
 
     def _arrays(self, query: QueryShard, nearest: Nearest, worker: MergeWorker) -> dict[str, np.ndarray]:
         """Return the arrays of `Queries`."""
-        names = (*DocumentRows._fields, "tokens", *DOCUMENT_ARRAYS)
+        names = (*QueryRows._fields, "tokens", *DOCUMENT_ARRAYS)
         with published_arrays(self.job.encoded, query.name, self.job.encoded_provenance(), *names) as encoded:
             arrays = {name: np.asarray(array) for name, array in zip(names, encoded, strict=True)}
         arrays |= document_arrays(arrays, self.job.document_neighbors)

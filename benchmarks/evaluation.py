@@ -15,8 +15,7 @@ from resmem_lm.evaluation.scorer import Predictions, SplitScorer
 from resmem_lm.evaluation.sources import document_arrays, memory_arrays
 from resmem_lm.evaluation.tuning import grid_of
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.memory.document_memory import document_head
-from resmem_lm.memory.encoder import Encoder
+from resmem_lm.memory.encoder import Encoder, query_head
 from resmem_lm.memory.open_index import index_manifest
 from resmem_lm.memory.suffix_index import open_suffixes
 from resmem_lm.model.checkpoints import load_model
@@ -38,8 +37,7 @@ def run(run: Run) -> None:
     targets = np.concatenate(documents)
     setting = Setting("resmem", K, 1.0, 1.0, 1.0)
     spec = datastore.binding.window
-    head = document_head(model, datastore.binding.entries, datastore.binding.temperatures)
-    encoder = Encoder(model, spec, head, datastore.projection)
+    encoder = Encoder(model, spec, query_head, datastore.projection)
     suffixes = open_suffixes(run, datastore, index_manifest(run, datastore))
     alone = Encoder(model, spec, lambda parameters, keys, hidden, targets: fast_argmax(model.logits(parameters, hidden)))
 

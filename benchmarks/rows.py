@@ -19,9 +19,8 @@ from benchmarks.measure import table
 from resmem_lm.evaluation.candidates import Setting
 from resmem_lm.evaluation.neighbors import Queries, recall
 from resmem_lm.evaluation.scorer import SplitScorer
-from resmem_lm.evaluation.sources import BASE_CANDIDATES
+from resmem_lm.evaluation.sources import BASE_CANDIDATES, RESIDUAL_ARRAYS
 from resmem_lm.memory.datastore import Datastore, open_datastore
-from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.exact_index import ExactIndex
 from resmem_lm.memory.faiss_index import Searcher, build
 from resmem_lm.memory.index import ApproximateIndex
@@ -71,7 +70,7 @@ def random_queries(index: ApproximateIndex, keys: Float[np.ndarray, "queries emb
         "neighbor_tokens": neighbor_tokens,
         "matches": np.zeros(rows.shape, np.uint8),
         **dict.fromkeys(("document_back", "document_distances", "document_matches"), np.zeros((len(rows), 0), np.int32)),
-        **{name: index.datastore.take(name, np.arange(len(rows))) for name in DocumentRows._fields[2:]},
+        **{name: index.datastore.take(name, np.arange(len(rows))) for name in RESIDUAL_ARRAYS},
         "target_logits": zeros,
         "candidate_ids": ids,
         "candidate_logits": np.zeros(ids.shape, np.float32),

@@ -1,37 +1,10 @@
 """Use the earlier tokens of a query's own document as rows of a memory, which no other document sees and no datastore stores."""
 
-from typing import Any, NamedTuple
-
 import numpy as np
-from jaxtyping import Array, Float, Float16, Int, UInt, UInt8
-
-from resmem_lm.memory.encoder import Head, query_head, residual_head
-from resmem_lm.model.checkpoints import Model
+from jaxtyping import Float, Int
 
 MOST_TOKENS = 2**14  # the memory of a longer document holds the most recent ones
 BLOCK = 512  # queries that are compared at a time
-
-
-class DocumentRows(NamedTuple):
-    """What a query needs, and the residual of its own row, which later queries of the document use (see `schema.DatastoreRows`)."""
-
-    keys: Float[Array, "rows emb"]
-    hidden: Float[Array, "rows emb"]
-    residual_ids: UInt[Array, "rows others"]
-    quantized_residuals: UInt8[Array, "rows others"]
-    target_log_probability: Float16[Array, " rows"]
-    log_power_sums: Float16[Array, "rows temperatures"]
-
-
-def document_head(model: Model, entries: int, temperatures: tuple[float, ...]) -> Head:
-    """Return the head that computes `DocumentRows`, with the keys and hidden states in float32."""
-    residual_rows = residual_head(model, entries, temperatures)
-
-    def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> DocumentRows:
-        rows, query = residual_rows(parameters, keys, hidden, targets), query_head(parameters, keys, hidden, targets)
-        return DocumentRows(*query, *(getattr(rows, name) for name in DocumentRows._fields[2:]))
-
-    return head
 
 
 def nearest_earlier(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float16, Int, UInt, UInt8
 
 from resmem_lm.memory.quantization import quantize_keys, quantize_probabilities
 from resmem_lm.memory.schema import DatastoreRows, token_dtype
@@ -31,30 +31,48 @@ def log_partition(logits: Float[Array, "rows vocab"], temperatures: tuple[float,
     return jnp.stack([jnp.log(total) + largest[:, 0] / temperature for total, temperature in zip(sums, temperatures, strict=True)], axis=-1)
 
 
+class Residuals(NamedTuple):
+    """The arrays of `DatastoreRows` that describe residuals."""
+
+    residual_ids: UInt[Array, "rows others"]
+    quantized_residuals: UInt8[Array, "rows others"]
+    target_log_probability: Float16[Array, " rows"]
+    dropped: Float16[Array, " rows"]
+    log_power_sums: Float16[Array, "rows temperatures"]
+
+
+def residuals(
+    logits: Float[Array, "rows vocab"],
+    targets: Int[Array, " rows"],
+    log_z: Float[Array, "rows temperatures"],
+    temperatures: tuple[float, ...],
+    entries: int,
+) -> Residuals:
+    """Return residuals with `entries` entries at T = 1. `log_z` is the log-partition at each temperature; 1.0 must be one of them."""
+    unit = temperatures.index(1.0)
+    ids, p, dropped = sparse_residual(logits, targets, log_z[:, unit], entries)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return Residuals(
+        residual_ids=ids.astype(token_dtype(logits.shape[1])),
+        quantized_residuals=quantize_probabilities(p),
+        target_log_probability=(target_logits - log_z[:, unit]).astype(jnp.float16),
+        dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up, because it is an upper bound
+        log_power_sums=(log_z - log_z[:, unit, None] / jnp.array(temperatures, jnp.float32)).astype(jnp.float16),
+    )
+
+
 def residual_head(model: Model, entries: int, temperatures: tuple[float, ...]) -> Head:
     """Return the head that computes datastore rows with `entries` residual entries at T = 1.
 
     The temperatures, which must include 1.0, are those of `log_power_sums`, from which the residuals at other temperatures follow.
     """
-    unit = temperatures.index(1.0)
 
     def head(parameters: dict[str, Any], keys: Array, hidden: Array, targets: Array) -> DatastoreRows:
         logits = model.logits(parameters, hidden)
-        log_z = log_partition(logits, temperatures)
-        ids, p, dropped = sparse_residual(logits, targets, log_z[:, unit], entries)
-        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        found = residuals(logits, targets, log_partition(logits, temperatures), temperatures, entries)
         quantized_keys, scales = quantize_keys(keys)
-        dtype = token_dtype(model.config.vocab_size)
-        return DatastoreRows(
-            quantized_keys=quantized_keys,
-            key_scales=scales,
-            residual_ids=ids.astype(dtype),
-            quantized_residuals=quantize_probabilities(p),
-            tokens=targets.astype(dtype),
-            target_log_probability=(target_logits - log_z[:, unit]).astype(jnp.float16),
-            dropped=(dropped * (1 + 2**-10) + 2**-24).astype(jnp.float16),  # rounded up, because it is an upper bound
-            log_power_sums=(log_z - log_z[:, unit, None] / jnp.array(temperatures, jnp.float32)).astype(jnp.float16),
-        )
+        tokens = targets.astype(token_dtype(model.config.vocab_size))
+        return DatastoreRows(quantized_keys=quantized_keys, key_scales=scales, tokens=tokens, **found._asdict())
 
     return head
 

@@ -77,8 +77,9 @@ def _count(
     for shard in range(len(found)):
         low, high = found[shard, query, order]
         sampled = min(high - low, SAMPLE)
+        shard_tokens, shard_ends = tokens[shard], ends[shard]  # a typed list counts references at every access
         for number in range(sampled):
-            token = tokens[shard][ends[shard][low + number * (high - low) // sampled] + 1]
+            token = shard_tokens[shard_ends[low + number * (high - low) // sampled] + 1]
             if table[token] == 0:
                 seen[distinct] = token
                 distinct += 1

@@ -16,7 +16,6 @@ from beam_pipelines.search_job import GROUPS
 from resmem_lm.errors import UserError
 from resmem_lm.evaluation.neighbors import Queries
 from resmem_lm.evaluation.sources import BASE_CANDIDATES
-from resmem_lm.memory.document_memory import DocumentRows
 from resmem_lm.memory.encoder import ROWS, residual_head
 from resmem_lm.memory.index_kinds import index_bytes
 from resmem_lm.memory.schema import ARRAYS, document_line, token_dtype
@@ -202,8 +201,9 @@ def query_bytes(settings: StageSettings) -> int:
 
 def residual_bytes(settings: StageSettings) -> int:
     """Return the bytes of a query's own residual, which later queries of its document use."""
-    row = row_bytes(settings)
-    return sum(row[name] for name in DocumentRows._fields[2:])
+    build, vocabulary = settings["build_datastore"], model_of(settings).vocab_size
+    others = min(build["entries"], vocabulary) - 1 if settings["search"]["document_neighbors"] else 0
+    return others * (token_dtype(vocabulary).itemsize + 1) + 2 + 2 * len(build["temperatures"])
 
 
 def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[int], checkpoint: int) -> dict[str, int]:
@@ -230,7 +230,7 @@ def planned_bytes(settings: StageSettings, counts: Counts, *, index_rows: list[i
 def searching_bytes(settings: StageSettings, counts: Counts, index_shards: int) -> int:
     """Return the bytes that only the search needs: keys and hidden states of queries, and neighbors in each group of index shards."""
     found = min(index_shards, GROUPS) * settings["search"]["neighbors"] * (8 + 4)
-    encoded = 4 * (model_of(settings).emb_dim + key_dimensions(settings)) + residual_bytes(settings) + 4
+    encoded = 4 * (model_of(settings).emb_dim + key_dimensions(settings)) + 4
     return counts.all_queries * (encoded + found)
 
 

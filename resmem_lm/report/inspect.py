@@ -14,8 +14,7 @@ from resmem_lm.evaluation.saved_gates import load_gate
 from resmem_lm.evaluation.scorer import SplitScorer
 from resmem_lm.evaluation.sources import document_arrays, memory_arrays
 from resmem_lm.memory.datastore import Datastore, open_datastore
-from resmem_lm.memory.document_memory import DocumentRows, document_head
-from resmem_lm.memory.encoder import Encoder
+from resmem_lm.memory.encoder import Encoder, query_head
 from resmem_lm.memory.open_index import index_manifest, search_shards
 from resmem_lm.memory.suffix_index import open_suffixes
 from resmem_lm.model.checkpoints import Model, load_model
@@ -77,12 +76,11 @@ def load_gate_of(run: Run, methods: dict[str, Any]) -> Any:
 
 def _queries(run: Run, model: Model, datastore: Datastore, tokens: Int[np.ndarray, " tokens"]) -> Queries:
     """Return the tokens of one document as queries, with what the memory knows about each."""
-    settings, binding = run.record("search")["settings"], datastore.binding
-    head = document_head(model, binding.entries, binding.temperatures)
-    encoded = list(Encoder(model, binding.window, head, datastore.projection)([tokens]))
+    settings = run.record("search")["settings"]
+    encoded = list(Encoder(model, datastore.binding.window, query_head, datastore.projection)([tokens]))
     order = np.argsort(np.concatenate([positions for positions, _ in encoded]))
-    rows = [np.concatenate(arrays)[order] for arrays in zip(*(rows for _, rows in encoded), strict=True)]
-    arrays = dict(zip(DocumentRows._fields, rows, strict=True)) | {"tokens": tokens, "document_lengths": np.array([len(tokens)])}
+    keys, hidden = (np.concatenate(arrays)[order] for arrays in zip(*(rows for _, rows in encoded), strict=True))
+    arrays = {"keys": keys, "hidden": hidden, "tokens": tokens, "document_lengths": np.array([len(tokens)])}
     arrays |= document_arrays(arrays, settings["document_neighbors"])
     nearest = search_shards(run, datastore, arrays["keys"], settings["neighbors"])
     suffixes = open_suffixes(run, datastore, index_manifest(run, datastore))

@@ -4,7 +4,7 @@ import pytest
 from resmem_lm.evaluation.neighbors import open_queries
 from resmem_lm.evaluation.sources import document_arrays, positions_of, proposed_tokens
 from resmem_lm.memory.datastore import open_datastore
-from resmem_lm.memory.document_memory import DocumentRows
+from resmem_lm.memory.encoder import QueryRows
 from resmem_lm.text.shards import QUERY_SPLITS
 from resmem_lm.workdir.run import Run
 
@@ -16,7 +16,7 @@ LENGTHS = np.array([30, 1, 20])
 def encoded():
     rng = np.random.default_rng(0)
     count = int(LENGTHS.sum())
-    arrays = {name: np.zeros((count, 2), np.float32) for name in DocumentRows._fields}
+    arrays = {name: np.zeros((count, 2), np.float32) for name in QueryRows._fields}
     arrays["keys"] = rng.standard_normal((count, 4)).astype(np.float32)
     tokens = rng.integers(2, 5, count)
     tokens[np.cumsum(LENGTHS) - 1] = EOS
