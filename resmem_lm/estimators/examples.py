@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
+from sklearn.neighbors import NearestNeighbors
 
 SPARE = 16  # extra candidates: in float32, the libraries order keys almost as distances do, but not exactly
 LEAF = 100  # examples in a leaf of an approximate index
@@ -47,10 +48,10 @@ class Examples:
         self.index = self._build()
 
     def _build(self) -> Any:
-        """Return a tree over quantized keys, or None for exact search."""
+        """Return a tree over quantized keys, or scikit-learn's exact search."""
         examples, dimensions = self.keys.shape
         if self.kind == "exact" or examples < LEAST:
-            return None
+            return NearestNeighbors(algorithm="brute").fit(self.keys)
         leaves = examples // LEAF
         index = faiss.index_factory(dimensions, f"IVF{leaves},SQ8")
         index.nprobe = max(1, round(leaves**0.5))
@@ -63,7 +64,7 @@ class Examples:
     def remember(self, keys: Keys, residuals: Residuals) -> None:
         """Add examples."""
         self.keys, self.residuals = np.concatenate([self.keys, keys]), join([self.residuals, residuals])
-        if self.index is None:
+        if isinstance(self.index, NearestNeighbors):
             self.index = self._build()
         else:
             self.index.add(keys)
@@ -81,8 +82,10 @@ class Examples:
 
         A missing example is number -1 at an infinite distance.
         """
-        wanted = min(k + SPARE, len(self.keys)) if self.index is None else 2 * k + SPARE
-        _, found = faiss.knn(queries, self.keys, wanted) if self.index is None else self.index.search(queries, wanted)
+        if isinstance(self.index, NearestNeighbors):
+            found = self.index.kneighbors(queries, min(k + SPARE, len(self.keys)), return_distance=False)
+        else:
+            _, found = self.index.search(queries, 2 * k + SPARE)
         distances = np.linalg.norm(self.keys[found].astype(np.float64) - queries[:, None], axis=-1)
         distances[found < 0] = np.inf
         order = np.lexsort((found, distances), axis=1)[:, :k]
