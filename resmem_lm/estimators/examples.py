@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 from sklearn.neighbors import NearestNeighbors
 
-SPARE = 16  # extra candidates: in float32, the libraries order keys almost as distances do, but not exactly
+from resmem_lm.memory.exact_index import SPARE
+from resmem_lm.memory.index import SMALL
+
 LEAF = 100  # examples in a leaf of an approximate index
-LEAST = 20_000  # with fewer examples, search is exact: a tree would lose recall and save no time
 KINDS = ("exact", "faiss")
 
 Keys = Float32[np.ndarray, "examples dimensions"]
@@ -50,7 +51,7 @@ class Examples:
     def _build(self) -> Any:
         """Return a tree over quantized keys, or scikit-learn's exact search."""
         examples, dimensions = self.keys.shape
-        if self.kind == "exact" or examples < LEAST:
+        if self.kind == "exact" or examples < SMALL:
             return NearestNeighbors(algorithm="brute").fit(self.keys)
         leaves = examples // LEAF
         index = faiss.index_factory(dimensions, f"IVF{leaves},SQ8")
